@@ -1,0 +1,30 @@
+"""Fine-tune without forgetting, for PyTorch Lightning."""
+
+from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
+from flow_lightning.callbacks.head_refit import HeadRefitCallback
+from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.retention import RetentionCallback
+from flow_lightning.data.images import ImageDataModule
+from flow_lightning.indexing import IndexedDataset, IndexedSample
+from flow_lightning.modules.base import WeightedLossModule
+from flow_lightning.modules.image_classification import ImageClassificationModule
+from flow_lightning.objective import weighted_loss
+from flow_lightning.weighting import SampleWeights, effective_sample_size, flow_weights, temperature
+
+__all__ = [
+    "FlowWeightingCallback",
+    "HeadRefitCallback",
+    "ImageClassificationModule",
+    "ImageDataModule",
+    "IndexedDataset",
+    "IndexedSample",
+    "LinearProbeCallback",
+    "RetentionCallback",
+    "SampleWeights",
+    "WeightedLossModule",
+    "effective_sample_size",
+    "flow_weights",
+    "temperature",
+    "weighted_loss",
+]
+__version__ = "0.1.0"

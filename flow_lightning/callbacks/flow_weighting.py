@@ -1,0 +1,264 @@
+"""FLOW as a callback: weights from the frozen pre-trained model, before the first step."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.sweep import run_directory, scoring_dataloader, sweep
+from flow_lightning.fingerprint import dataset_fingerprint, model_fingerprint, sample_fingerprint
+from flow_lightning.indexing import check_map_style
+from flow_lightning.pictures import plot_weights
+from flow_lightning.report import write_metrics
+from flow_lightning.scoring import evaluation
+from flow_lightning.weighting import SampleWeights
+
+#: Where a checkpoint of a FLOW run says which reference its weights came from.
+_REFERENCE = "flow_reference"
+
+
+@dataclass
+class _State:
+    """All that changes during a fit."""
+
+    weights: SampleWeights | None = None
+    resumed: bool = False  # tuners leave a `trainer.ckpt_path` of their own behind, so it is read before they run
+    reference: str = ""  # fingerprint of the model as it was built, before any checkpoint was restored
+    checkpoint: str = ""  # fingerprint of the model in the checkpoint of a resumed fit
+    seconds: float = 0.0
+
+
+class FlowWeightingCallback(Callback):
+    """Weigh each training sample by `exp(-l / tau)`, l its loss under the frozen pre-trained model (FLOW, Algorithm 1).
+
+    At `on_fit_start` it scores the training set once, each sample exactly once over all ranks, computes temperature and
+    weights, and hands them to the module, whose training loss they weigh (see `WeightedLossModule`). After a
+    LinearProbeCallback it takes the probe's losses instead of a second look at the data. The model, the random
+    number generators and the order of the batches are as without it.
+
+    It writes `flow_weights.safetensors`, `flow_weights.png` and the `flow/` keys of `metrics.json` into the run's
+    directory. A resumed fit scores nothing and trains on the weights of its checkpoint.
+
+    Args:
+        temperature: tau, in the unit of the loss; by default a quantile of the losses.
+        quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
+        dataloader: Where the samples to score come from, if neither data module nor module has `scoring_dataloader()` or
+            `train_dataloader()`. Its data set, in the same order, must be the one that is trained on.
+        weights_file: Weights to use instead of scoring: a `flow_weights.safetensors` of the same data set.
+    """
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        quantile: float = 0.5,
+        dataloader: DataLoader[Any] | None = None,
+        weights_file: str | Path | None = None,
+    ) -> None:
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; expected a positive number, or None for a quantile of the losses.")
+        self.temperature = temperature
+        self.quantile = quantile
+        self.dataloader = dataloader
+        self.weights_file = weights_file
+        self._state = _State()
+
+    @property
+    def weights(self) -> SampleWeights | None:
+        """Losses, temperature and weights, from `on_fit_start` on."""
+        return self._state.weights
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check what can be checked before anything is computed, and take the fingerprint of the reference."""
+        if stage != "fit":
+            return
+        if not callable(getattr(pl_module, "sample_losses", None)):
+            raise TypeError(
+                f"{type(pl_module).__name__} has no sample_losses(batch) -> Tensor [B]. Derive it from "
+                "flow_lightning.WeightedLossModule and define that one method."
+            )
+        _check_order(trainer, self)
+        self._state = _State(resumed=trainer.ckpt_path is not None)
+        self._state.reference = model_fingerprint(pl_module.state_dict(), _new_parts(trainer, pl_module))
+        _warn_if_fine_tuned(pl_module, self._state.reference)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compute the weights, or take them from the checkpoint, and hand them to the module."""
+        if self._state.resumed:
+            if not trainer.strategy.restore_checkpoint_after_setup:
+                self._resume(trainer, pl_module)
+            return
+        loader = self._loader(trainer, pl_module)
+        check_map_style(loader.dataset)
+        started = time.perf_counter()
+        with evaluation(pl_module):
+            _warn_if_random(loader.dataset)
+            fingerprint = {"dataset": dataset_fingerprint(loader.dataset), "reference": self._state.reference}
+        if self.weights_file is not None:
+            self._state.weights = _verified(SampleWeights.load(self.weights_file), fingerprint, f"The file {self.weights_file}")
+        else:
+            losses = _losses(trainer, pl_module, loader)
+            self._state.weights = SampleWeights.from_losses(losses, self.temperature, self.quantile, fingerprint)
+        self._state.seconds = time.perf_counter() - started
+        pl_module.sample_weights = self._state.weights  # type: ignore[assignment]
+        self._report(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take restored weights under strategies that restore late, and check that they fit the data trained on."""
+        if self._state.weights is None or getattr(pl_module, "sample_weights", None) is not self._state.weights:
+            self._resume(trainer, pl_module)
+        _check_length(trainer, len(self._state.weights))  # type: ignore[arg-type]
+        self._state.weights.lookups = 0  # type: ignore[union-attr]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse to train on without weights."""
+        if self._state.weights is not None and self._state.weights.lookups == 0:
+            raise RuntimeError(
+                f"{type(pl_module).__name__}.training_step did not look up a weight, so its loss is not weighted. Return "
+                "`self.weighted_loss(batch, self.sample_losses(batch))`, or leave training_step to WeightedLossModule."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the weights back: a later fit without this callback is plain training."""
+        if stage == "fit":
+            pl_module.sample_weights = None  # type: ignore[assignment]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the reference, so that the fine-tuned model cannot be mistaken for it later."""
+        checkpoint[_REFERENCE] = self._state.reference
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the fingerprint of the model in the checkpoint."""
+        self._state.checkpoint = model_fingerprint(checkpoint["state_dict"], _new_parts(trainer, pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs: losses, weights, temperature, fingerprint."""
+        return {} if self._state.weights is None else self._state.weights.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint."""
+        if state_dict:
+            self._state.weights = SampleWeights(**state_dict)
+
+    def _loader(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
+        return self.dataloader if self.dataloader is not None else scoring_dataloader(trainer, module)
+
+    def _resume(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
+        where = f"The checkpoint {trainer.ckpt_path}"
+        if self._state.weights is None:
+            raise RuntimeError(
+                f"{where} holds no FLOW weights, and its model is not the pre-trained one, so they cannot be computed from it. Resume "
+                "a run that had FlowWeightingCallback, or pass FlowWeightingCallback(weights_file=...)."
+            )
+        with evaluation(module):
+            found = {"dataset": dataset_fingerprint(self._loader(trainer, module).dataset), "reference": self._state.reference}
+        if self._state.reference == self._state.checkpoint:  # built by load_from_checkpoint
+            found.pop("reference")
+        module.sample_weights = _verified(self._state.weights, found, where)  # type: ignore[assignment]
+
+    def _report(self, trainer: Trainer) -> None:
+        weights = self._state.weights
+        assert weights is not None
+        summary = weights.summary()
+        rank_zero_info(
+            f"FLOW: {len(weights)} samples, temperature {weights.temperature:.4g}, "
+            f"mean weight {summary['flow/mean_weight']:.3f}, "
+            f"effective sample size {summary['flow/effective_sample_size']:.0f} "
+            f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
+        )
+        directory = run_directory(trainer)
+        if trainer.is_global_zero:
+            weights.save(directory / "flow_weights.safetensors")
+            plot_weights(weights.losses, weights.weights, weights.temperature, directory / "flow_weights.png")
+            write_metrics(directory / "metrics.json", summary | {"time/scoring_s": self._state.seconds})
+            _log(trainer, weights, summary, directory / "flow_weights.png")
+
+
+def _losses(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Tensor:
+    probe = next((c.probe for c in trainer.callbacks if isinstance(c, LinearProbeCallback)), None)  # type: ignore[attr-defined]
+    if probe is not None:
+        return probe.losses
+
+    def look(batch: Any) -> tuple[Tensor]:
+        losses = module.sample_losses(batch)  # type: ignore[operator]
+        if losses.ndim != 1:
+            raise ValueError(
+                f"sample_losses(batch) gave shape {tuple(losses.shape)}; expected one loss per sample, [B] (reduction='none')."
+            )
+        return (losses.float(),)
+
+    return sweep(trainer, module, loader, look, "FLOW: scoring")[0]
+
+
+def _new_parts(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
+    """Return the names of what is made anew in each run and fitted by the probe: they are no part of the reference."""
+    if not any(isinstance(callback, LinearProbeCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return ()
+    head = getattr(module, "head", None)
+    return tuple(f"{name}." for name, submodule in module.named_modules() if submodule is head)
+
+
+def _check_order(trainer: Trainer, callback: FlowWeightingCallback) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(later, LinearProbeCallback) for later in callbacks[callbacks.index(callback) :]):
+        raise ValueError("LinearProbeCallback must stand before FlowWeightingCallback in the Trainer's callbacks: weights come from the probe.")
+
+
+def _warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
+    origin = getattr(module, "flow_reference", None)
+    if origin is not None and origin != reference:
+        rank_zero_warn(
+            "This module was loaded from a checkpoint of a FLOW run, so its weights are fine-tuned ones, and a new fit takes them as its "
+            "reference. To go on with that run, use trainer.fit(..., ckpt_path=...); to start again from the pre-trained model, build "
+            "the module anew; to keep the old weights, pass FlowWeightingCallback(weights_file=...)."
+        )
+
+
+def _warn_if_random(dataset: Any) -> None:
+    if len(dataset) and sample_fingerprint(dataset[0]) != sample_fingerprint(dataset[0]):
+        rank_zero_warn(
+            "The samples to score change from one reading to the next: their transforms are random, so the weights come from one random "
+            "draw. Define `scoring_dataloader()` on the data module: the training samples with evaluation transforms."
+        )
+
+
+def _check_length(trainer: Trainer, scored: int) -> None:
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if dataset is not None and len(dataset) != scored:
+        raise ValueError(
+            f"{scored} samples were scored but the training set has {len(dataset)}: the scoring and the training loader must hold the "
+            "same samples in the same order. Split and wrap the data set once, in setup(), not in each *_dataloader()."
+        )
+
+
+def _verified(weights: SampleWeights, expected: dict[str, str], where: str) -> SampleWeights:
+    what = {"dataset": "the training data set (its samples, targets or transforms)", "reference": "the pre-trained model"}
+    changed = [what[key] for key, value in expected.items() if weights.fingerprint.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{where} holds weights that do not belong to this run: {' and '.join(changed)} changed since they were computed. Restore "
+            "what they were computed from (a module with random parts needs the same seed), or start a new run without it."
+        )
+    weights.verify()
+    return weights
+
+
+def _log(trainer: Trainer, weights: SampleWeights, summary: dict[str, float], picture: Path) -> None:
+    """Log the numbers to every logger, and the distribution to those that draw."""
+    for logger in trainer.loggers:
+        logger.log_metrics(summary, step=0)
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_histogram"):
+            experiment.add_histogram("flow/weights", weights.weights.cpu(), 0)
+            experiment.add_histogram("flow/losses", torch.log10(weights.losses.clamp_min(1e-8)), 0)
+        elif hasattr(logger, "log_image"):
+            logger.log_image("flow/weights", [str(picture)])

