@@ -36,13 +36,13 @@ class Probe:
         head: The head, for features as they are.
         losses: Its cross-entropy on every sample, `[n]`: out of fold if `folds` were asked for, else in sample.
         strength: The L2 penalty that validation chose.
-        validation_loss: Mean loss on the held-out fifth, in nats, by strength tried.
+        validation: Mean loss on the held-out fifth and its standard error, in nats, by strength tried.
     """
 
     head: LinearHead
     losses: Tensor
     strength: float
-    validation_loss: dict[float, float]
+    validation: dict[float, tuple[float, float]]
 
 
 def fit_probe(
@@ -54,7 +54,7 @@ def fit_probe(
     device: torch.device | str = "cpu",
     on_step: Callable[[], None] = lambda: None,
 ) -> Probe:
-    """Choose the strength of the penalty on a held-out fifth, then solve the probe on all samples.
+    """Choose the strength of the penalty on a held-out fifth (`strongest_within_one_error`), then solve on all samples.
 
     Args:
         features: `[n, D]`, in memory or memory-mapped; moved to the device in blocks.
@@ -72,8 +72,8 @@ def fit_probe(
     _check(features, targets, num_classes, folds)
     scale = _Scale(features)
     parts = stratified_parts(targets, folds or 5)
-    validation = _validation_losses(features, targets, num_classes, scale, parts == 0, strengths, device, on_step)
-    strength = min(validation, key=validation.__getitem__)
+    validation = _held_out_losses(features, targets, num_classes, scale, parts == 0, strengths, device, on_step)
+    strength = strongest_within_one_error(validation)
     everything = torch.ones(len(targets), dtype=torch.bool)
     head = _solve(features, targets, num_classes, scale, everything, strength, device)
     on_step()
@@ -84,6 +84,24 @@ def fit_probe(
         losses[unseen] = head_losses(other, features[unseen], targets[unseen], device)
         on_step()
     return Probe(head, losses, strength, validation)
+
+
+def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
+    """Choose the strongest penalty whose held-out loss is within one standard error of the best (Breiman et al., 1984).
+
+    The weights of FLOW need losses that still tell easy samples from hard ones. The penalty with the lowest held-out loss of
+    all is often one at which nearly all training losses have collapsed to 0, and one that is no worse for all that the held-out
+    samples can tell keeps them apart.
+
+    Args:
+        validation: Strength to mean held-out loss and its standard error.
+
+    Example:
+        >>> strongest_within_one_error({1.0: (0.46, 0.03), 0.1: (0.26, 0.04), 0.01: (0.22, 0.05)})
+        0.1
+    """
+    best, error = min(validation.values())
+    return max(strength for strength, (loss, _) in validation.items() if loss <= best + error)
 
 
 def stratified_parts(targets: Tensor, parts: int) -> Tensor:
@@ -144,7 +162,7 @@ class _Scale:
         return head.weight * self.std, head.bias + head.weight @ self.mean
 
 
-def _validation_losses(
+def _held_out_losses(
     features: Tensor,
     targets: Tensor,
     num_classes: int,
@@ -153,16 +171,17 @@ def _validation_losses(
     strengths: Sequence[float],
     device: torch.device | str,
     on_step: Callable[[], None],
-) -> dict[float, float]:
+) -> dict[float, tuple[float, float]]:
     """Follow the penalties from strong to weak, each from the last solution, until the held-out loss has risen twice."""
     held_features, held_targets = features[held_out], targets[held_out]
-    found: dict[float, float] = {}
+    found: dict[float, tuple[float, float]] = {}
     head: LinearHead | None = None
     for strength in strengths:
         head = _solve(features, targets, num_classes, scale, ~held_out, strength, device, head)
-        found[strength] = float(head_losses(head, held_features, held_targets, device).double().mean())
+        losses = head_losses(head, held_features, held_targets, device).double()
+        found[strength] = (float(losses.mean()), float(losses.std(correction=0)) / len(losses) ** 0.5)
         on_step()
-        if len(found) > 2 and list(found.values())[-2] > min(found.values()) < found[strength]:
+        if sum(loss > min(found.values())[0] for loss, _ in list(found.values())[-2:]) == 2:
             break
     return found
 

@@ -35,23 +35,31 @@ def test_head_and_losses_are_scikit_learns(strength):
     np.testing.assert_allclose(probe.losses.numpy(), -np.log(expected[np.arange(150), targets]), atol=5e-3)
 
 
-def test_the_strength_is_the_one_with_the_lowest_held_out_loss():
+def test_the_strength_is_the_strongest_within_one_standard_error_of_the_best():
     features, targets = clusters()
     strengths = [10.0, 1.0, 0.1, 0.01, 0.001]
     probe = fit_probe(features, targets, 3, strengths=strengths)
     held = stratified_parts(targets, 5) == 0
-    full_mean = features.mean(0)
-    losses = {}
+    x, y = features.double().numpy(), targets.numpy()
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    found = {}
     for strength in strengths:
-        x, y = features.double().numpy(), targets.numpy()
-        scale = np.sqrt(x.var(0).mean())
         model = LogisticRegression(C=1 / (strength * int((~held).sum())), tol=1e-10, max_iter=100_000)
-        model.fit((x[~held] - full_mean.numpy()) / scale, y[~held])
-        p = model.predict_proba((x[held] - full_mean.numpy()) / scale)
-        losses[strength] = -np.log(p[np.arange(len(p)), y[held]]).mean()
-    for strength, loss in probe.validation_loss.items():
-        assert loss == pytest.approx(losses[strength], abs=5e-3)
-    assert probe.strength == min(losses, key=losses.__getitem__)
+        p = model.fit((x[~held] - mean) / scale, y[~held]).predict_proba((x[held] - mean) / scale)
+        losses = -np.log(p[np.arange(len(p)), y[held]])
+        found[strength] = (losses.mean(), losses.std() / np.sqrt(len(losses)))
+    for strength, (loss, error) in probe.validation.items():
+        assert (loss, error) == pytest.approx(found[strength], abs=5e-3)
+    best = min(found, key=lambda strength: found[strength][0])
+    assert probe.strength == max(s for s in strengths if found[s][0] <= sum(found[best]))
+
+
+def test_a_path_of_penalties_ends_once_the_held_out_loss_has_risen_twice():
+    features, targets = clusters(spread=3.0)
+    probe = fit_probe(features, targets, 3)
+    losses = [loss for loss, _ in probe.validation.values()]
+    assert len(losses) < len(probing.STRENGTHS)
+    assert losses[-1] > min(losses) and losses[-2] > min(losses) and losses[-3] == min(losses)
 
 
 def test_out_of_fold_losses_come_from_probes_that_have_not_seen_the_sample():

@@ -25,9 +25,10 @@ class HeadRefitCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head on all training samples, unweighted."""
         started = time.perf_counter()
-        fit_head(trainer, pl_module, 0, self.memory_budget, "Head refit: features")
+        probe = fit_head(trainer, pl_module, 0, self.memory_budget, "Head refit")
         directory = run_directory(trainer)
         if trainer.checkpoint_callback is not None:
             trainer.save_checkpoint(directory / "checkpoints" / "refitted.ckpt", weights_only=False)
+        metrics = {"refit/strength": probe.strength, "time/refit_s": time.perf_counter() - started}
         if trainer.is_global_zero:
-            write_metrics(directory / "metrics.json", {"time/refit_s": time.perf_counter() - started})
+            write_metrics(directory / "metrics.json", metrics)

@@ -45,7 +45,7 @@ class LinearProbeCallback(Callback):
         if self._resumed:
             return
         started = time.perf_counter()
-        self.probe = fit_head(trainer, pl_module, self.folds, self.memory_budget, "Linear probe: features")
+        self.probe = fit_head(trainer, pl_module, self.folds, self.memory_budget, "Linear probe")
         metrics = {
             "probe/strength": self.probe.strength,
             "probe/mean_loss": float(self.probe.losses.double().mean()),
@@ -68,17 +68,17 @@ def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: floa
         return module.features(batch).float(), _targets(batch)  # type: ignore[operator]
 
     with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
-        features, targets = sweep(trainer, module, loader, look, description, _allocator(budget, Path(folder)))
+        features, targets = sweep(trainer, module, loader, look, f"{description}: features", _allocator(budget, Path(folder)))
         probe = None
         if trainer.is_global_zero:
-            bar = tqdm(total=len(STRENGTHS) + folds + 1, desc="Linear probe: solving", unit="fit", leave=False)
+            bar = tqdm(total=len(STRENGTHS) + folds + 1, desc=f"{description}: solving", unit="fit", leave=False)
             with bar if trainer.progress_bar_callback is not None else tqdm(disable=True) as steps:
                 classes = module.head.out_features  # type: ignore[union-attr]
                 probe = fit_probe(features, targets, classes, folds, device=module.device, on_step=steps.update)  # type: ignore[arg-type]
         probe = trainer.strategy.broadcast(probe)
     _install(module, probe)
     rank_zero_info(
-        f"Linear probe: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
+        f"{description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
         f"mean {'out-of-fold' if folds else 'training'} loss {probe.losses.mean():.4f}."
     )
     return probe

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +68,7 @@ class ImageClassificationModule(WeightedLossModule):
         pretrained: bool = True,
         checkpoint: str | Path | None = None,
         learning_rate: float = 1e-3,
-        optimizer: OptimizerFactory = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
+        optimizer: OptimizerFactory = lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=5e-4),
         schedule: Schedule = "cosine",
         warmup: float = 0.0,
         batch_norm: Literal["frozen", "train"] = "frozen",

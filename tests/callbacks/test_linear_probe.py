@@ -1,0 +1,104 @@
+"""The head before and after training: one pass, one probe, the same model for every method."""
+
+import os
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from sklearn.linear_model import LogisticRegression
+from torch.utils.data import DataLoader
+
+import flow_lightning as fl
+from tests.examples import LinearRegression, RegressionData, fit, make_trainer
+from tests.images import PictureData, tiny_module
+
+
+class CountForwards(Callback):
+    """Count the images that go through the body, and keep the head as training finds it."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.images = 0
+        pl_module.model.conv1.register_forward_hook(self.count)
+
+    def count(self, module, inputs, output):
+        self.images += len(inputs[0])
+
+    def on_train_start(self, trainer, pl_module):
+        self.scored, self.head = self.images, pl_module.head.weight.clone()
+
+
+def all_images(data):
+    return next(iter(DataLoader(data.train_set, len(data.train_set))))
+
+
+def test_one_pass_over_the_images_serves_probe_temperature_and_weights():
+    counter = CountForwards()
+    make_trainer(fl.LinearProbeCallback(folds=3), fl.FlowWeightingCallback(), counter).fit(tiny_module(), datamodule=PictureData())
+    assert counter.scored == 30
+
+
+def test_the_head_is_scikit_learns_logistic_regression():
+    """At the strength that validation chose, on the features of the frozen body."""
+    probe, counter = fl.LinearProbeCallback(), CountForwards()
+    module = tiny_module()
+    batch = all_images(PictureData())
+    with torch.no_grad():
+        features = module.eval().features(batch).double().numpy()
+    make_trainer(probe, counter).fit(module.train(), datamodule=PictureData())
+    mean, scale = features.mean(0), features.var(0).mean() ** 0.5
+    reference = LogisticRegression(C=1 / (probe.probe.strength * 30), tol=1e-10, max_iter=100_000)
+    expected = reference.fit((features - mean) / scale, batch["target"].numpy()).predict_log_proba((features - mean) / scale)
+    losses = -torch.from_numpy(expected)[torch.arange(30), batch["target"]]
+    torch.testing.assert_close(probe.probe.losses, losses.float(), rtol=1e-2, atol=5e-3)
+    assert torch.equal(counter.head, probe.probe.head.weight)
+
+
+def test_out_of_fold_losses_make_the_weights():
+    in_sample, out_of_fold = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
+    heads = []
+    for folds, flow in ((0, in_sample), (5, out_of_fold)):
+        counter = CountForwards()
+        make_trainer(fl.LinearProbeCallback(folds=folds), flow, counter).fit(tiny_module(), datamodule=PictureData())
+        heads.append(counter.head)
+    assert out_of_fold.weights.temperature > in_sample.weights.temperature
+    torch.testing.assert_close(*heads)
+
+
+def test_features_above_the_budget_go_to_a_file(monkeypatch):
+    files = []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *args, **kwargs: files.append(args[0]) or from_file(*args, **kwargs))
+    results = []
+    for budget in (4.0, 1e-9):
+        probe = fl.LinearProbeCallback(memory_budget=budget)
+        make_trainer(probe).fit(tiny_module(), datamodule=PictureData())
+        results.append(probe.probe)
+    assert len(files) == 2
+    assert not any(os.path.exists(file) for file in files)
+    assert torch.equal(results[0].losses, results[1].losses)
+
+
+def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
+    checkpoint = ModelCheckpoint("ckpt", filename="mid", every_n_train_steps=2, save_top_k=1)
+    make_trainer(fl.LinearProbeCallback(), checkpoint, enable_checkpointing=True, max_steps=2).fit(tiny_module(), datamodule=PictureData())
+    saved = torch.load("ckpt/mid.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
+    counter = CountForwards()
+    make_trainer(fl.LinearProbeCallback(), counter, max_epochs=2).fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/mid.ckpt")
+    assert counter.scored == 0 and torch.equal(counter.head, saved)
+
+
+def test_the_order_of_the_callbacks_matters():
+    with pytest.raises(ValueError, match="before FlowWeightingCallback"):
+        make_trainer(fl.FlowWeightingCallback(), fl.LinearProbeCallback()).fit(tiny_module(), datamodule=PictureData())
+
+
+def test_a_module_that_cannot_be_probed_is_told_what_is_missing():
+    with pytest.raises(TypeError, match=r"features\(batch\)"):
+        fit(fl.LinearProbeCallback(), module=LinearRegression(), data=RegressionData())
+
+
+def test_too_few_classes_name_the_fix():
+    module = fl.ImageClassificationModule("test_resnet.r160_in1k", 2, pretrained=False)
+    with pytest.raises(ValueError, match="Set model.num_classes"):
+        make_trainer(fl.LinearProbeCallback()).fit(module, datamodule=PictureData())
