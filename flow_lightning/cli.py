@@ -1,5 +1,6 @@
-"""The command line: LightningCLI with `score` (weights, no training) and `compare` (one configuration, several methods)."""
+"""The command line: LightningCLI with `score` (weights alone) and `compare` (one configuration, several methods)."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class FlowTrainer(Trainer):
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Compute the weights of the training set, report and draw them, without training."""
         wanted = (LinearProbeCallback, FlowWeightingCallback, ProgressBar)
-        self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[attr-defined, has-type]
+        self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[has-type]
         if not any(isinstance(callback, FlowWeightingCallback) for callback in self.callbacks):
             self.callbacks.append(FlowWeightingCallback())
         self.num_sanity_val_steps = 0
@@ -48,7 +49,9 @@ class FlowTrainer(Trainer):
             seeds: Seeds, each fitted under every method; by default the configuration's own.
             output: Folder for the runs, `comparison.json` and `comparison.png`.
         """
-        raise NotImplementedError("compare fits several models: call it from the command line, `python main.py compare`.")
+        raise NotImplementedError(
+            "compare fits several models: call it from the command line, `python main.py compare`."
+        )
 
 
 class FlowCLI(LightningCLI):
@@ -69,9 +72,7 @@ class FlowCLI(LightningCLI):
             default=1e-3,
             help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}.",
         )
-        parser.link_arguments(
-            ("learning_rate", "method"), "model.init_args.learning_rate", compute_fn=learning_rate_of
-        )
+        parser.link_arguments(("learning_rate", "method"), "model.init_args.learning_rate", compute_fn=learning_rate_of)
         parser.add_lightning_class_args(RetentionCallback, "retention")
 
     def instantiate_classes(self) -> None:
@@ -79,7 +80,8 @@ class FlowCLI(LightningCLI):
         if self.subcommand != "compare":
             super().instantiate_classes()
             return
-        self.config_init, self.trainer = self.config, self.trainer_class
+        self.config_init = self.config
+        self.trainer = self.trainer_class  # type: ignore[assignment]  # read for its methods, never run
         self.model = self.datamodule = None
 
     def compare(self, methods: list[str], seeds: list[int] | None, output: str, **_: Any) -> None:
@@ -93,7 +95,7 @@ class FlowCLI(LightningCLI):
         parser = self._parser("fit")
         base.write_text(parser.dump(config, skip_link_targets=True, skip_check=True))
         runs: dict[str, list[dict[str, Any]]] = {Path(method).stem: [] for method in methods}
-        for seed in seeds or [None]:
+        for seed in seeds or (None,):
             for method in methods:
                 name = Path(method).stem
                 where = folder / name / ("default" if seed is None else f"seed-{seed}")
@@ -113,7 +115,8 @@ def learning_rate_of(learning_rate: float | dict[str, float], method: str) -> fl
         return learning_rate
     if method not in learning_rate:
         raise ValueError(
-            f"learning_rate has no rate for the method {method!r}, only for {sorted(learning_rate)}. Add one, or give a number."
+            f"learning_rate has no rate for the method {method!r}, only for {sorted(learning_rate)}. "
+            "Add one, or give a number."
         )
     return learning_rate[method]
 
@@ -124,6 +127,8 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
     Args:
         args: Arguments, by default the process's own.
     """
+    # Frozen BatchNorm layers stand in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     return FlowCLI(
         WeightedLossModule,
         LightningDataModule,

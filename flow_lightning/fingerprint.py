@@ -30,13 +30,15 @@ def model_fingerprint(state: Mapping[str, Tensor], exclude: tuple[str, ...] = ()
         if not isinstance(value, Tensor) or name.startswith(exclude or ("\0",)):
             continue
         flat = value.detach().flatten()
-        positions = torch.linspace(0, max(flat.numel() - 1, 0), min(_ELEMENTS, flat.numel()), dtype=torch.float64).long()
+        positions = torch.linspace(
+            0, max(flat.numel() - 1, 0), min(_ELEMENTS, flat.numel()), dtype=torch.float64
+        ).long()
         _update(digest, (name, tuple(value.shape), flat[positions.to(flat.device)].double()))
     return digest.hexdigest()
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Hash a map-style data set: its length, all targets where it lists them, and the content of 32 evenly spaced samples.
+    """Hash a map-style data set: its length, all targets if it lists them, and the content of 32 evenly spaced samples.
 
     Samples are taken as the data set gives them, so that a change of the transforms shows, too. A change of a few
     samples of a large data set that alters neither length nor targets can go unseen.
@@ -66,7 +68,7 @@ def _targets(dataset: Any) -> Any:
     return np.asarray(targets) if targets is not None else None
 
 
-def _update(digest: "hashlib._Hash", value: Any) -> None:
+def _update(digest: hashlib.blake2b, value: Any) -> None:
     if isinstance(value, Tensor):
         array = value.detach().cpu()
         _update(digest, (array.float() if array.dtype == torch.bfloat16 else array).numpy())

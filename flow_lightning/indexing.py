@@ -1,4 +1,4 @@
-"""Room 0, the index contract: an integer `index` travels with each sample through the batch, so that its weight can be found."""
+"""Room 0, the index contract: each sample's integer `index` travels through the batch, so that its weight is found."""
 
 from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
@@ -77,9 +77,9 @@ def check_map_style(dataset: Any) -> None:
     """
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"{type(dataset).__name__} is not a map-style data set: its samples have no stable index, so a weight that is computed "
-            "once cannot be found again. Load the samples into a map-style data set (__getitem__ and __len__; a list, "
-            "a datasets.Dataset, an ImageFolder), then wrap that in flow_lightning.IndexedDataset."
+            f"{type(dataset).__name__} is not a map-style data set: its samples have no stable index, so a weight that "
+            "is computed once cannot be found again. Load the samples into a map-style data set (__getitem__ and "
+            "__len__; a list, a datasets.Dataset, an ImageFolder), then wrap that in flow_lightning.IndexedDataset."
         )
 
 
@@ -91,6 +91,6 @@ def check_indices(found: Tensor, expected: Tensor) -> None:
     """
     if not torch.equal(found.cpu(), expected.cpu()):
         raise ValueError(
-            f"Asked the data set for samples {expected[:8].tolist()} but their 'index' says {found[:8].tolist()}: the index must be the "
-            f"position in the training data set, each once. {_FIX}"
+            f"Asked the data set for samples {expected[:8].tolist()} but their 'index' says {found[:8].tolist()}: "
+            f"the index must be the position in the training data set, each once. {_FIX}"
         )

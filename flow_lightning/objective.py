@@ -32,11 +32,16 @@ def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Redu
         (tensor(1.2500), tensor(1.6667))
     """
     if reduction not in ("batch", "weights"):
-        raise ValueError(f"reduction is {reduction!r}; expected 'batch' (sum(w l) / B) or 'weights' (sum(w l) / sum(w)).")
+        raise ValueError(
+            f"reduction is {reduction!r}; expected 'batch' (sum(w l) / B) or 'weights' (sum(w l) / sum(w))."
+        )
     if weights is None:
         return losses.mean()
     if weights.shape != losses.shape:
-        raise ValueError(f"losses have shape {tuple(losses.shape)} but weights {tuple(weights.shape)}; expected one weight for each loss.")
+        raise ValueError(
+            f"losses have shape {tuple(losses.shape)} but weights {tuple(weights.shape)}; "
+            "expected one weight for each loss."
+        )
     loss = (weights * losses).mean()
     if reduction == "weights":
         # n / sum(w) is exactly 1 when all weights are 1; the clamp keeps a batch of vanishing weights finite.

@@ -25,6 +25,7 @@ class LinearHead:
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
+        """Compute logits `[n, C]` of features `[n, D]`."""
         return F.linear(features, self.weight, self.bias)
 
 
@@ -60,8 +61,8 @@ def fit_probe(
         features: `[n, D]`, in memory or memory-mapped; moved to the device in blocks.
         targets: Class indices, `[n]`.
         num_classes: C.
-        folds: 0 for the losses of the probe on its own training samples, as the authors take them; k > 1 for the losses of k
-            probes, each on the samples it has not seen.
+        folds: 0 for the losses of the probe on its own training samples, as the authors take them; k > 1 for the losses
+            of k probes, each on the samples it has not seen.
         strengths: L2 penalties to try, strongest first.
         device: Where to solve.
         on_step: Called after each of the `len(strengths) + folds + 1` solutions at most, for a progress bar.
@@ -89,9 +90,9 @@ def fit_probe(
 def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
     """Choose the strongest penalty whose held-out loss is within one standard error of the best (Breiman et al., 1984).
 
-    The weights of FLOW need losses that still tell easy samples from hard ones. The penalty with the lowest held-out loss of
-    all is often one at which nearly all training losses have collapsed to 0, and one that is no worse for all that the held-out
-    samples can tell keeps them apart.
+    The weights of FLOW need losses that still tell easy samples from hard ones. The penalty with the lowest held-out
+    loss of all is often one at which nearly all training losses have collapsed to 0, and one that is no worse for all
+    that the held-out samples can tell keeps them apart.
 
     Args:
         validation: Strength to mean held-out loss and its standard error.
@@ -172,7 +173,7 @@ def _held_out_losses(
     device: torch.device | str,
     on_step: Callable[[], None],
 ) -> dict[float, tuple[float, float]]:
-    """Follow the penalties from strong to weak, each from the last solution, until the held-out loss has risen twice."""
+    """Follow the penalties from strong to weak, each from the last solution, until held-out loss has risen twice."""
     held_features, held_targets = features[held_out], targets[held_out]
     found: dict[float, tuple[float, float]] = {}
     head: LinearHead | None = None
@@ -225,7 +226,7 @@ def _solve(
         return total.detach()
 
     with torch.enable_grad():
-        optimizer.step(objective)  # type: ignore[arg-type]
+        optimizer.step(objective)
     return scale.to_plain(weight.detach().cpu(), bias.detach().cpu())
 
 
@@ -242,11 +243,14 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, folds: int) -> N
         wrong = ~torch.isfinite(block).all(dim=1)
         if wrong.any():
             shown = (wrong.nonzero().flatten()[:10] + start).tolist()
-            raise ValueError(f"The features of samples {shown} are NaN or infinite. Score in 32-bit precision, or look at them.")
+            raise ValueError(
+                f"The features of samples {shown} are NaN or infinite. Score in 32-bit precision, or look at them."
+            )
     if targets.min() < 0 or targets.max() >= num_classes:
         raise ValueError(
             f"Targets run from {int(targets.min())} to {int(targets.max())}, but num_classes is {num_classes}: "
-            f"expected targets from 0 to {num_classes - 1}. Set model.num_classes to the number of classes of the data set."
+            f"expected targets from 0 to {num_classes - 1}. Set model.num_classes to the number of classes of the data "
+            "set."
         )
     if folds == 1 or folds < 0 or folds > len(targets):
         raise ValueError(f"folds is {folds} for {len(targets)} samples; expected 0 (in sample) or 2 to {len(targets)}.")

@@ -111,4 +111,7 @@ def collect(
 
 def progress(batches: Iterable[T], total: int, description: str, enabled: bool = True) -> Iterable[T]:
     """Show a progress bar with rate and remaining time while iterating, and leave it standing at the end."""
-    return tqdm(batches, total=total, desc=description, unit="batch", dynamic_ncols=True, disable=not enabled)
+    shown: Iterable[T] = tqdm(
+        batches, total=total, desc=description, unit="batch", dynamic_ncols=True, disable=not enabled
+    )
+    return shown

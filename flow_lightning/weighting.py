@@ -179,7 +179,11 @@ class SampleWeights:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part."""
         state = self.state_dict()
-        metadata = {"format": _FORMAT, "temperature": repr(self.temperature), "fingerprint": json.dumps(self.fingerprint)}
+        metadata = {
+            "format": _FORMAT,
+            "temperature": repr(self.temperature),
+            "fingerprint": json.dumps(self.fingerprint),
+        }
         write_bytes(path, save({"losses": state["losses"], "weights": state["weights"]}, metadata))
 
     @classmethod
@@ -191,7 +195,9 @@ class SampleWeights:
             ValueError: If the file is damaged, or is not a weights file of this library.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"No weights file at {path}. `main.py score` or a fit with FlowWeightingCallback writes one.")
+            raise FileNotFoundError(
+                f"No weights file at {path}. `main.py score` or a fit with FlowWeightingCallback writes one."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -215,7 +221,9 @@ class SampleWeights:
             ValueError: If shapes or types are wrong, a loss is not usable, or a weight is not `exp(-l / tau)`.
         """
         if self.losses.ndim != 1 or self.losses.shape != self.weights.shape:
-            raise ValueError(f"losses {tuple(self.losses.shape)} and weights {tuple(self.weights.shape)} are not one vector each")
+            raise ValueError(
+                f"losses {tuple(self.losses.shape)} and weights {tuple(self.weights.shape)} are not one vector each"
+            )
         if self.losses.dtype != torch.float32 or self.weights.dtype != torch.float32:
             raise ValueError(f"losses are {self.losses.dtype} and weights {self.weights.dtype}, expected float32")
         check_losses(self.losses)

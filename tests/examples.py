@@ -58,22 +58,26 @@ class RegressionData(LightningDataModule):
 
 
 def make_trainer(*callbacks: Any, **settings: Any) -> Trainer:
-    defaults = dict(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir="run",
-        log_every_n_steps=1,
-    )
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": "run",
+        "log_every_n_steps": 1,
+    }
     return Trainer(callbacks=list(callbacks), **(defaults | settings))
 
 
 def fit(
-    *callbacks: Any, module: LightningModule | None = None, data: Any = None, ckpt_path: str | None = None, **settings: Any
+    *callbacks: Any,
+    module: LightningModule | None = None,
+    data: Any = None,
+    ckpt_path: str | None = None,
+    **settings: Any,
 ) -> tuple[Any, Trainer]:
     """Fit from a fixed seed; the same call without a callback is the run to compare with."""
     seed_everything(7, verbose=False)

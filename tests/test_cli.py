@@ -151,7 +151,9 @@ def test_help_reads(arguments, capsys):
         main([*arguments, "--help"])
     printed = capsys.readouterr().out
     assert end.value.code == 0
-    for word in {"compare": ["--methods", "--seeds", "--output"], "": ["score", "compare"]}.get("".join(arguments), ["--retention.images"]):
+    for word in {"compare": ["--methods", "--seeds", "--output"], "": ["score", "compare"]}.get(
+        "".join(arguments), ["--retention.images"]
+    ):
         assert word in printed
 
 

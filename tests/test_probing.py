@@ -73,7 +73,9 @@ def test_out_of_fold_losses_come_from_probes_that_have_not_seen_the_sample():
         model = LogisticRegression(C=1 / (0.01 * (~unseen).sum()), tol=1e-10, max_iter=100_000)
         model.fit((x[~unseen] - mean) / scale, y[~unseen])
         p = model.predict_proba((x[unseen] - mean) / scale)
-        np.testing.assert_allclose(probe.losses[torch.from_numpy(unseen)], -np.log(p[np.arange(len(p)), y[unseen]]), atol=2e-2)
+        np.testing.assert_allclose(
+            probe.losses[torch.from_numpy(unseen)], -np.log(p[np.arange(len(p)), y[unseen]]), atol=2e-2
+        )
     in_sample = fit_probe(features, targets, 3, strengths=[0.01])
     assert probe.losses.mean() > in_sample.losses.mean()
     torch.testing.assert_close(probe.head.weight, in_sample.head.weight)

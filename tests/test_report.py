@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,3 +131,8 @@ def test_comparison_picture(tmp_path, runs):
     plot_comparison(runs, tmp_path / "comparison.png")
     assert _is_picture(tmp_path / "comparison.png")
     assert dict(rcParams) == before
+
+
+def test_the_readme_lists_every_metric():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert metrics_markdown() in readme

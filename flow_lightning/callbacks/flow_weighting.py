@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
-from flow_lightning.callbacks.sweep import run_directory, scoring_dataloader, sweep
+from flow_lightning.callbacks.sweep import forget_older_metrics, run_directory, scoring_dataloader, sweep
 from flow_lightning.fingerprint import dataset_fingerprint, model_fingerprint, sample_fingerprint
 from flow_lightning.indexing import check_map_style
 from flow_lightning.pictures import plot_weights
@@ -49,8 +49,8 @@ class FlowWeightingCallback(Callback):
     Args:
         temperature: tau, in the unit of the loss; by default a quantile of the losses.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
-        dataloader: Where the samples to score come from, if neither data module nor module has `scoring_dataloader()` or
-            `train_dataloader()`. Its data set, in the same order, must be the one that is trained on.
+        dataloader: Where the samples to score come from, if neither data module nor module has `scoring_dataloader()`
+            or `train_dataloader()`. Its data set, in the same order, must be the one that is trained on.
         weights_file: Weights to use instead of scoring: a `flow_weights.safetensors` of the same data set.
     """
 
@@ -62,7 +62,9 @@ class FlowWeightingCallback(Callback):
         weights_file: str | Path | None = None,
     ) -> None:
         if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; expected a positive number, or None for a quantile of the losses.")
+            raise ValueError(
+                f"temperature is {temperature}; expected a positive number, or None for a quantile of the losses."
+            )
         self.temperature = temperature
         self.quantile = quantile
         self.dataloader = dataloader
@@ -84,6 +86,7 @@ class FlowWeightingCallback(Callback):
                 "flow_lightning.WeightedLossModule and define that one method."
             )
         _check_order(trainer, self)
+        forget_older_metrics(trainer)
         self._state = _State(resumed=trainer.ckpt_path is not None)
         self._state.reference = model_fingerprint(pl_module.state_dict(), _new_parts(trainer, pl_module))
         _warn_if_fine_tuned(pl_module, self._state.reference)
@@ -101,7 +104,9 @@ class FlowWeightingCallback(Callback):
             _warn_if_random(loader.dataset)
             fingerprint = {"dataset": dataset_fingerprint(loader.dataset), "reference": self._state.reference}
         if self.weights_file is not None:
-            self._state.weights = _verified(SampleWeights.load(self.weights_file), fingerprint, f"The file {self.weights_file}")
+            self._state.weights = _verified(
+                SampleWeights.load(self.weights_file), fingerprint, f"The file {self.weights_file}"
+            )
         else:
             losses = _losses(trainer, pl_module, loader)
             self._state.weights = SampleWeights.from_losses(losses, self.temperature, self.quantile, fingerprint)
@@ -122,8 +127,9 @@ class FlowWeightingCallback(Callback):
         """Refuse to train on without weights."""
         if self._state.weights is not None and self._state.weights.lookups == 0:
             raise RuntimeError(
-                f"{type(pl_module).__name__}.training_step did not look up a weight, so its loss is not weighted. Return "
-                "`self.weighted_loss(batch, self.sample_losses(batch))`, or leave training_step to WeightedLossModule."
+                f"{type(pl_module).__name__}.training_step did not look up a weight, so its loss is not weighted. "
+                "Return `self.weighted_loss(batch, self.sample_losses(batch))`, or leave training_step to "
+                "WeightedLossModule."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -156,11 +162,15 @@ class FlowWeightingCallback(Callback):
         where = f"The checkpoint {trainer.ckpt_path}"
         if self._state.weights is None:
             raise RuntimeError(
-                f"{where} holds no FLOW weights, and its model is not the pre-trained one, so they cannot be computed from it. Resume "
-                "a run that had FlowWeightingCallback, or pass FlowWeightingCallback(weights_file=...)."
+                f"{where} holds no FLOW weights, and its model is not the pre-trained one, so they cannot be computed "
+                "from it. Resume a run that had FlowWeightingCallback, or pass "
+                "FlowWeightingCallback(weights_file=...)."
             )
         with evaluation(module):
-            found = {"dataset": dataset_fingerprint(self._loader(trainer, module).dataset), "reference": self._state.reference}
+            found = {
+                "dataset": dataset_fingerprint(self._loader(trainer, module).dataset),
+                "reference": self._state.reference,
+            }
         if self._state.reference == self._state.checkpoint:  # built by load_from_checkpoint
             found.pop("reference")
         module.sample_weights = _verified(self._state.weights, found, where)  # type: ignore[assignment]
@@ -192,7 +202,8 @@ def _losses(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) 
         losses = module.sample_losses(batch)  # type: ignore[operator]
         if losses.ndim != 1:
             raise ValueError(
-                f"sample_losses(batch) gave shape {tuple(losses.shape)}; expected one loss per sample, [B] (reduction='none')."
+                f"sample_losses(batch) gave shape {tuple(losses.shape)}; expected one loss per sample, [B] "
+                "(reduction='none')."
             )
         return (losses.float(),)
 
@@ -210,24 +221,29 @@ def _new_parts(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
 def _check_order(trainer: Trainer, callback: FlowWeightingCallback) -> None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(later, LinearProbeCallback) for later in callbacks[callbacks.index(callback) :]):
-        raise ValueError("LinearProbeCallback must stand before FlowWeightingCallback in the Trainer's callbacks: weights come from the probe.")
+        raise ValueError(
+            "LinearProbeCallback must stand before FlowWeightingCallback in the Trainer's callbacks: "
+            "weights come from the probe."
+        )
 
 
 def _warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
     origin = getattr(module, "flow_reference", None)
     if origin is not None and origin != reference:
         rank_zero_warn(
-            "This module was loaded from a checkpoint of a FLOW run, so its weights are fine-tuned ones, and a new fit takes them as its "
-            "reference. To go on with that run, use trainer.fit(..., ckpt_path=...); to start again from the pre-trained model, build "
-            "the module anew; to keep the old weights, pass FlowWeightingCallback(weights_file=...)."
+            "This module was loaded from a checkpoint of a FLOW run, so its weights are fine-tuned ones, and a new fit "
+            "takes them as its reference. To go on with that run, use trainer.fit(..., ckpt_path=...); to start again "
+            "from the pre-trained model, build the module anew; to keep the old weights, pass "
+            "FlowWeightingCallback(weights_file=...)."
         )
 
 
 def _warn_if_random(dataset: Any) -> None:
     if len(dataset) and sample_fingerprint(dataset[0]) != sample_fingerprint(dataset[0]):
         rank_zero_warn(
-            "The samples to score change from one reading to the next: their transforms are random, so the weights come from one random "
-            "draw. Define `scoring_dataloader()` on the data module: the training samples with evaluation transforms."
+            "The samples to score change from one reading to the next: their transforms are random, so the weights "
+            "come from one random draw. Define `scoring_dataloader()` on the data module: the training samples with "
+            "evaluation transforms."
         )
 
 
@@ -235,18 +251,23 @@ def _check_length(trainer: Trainer, scored: int) -> None:
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     if dataset is not None and len(dataset) != scored:
         raise ValueError(
-            f"{scored} samples were scored but the training set has {len(dataset)}: the scoring and the training loader must hold the "
-            "same samples in the same order. Split and wrap the data set once, in setup(), not in each *_dataloader()."
+            f"{scored} samples were scored but the training set has {len(dataset)}: the scoring and the training "
+            "loader must hold the same samples in the same order. Split and wrap the data set once, in setup(), not in "
+            "each *_dataloader()."
         )
 
 
 def _verified(weights: SampleWeights, expected: dict[str, str], where: str) -> SampleWeights:
-    what = {"dataset": "the training data set (its samples, targets or transforms)", "reference": "the pre-trained model"}
+    what = {
+        "dataset": "the training data set (its samples, targets or transforms)",
+        "reference": "the pre-trained model",
+    }
     changed = [what[key] for key, value in expected.items() if weights.fingerprint.get(key) != value]
     if changed:
         raise ValueError(
-            f"{where} holds weights that do not belong to this run: {' and '.join(changed)} changed since they were computed. Restore "
-            "what they were computed from (a module with random parts needs the same seed), or start a new run without it."
+            f"{where} holds weights that do not belong to this run: {' and '.join(changed)} changed since they were "
+            "computed. Restore what they were computed from (a module with random parts needs the same seed), or start "
+            "a new run without it."
         )
     weights.verify()
     return weights
@@ -256,7 +277,7 @@ def _log(trainer: Trainer, weights: SampleWeights, summary: dict[str, float], pi
     """Log the numbers to every logger, and the distribution to those that draw."""
     for logger in trainer.loggers:
         logger.log_metrics(summary, step=0)
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
             experiment.add_histogram("flow/weights", weights.weights.cpu(), 0)
             experiment.add_histogram("flow/losses", torch.log10(weights.losses.clamp_min(1e-8)), 0)

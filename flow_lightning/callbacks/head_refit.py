@@ -4,7 +4,7 @@ import time
 
 from lightning import Callback, LightningModule, Trainer
 
-from flow_lightning.callbacks.linear_probe import fit_head
+from flow_lightning.callbacks.linear_probe import check_probeable, fit_head
 from flow_lightning.callbacks.sweep import run_directory
 from flow_lightning.report import write_metrics
 
@@ -21,6 +21,10 @@ class HeadRefitCallback(Callback):
 
     def __init__(self, memory_budget: float = 4.0) -> None:
         self.memory_budget = memory_budget
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an unsuitable module now, not after hours of training."""
+        check_probeable(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head on all training samples, unweighted."""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flow_lightning.callbacks.sweep import run_directory, scoring_dataloader, sweep
+from flow_lightning.callbacks.sweep import forget_older_metrics, run_directory, scoring_dataloader, sweep
 from flow_lightning.probing import STRENGTHS, Probe, fit_probe
 from flow_lightning.report import write_metrics
 
@@ -39,9 +39,12 @@ class LinearProbeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notice a resumed fit here: tuners leave a `trainer.ckpt_path` of their own behind."""
         self._resumed = trainer.ckpt_path is not None
+        if stage == "fit":
+            forget_older_metrics(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head; a resumed fit finds the head in its checkpoint."""
+        check_probeable(pl_module)
         if self._resumed:
             return
         started = time.perf_counter()
@@ -51,8 +54,9 @@ class LinearProbeCallback(Callback):
             "probe/mean_loss": float(self.probe.losses.double().mean()),
             "time/probe_s": time.perf_counter() - started,
         }
+        directory = run_directory(trainer)
         if trainer.is_global_zero:
-            write_metrics(run_directory(trainer) / "metrics.json", metrics)
+            write_metrics(directory / "metrics.json", metrics)
 
 
 def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: float, description: str) -> Probe:
@@ -61,21 +65,22 @@ def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: floa
     Returns:
         The probe, the same on every rank: rank 0 solves, the others receive.
     """
-    _check_module(module)
     loader = scoring_dataloader(trainer, module)
 
     def look(batch: Any) -> tuple[Tensor, Tensor]:
         return module.features(batch).float(), _targets(batch)  # type: ignore[operator]
 
     with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
-        features, targets = sweep(trainer, module, loader, look, f"{description}: features", _allocator(budget, Path(folder)))
-        probe = None
+        features, targets = sweep(
+            trainer, module, loader, look, f"{description}: features", _allocator(budget, Path(folder))
+        )
+        solved: Any = None
         if trainer.is_global_zero:
             bar = tqdm(total=len(STRENGTHS) + folds + 1, desc=f"{description}: solving", unit="fit", leave=False)
             with bar if trainer.progress_bar_callback is not None else tqdm(disable=True) as steps:
                 classes = module.head.out_features  # type: ignore[union-attr]
-                probe = fit_probe(features, targets, classes, folds, device=module.device, on_step=steps.update)  # type: ignore[arg-type]
-        probe = trainer.strategy.broadcast(probe)
+                solved = fit_probe(features, targets, classes, folds, device=module.device, on_step=steps.update)  # type: ignore[arg-type]
+        probe: Probe = trainer.strategy.broadcast(solved)
     _install(module, probe)
     rank_zero_info(
         f"{description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
@@ -84,17 +89,27 @@ def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: floa
     return probe
 
 
-def _check_module(module: LightningModule) -> None:
-    if not callable(getattr(module, "features", None)) or not isinstance(getattr(module, "head", None), torch.nn.Linear):
+def check_probeable(module: LightningModule) -> None:
+    """Refuse a module without `features` and `head`.
+
+    Raises:
+        TypeError: The message says what is missing.
+    """
+    if not callable(getattr(module, "features", None)) or not isinstance(
+        getattr(module, "head", None), torch.nn.Linear
+    ):
         raise TypeError(
             f"{type(module).__name__} cannot be probed: it needs features(batch) -> [B, D] and a head (nn.Linear), as "
-            "ImageClassificationModule has. Without a new head no probe is needed: leave LinearProbeCallback out."
+            "ImageClassificationModule has. Without a new head "
+            "neither probe nor refit is needed: leave LinearProbeCallback and HeadRefitCallback out."
         )
 
 
 def _targets(batch: Any) -> Tensor:
     if "target" not in batch:
-        raise KeyError(f"A batch of the training data has no 'target' (keys {sorted(batch)}): the probe cannot be fitted.")
+        raise KeyError(
+            f"A batch of the training data has no 'target' (keys {sorted(batch)}): the probe cannot be fitted."
+        )
     return batch["target"]  # type: ignore[no-any-return]
 
 

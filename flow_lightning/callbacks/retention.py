@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
-from flow_lightning.callbacks.sweep import run_directory, sweep
+from flow_lightning.callbacks.sweep import forget_older_metrics, run_directory, sweep
 from flow_lightning.callbacks.tasks import (
     agreement_and_kl,
     log_probabilities,
@@ -111,6 +111,7 @@ class RetentionCallback(Callback):
         """Forget an earlier fit and check the order of the callbacks."""
         if stage != "fit":
             return
+        forget_older_metrics(trainer)
         self.state = RetentionState(resumed=trainer.ckpt_path is not None)
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         if any(isinstance(callback, HeadRefitCallback) for callback in later):

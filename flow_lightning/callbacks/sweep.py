@@ -29,8 +29,8 @@ def sweep(
 ) -> tuple[Tensor, ...]:
     """Apply a function of a batch to every sample of a loader's data set, once, in evaluation mode, over all ranks.
 
-    Rank r takes samples r, r + world, r + 2 world, ...: none twice, none padded. The bare module is called, not the wrapped
-    one, whose forward would wait for ranks that have no batch left.
+    Rank r takes samples r, r + world, r + 2 world, ...: none twice, none padded. The bare module is called, not the
+    wrapped one, whose forward would wait for ranks that have no batch left.
 
     Args:
         trainer: Gives devices, precision and ranks.
@@ -69,7 +69,7 @@ def scoring_dataloader(trainer: Trainer, module: LightningModule) -> DataLoader[
     Raises:
         TypeError: If there is neither, or it does not return a DataLoader.
     """
-    owners = [owner for owner in (trainer.datamodule, module) if owner is not None]  # type: ignore[attr-defined]
+    owners: list[Any] = [owner for owner in (trainer.datamodule, module) if owner is not None]  # type: ignore[attr-defined]
     for owner in owners:
         if callable(getattr(owner, "scoring_dataloader", None)):
             return _checked(owner.scoring_dataloader(), owner, "scoring_dataloader")
@@ -81,7 +81,9 @@ def scoring_dataloader(trainer: Trainer, module: LightningModule) -> DataLoader[
 
 def _checked(loader: Any, owner: Any, name: str) -> DataLoader[Any]:
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"{type(owner).__name__}.{name}() gave a {type(loader).__name__}; expected a DataLoader. {_HOW}")
+        raise TypeError(
+            f"{type(owner).__name__}.{name}() gave a {type(loader).__name__}; expected a DataLoader. {_HOW}"
+        )
     return loader
 
 
@@ -117,5 +119,18 @@ def _joined(
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """Return the directory of this run, the same on every rank: the logger's, or `default_root_dir` without a logger."""
+    """Return the directory of this run: the logger's, or `default_root_dir` without a logger.
+
+    To be called on every rank: rank 0 tells the others.
+    """
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def forget_older_metrics(trainer: Trainer) -> None:
+    """Remove the `metrics.json` that an older run left in this run's directory; to be called in `setup`, on every rank.
+
+    Callbacks add their numbers to that file one by one, so numbers of an older run would stay among them.
+    """
+    file = run_directory(trainer) / "metrics.json"
+    if trainer.ckpt_path is None and trainer.is_global_zero:
+        file.unlink(missing_ok=True)

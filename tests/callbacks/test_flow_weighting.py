@@ -111,15 +111,25 @@ def test_every_logger_gets_the_numbers_and_tensorboard_the_histogram():
     assert events.Histograms("flow/weights")[0].histogram_value.num == len(flow.weights)
 
 
+def test_numbers_of_an_older_run_in_the_same_directory_are_forgotten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text('{"target/top1": 0.5}')
+    fit(fl.FlowWeightingCallback())
+    assert "target/top1" not in (tmp_path / "run" / "metrics.json").read_text()
+
+
 def test_weights_file_replaces_scoring():
     first = fl.FlowWeightingCallback()
     fit(first)
     again = fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors")
     module, _ = fit(again, default_root_dir="second")
     assert module.scored == 0 and torch.equal(again.weights.weights, first.weights.weights)
-    with pytest.raises(ValueError, match="training data set.*changed"):
-        fit(fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors"), data=RegressionData(regression_data(20)))
-    with pytest.raises(ValueError, match="pre-trained model.*changed"):
+    with pytest.raises(ValueError, match=r"training data set.*changed"):
+        fit(
+            fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors"),
+            data=RegressionData(regression_data(20)),
+        )
+    with pytest.raises(ValueError, match=r"pre-trained model.*changed"):
         fit(fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors"), module=LinearRegression(seed=1))
 
 
@@ -182,7 +192,7 @@ def test_random_number_streams_are_as_without_it(snapshots):
 def test_batches_and_training_are_as_without_it(loader):
     """Two epochs in the same order, none empty, and with weights of 1 the same parameters to the last bit."""
     plain, _ = fit(data=RegressionData(**loader), max_epochs=2)
-    flow, trainer = fit(Unweighted(), data=RegressionData(**loader), max_epochs=2)
+    flow, _ = fit(Unweighted(), data=RegressionData(**loader), max_epochs=2)
     assert len(flow.seen) == len(plain.seen) == 12
     assert all(torch.equal(one, other) for one, other in zip(flow.seen, plain.seen))
     assert_same_parameters(flow, plain)
@@ -282,7 +292,10 @@ def test_a_run_resumed_in_mid_epoch_scores_nothing_and_has_the_same_weights():
     assert trainer.global_step > 4 and resumed.weights.lookups > 0
     for name in ("losses", "weights"):
         assert torch.equal(getattr(resumed.weights, name), getattr(first.weights, name))
-    assert (resumed.weights.temperature, resumed.weights.fingerprint) == (first.weights.temperature, first.weights.fingerprint)
+    assert (resumed.weights.temperature, resumed.weights.fingerprint) == (
+        first.weights.temperature,
+        first.weights.fingerprint,
+    )
 
 
 def test_the_checkpoint_holds_tensors_and_primitives_only():
@@ -293,7 +306,7 @@ def test_the_checkpoint_holds_tensors_and_primitives_only():
 
 def test_a_resumed_run_with_other_data_is_refused():
     interrupted()
-    with pytest.raises(ValueError, match="training data set.*changed since"):
+    with pytest.raises(ValueError, match=r"training data set.*changed since"):
         fit(fl.FlowWeightingCallback(), ckpt_path="ckpt/mid.ckpt", data=RegressionData(regression_data(seed=2)))
 
 
@@ -333,7 +346,7 @@ def test_an_iterable_data_set_names_what_to_do():
             yield from regression_data()
 
     loader = DataLoader(Stream(), batch_size=4)
-    with pytest.raises(TypeError, match="map-style data set.*IndexedDataset"):
+    with pytest.raises(TypeError, match=r"map-style data set.*IndexedDataset"):
         make_trainer(fl.FlowWeightingCallback(dataloader=loader)).fit(LinearRegression(), loader)
 
 

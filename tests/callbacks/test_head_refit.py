@@ -1,13 +1,15 @@
 """The head refitted after training."""
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
 import flow_lightning as fl
 from tests.callbacks.test_linear_probe import all_images
-from tests.examples import make_trainer
+from tests.examples import LinearRegression, fit, make_trainer
 from tests.images import PictureData, tiny_module
 
 
@@ -18,11 +20,15 @@ def test_the_refitted_head_is_the_solution_on_the_fine_tuned_body():
     with torch.no_grad():
         features = module.eval().features(batch).double().numpy()
     mean, scale = features.mean(0), features.var(0).mean() ** 0.5
-    strength = json.loads(open("run/metrics.json").read())["refit/strength"]
+    strength = json.loads(Path("run/metrics.json").read_text())["refit/strength"]
     reference = LogisticRegression(C=1 / (strength * 30), tol=1e-10, max_iter=100_000)
-    expected = reference.fit((features - mean) / scale, batch["target"].numpy()).predict_proba((features - mean) / scale)
+    expected = reference.fit((features - mean) / scale, batch["target"].numpy()).predict_proba(
+        (features - mean) / scale
+    )
     with torch.no_grad():
-        torch.testing.assert_close(module(batch["image"]).softmax(1), torch.from_numpy(expected).float(), rtol=0, atol=5e-3)
+        torch.testing.assert_close(
+            module(batch["image"]).softmax(1), torch.from_numpy(expected).float(), rtol=0, atol=5e-3
+        )
 
 
 def test_the_refitted_model_is_saved():
@@ -30,3 +36,10 @@ def test_the_refitted_model_is_saved():
     make_trainer(fl.HeadRefitCallback(), enable_checkpointing=True).fit(module, datamodule=PictureData())
     saved = torch.load("run/checkpoints/refitted.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(saved["model.fc.weight"], module.head.weight)
+
+
+def test_an_unsuitable_module_is_refused_before_training():
+    module = LinearRegression()
+    with pytest.raises(TypeError, match=r"features\(batch\)"):
+        fit(fl.HeadRefitCallback(), module=module)
+    assert not module.seen

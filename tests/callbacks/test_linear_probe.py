@@ -34,7 +34,9 @@ def all_images(data):
 
 def test_one_pass_over_the_images_serves_probe_temperature_and_weights():
     counter = CountForwards()
-    make_trainer(fl.LinearProbeCallback(folds=3), fl.FlowWeightingCallback(), counter).fit(tiny_module(), datamodule=PictureData())
+    make_trainer(fl.LinearProbeCallback(folds=3), fl.FlowWeightingCallback(), counter).fit(
+        tiny_module(), datamodule=PictureData()
+    )
     assert counter.scored == 30
 
 
@@ -48,7 +50,9 @@ def test_the_head_is_scikit_learns_logistic_regression():
     make_trainer(probe, counter).fit(module.train(), datamodule=PictureData())
     mean, scale = features.mean(0), features.var(0).mean() ** 0.5
     reference = LogisticRegression(C=1 / (probe.probe.strength * 30), tol=1e-10, max_iter=100_000)
-    expected = reference.fit((features - mean) / scale, batch["target"].numpy()).predict_log_proba((features - mean) / scale)
+    expected = reference.fit((features - mean) / scale, batch["target"].numpy()).predict_log_proba(
+        (features - mean) / scale
+    )
     losses = -torch.from_numpy(expected)[torch.arange(30), batch["target"]]
     torch.testing.assert_close(probe.probe.losses, losses.float(), rtol=1e-2, atol=5e-3)
     assert torch.equal(counter.head, probe.probe.head.weight)
@@ -81,10 +85,14 @@ def test_features_above_the_budget_go_to_a_file(monkeypatch):
 
 def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
     checkpoint = ModelCheckpoint("ckpt", filename="mid", every_n_train_steps=2, save_top_k=1)
-    make_trainer(fl.LinearProbeCallback(), checkpoint, enable_checkpointing=True, max_steps=2).fit(tiny_module(), datamodule=PictureData())
+    make_trainer(fl.LinearProbeCallback(), checkpoint, enable_checkpointing=True, max_steps=2).fit(
+        tiny_module(), datamodule=PictureData()
+    )
     saved = torch.load("ckpt/mid.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
     counter = CountForwards()
-    make_trainer(fl.LinearProbeCallback(), counter, max_epochs=2).fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/mid.ckpt")
+    make_trainer(fl.LinearProbeCallback(), counter, max_epochs=2).fit(
+        tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/mid.ckpt"
+    )
     assert counter.scored == 0 and torch.equal(counter.head, saved)
 
 
@@ -100,5 +108,5 @@ def test_a_module_that_cannot_be_probed_is_told_what_is_missing():
 
 def test_too_few_classes_name_the_fix():
     module = fl.ImageClassificationModule("test_resnet.r160_in1k", 2, pretrained=False)
-    with pytest.raises(ValueError, match="Set model.num_classes"):
+    with pytest.raises(ValueError, match=r"Set model\.num_classes"):
         make_trainer(fl.LinearProbeCallback()).fit(module, datamodule=PictureData())
