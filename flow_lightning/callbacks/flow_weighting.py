@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
-from flow_lightning.callbacks.sweep import forget_older_metrics, run_directory, scoring_dataloader, sweep
+from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, scoring_dataloader, sweep
 from flow_lightning.fingerprint import dataset_fingerprint, model_fingerprint, sample_fingerprint
 from flow_lightning.indexing import check_map_style
 from flow_lightning.pictures import plot_weights
@@ -29,10 +29,9 @@ class _State:
     """All that changes during a fit."""
 
     weights: SampleWeights | None = None
-    resumed: bool = False  # tuners leave a `trainer.ckpt_path` of their own behind, so it is read before they run
+    resumed: bool = False  # the model is fine-tuned already
     reference: str = ""  # fingerprint of the model as it was built, before any checkpoint was restored
     checkpoint: str = ""  # fingerprint of the model in the checkpoint of a resumed fit
-    seconds: float = 0.0
 
 
 class FlowWeightingCallback(Callback):
@@ -87,39 +86,35 @@ class FlowWeightingCallback(Callback):
             )
         _check_order(trainer, self)
         forget_older_metrics(trainer)
-        self._state = _State(resumed=trainer.ckpt_path is not None)
+        self._state = _State()
         self._state.reference = model_fingerprint(pl_module.state_dict(), _new_parts(trainer, pl_module))
         _warn_if_fine_tuned(pl_module, self._state.reference)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the weights, or take them from the checkpoint, and hand them to the module."""
         if self._state.resumed:
-            if not trainer.strategy.restore_checkpoint_after_setup:
-                self._resume(trainer, pl_module)
+            self._resume(trainer, pl_module)
             return
         loader = self._loader(trainer, pl_module)
         check_map_style(loader.dataset)
         started = time.perf_counter()
         with evaluation(pl_module):
             _warn_if_random(loader.dataset)
-            fingerprint = {"dataset": dataset_fingerprint(loader.dataset), "reference": self._state.reference}
+        fingerprint = self._fingerprint(trainer, pl_module)
         if self.weights_file is not None:
-            self._state.weights = _verified(
-                SampleWeights.load(self.weights_file), fingerprint, f"The file {self.weights_file}"
-            )
+            weights = _verified(SampleWeights.load(self.weights_file), fingerprint, f"The file {self.weights_file}")
         else:
             losses = _losses(trainer, pl_module, loader)
-            self._state.weights = SampleWeights.from_losses(losses, self.temperature, self.quantile, fingerprint)
-        self._state.seconds = time.perf_counter() - started
-        pl_module.sample_weights = self._state.weights  # type: ignore[assignment]
-        self._report(trainer)
+            weights = SampleWeights.from_losses(losses, self.temperature, self.quantile, fingerprint)
+        self._take(trainer, pl_module, weights, {"time/scoring_s": time.perf_counter() - started})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take restored weights under strategies that restore late, and check that they fit the data trained on."""
         if self._state.weights is None or getattr(pl_module, "sample_weights", None) is not self._state.weights:
             self._resume(trainer, pl_module)
-        _check_length(trainer, len(self._state.weights))  # type: ignore[arg-type]
-        self._state.weights.lookups = 0  # type: ignore[union-attr]
+        weights = pl_module.sample_weights
+        _check_length(trainer, len(weights))
+        weights.lookups = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,7 +137,8 @@ class FlowWeightingCallback(Callback):
         checkpoint[_REFERENCE] = self._state.reference
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the fingerprint of the model in the checkpoint."""
+        """Notice a resumed fit, and take the fingerprint of the model in its checkpoint."""
+        self._state.resumed |= is_trained(checkpoint)
         self._state.checkpoint = model_fingerprint(checkpoint["state_dict"], _new_parts(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,27 +153,33 @@ class FlowWeightingCallback(Callback):
     def _loader(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
         return self.dataloader if self.dataloader is not None else scoring_dataloader(trainer, module)
 
+    def _fingerprint(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
+        with evaluation(module):
+            dataset = dataset_fingerprint(self._loader(trainer, module).dataset)
+        return {"dataset": dataset, "reference": self._state.reference}
+
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
-        where = f"The checkpoint {trainer.ckpt_path}"
-        if self._state.weights is None:
+        where, weights = f"The checkpoint {trainer.ckpt_path}", self._state.weights
+        if weights is None and self.weights_file is not None:
+            where, weights = f"The file {self.weights_file}", SampleWeights.load(self.weights_file)
+        if weights is None:
             raise RuntimeError(
                 f"{where} holds no FLOW weights, and its model is not the pre-trained one, so they cannot be computed "
                 "from it. Resume a run that had FlowWeightingCallback, or pass "
                 "FlowWeightingCallback(weights_file=...)."
             )
-        with evaluation(module):
-            found = {
-                "dataset": dataset_fingerprint(self._loader(trainer, module).dataset),
-                "reference": self._state.reference,
-            }
+        expected = self._fingerprint(trainer, module)
         if self._state.reference == self._state.checkpoint:  # built by load_from_checkpoint
-            found.pop("reference")
-        module.sample_weights = _verified(self._state.weights, found, where)  # type: ignore[assignment]
+            del expected["reference"]
+        self._take(trainer, module, _verified(weights, expected, where))
 
-    def _report(self, trainer: Trainer) -> None:
-        weights = self._state.weights
-        assert weights is not None
+    def _take(
+        self, trainer: Trainer, module: LightningModule, weights: SampleWeights, times: dict[str, float] | None = None
+    ) -> None:
+        """Hand the weights to the module, and report them."""
+        self._state.weights = weights
+        module.sample_weights = weights  # type: ignore[assignment]
         summary = weights.summary()
         rank_zero_info(
             f"FLOW: {len(weights)} samples, temperature {weights.temperature:.4g}, "
@@ -189,7 +191,7 @@ class FlowWeightingCallback(Callback):
         if trainer.is_global_zero:
             weights.save(directory / "flow_weights.safetensors")
             plot_weights(weights.losses, weights.weights, weights.temperature, directory / "flow_weights.png")
-            write_metrics(directory / "metrics.json", summary | {"time/scoring_s": self._state.seconds})
+            write_metrics(directory / "metrics.json", summary | (times or {}))
             _log(trainer, weights, summary, directory / "flow_weights.png")
 
 

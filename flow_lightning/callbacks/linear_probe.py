@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flow_lightning.callbacks.sweep import forget_older_metrics, run_directory, scoring_dataloader, sweep
+from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, scoring_dataloader, sweep
 from flow_lightning.probing import STRENGTHS, Probe, fit_probe
 from flow_lightning.report import write_metrics
 
@@ -37,10 +37,14 @@ class LinearProbeCallback(Callback):
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notice a resumed fit here: tuners leave a `trainer.ckpt_path` of their own behind."""
-        self._resumed = trainer.ckpt_path is not None
+        """Forget an earlier fit."""
         if stage == "fit":
+            self.probe, self._resumed = None, False
             forget_older_metrics(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notice a resumed fit, which has its head already."""
+        self._resumed |= is_trained(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head; a resumed fit finds the head in its checkpoint."""

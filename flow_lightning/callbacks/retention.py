@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
-from flow_lightning.callbacks.sweep import forget_older_metrics, run_directory, sweep
+from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, sweep
 from flow_lightning.callbacks.tasks import (
     agreement_and_kl,
     log_probabilities,
@@ -112,7 +112,7 @@ class RetentionCallback(Callback):
         if stage != "fit":
             return
         forget_older_metrics(trainer)
-        self.state = RetentionState(resumed=trainer.ckpt_path is not None)
+        self.state = RetentionState()
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         if any(isinstance(callback, HeadRefitCallback) for callback in later):
             raise ValueError(
@@ -126,7 +126,7 @@ class RetentionCallback(Callback):
         started = time.perf_counter()
         with isolate_rng():
             self._find_data(trainer, pl_module)
-        if not self.state.resumed or trainer.strategy.restore_checkpoint_after_setup:
+        if not self.state.resumed:
             self._measure_before(trainer, pl_module)
             self.state.before["time/before_s"] = time.perf_counter() - started
         elif self.state.before:
@@ -162,6 +162,10 @@ class RetentionCallback(Callback):
         metrics["time/after_s"] = time.perf_counter() - started
         _log(trainer, metrics)
         _report(trainer, metrics | ({"retention/epochs": self.state.epochs} if self.state.epochs else {}))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notice a resumed fit, whose model is fine-tuned already."""
+        self.state.resumed |= is_trained(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: tensors and primitives only."""

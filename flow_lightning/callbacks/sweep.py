@@ -132,5 +132,13 @@ def forget_older_metrics(trainer: Trainer) -> None:
     Callbacks add their numbers to that file one by one, so numbers of an older run would stay among them.
     """
     file = run_directory(trainer) / "metrics.json"
-    if trainer.ckpt_path is None and trainer.is_global_zero:
+    if trainer.is_global_zero:
         file.unlink(missing_ok=True)
+
+
+def is_trained(checkpoint: dict[str, Any]) -> bool:
+    """Tell whether the model in a checkpoint has been trained, so that it is no longer the pre-trained one.
+
+    Tuners save and load a checkpoint of step 0, and leave its path in `trainer.ckpt_path`: that is no resumed fit.
+    """
+    return bool(checkpoint.get("global_step", 0) > 0)

@@ -337,6 +337,33 @@ def test_a_checkpoint_without_weights_is_refused():
         fit(fl.FlowWeightingCallback(), ckpt_path="ckpt/plain.ckpt")
 
 
+def test_a_checkpoint_without_weights_resumes_with_a_weights_file():
+    fit(fl.FlowWeightingCallback())
+    checkpoint = ModelCheckpoint("ckpt", filename="plain", every_n_train_steps=4)
+    fit(checkpoint, enable_checkpointing=True, max_steps=4)
+    flow = fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors")
+    module, _ = fit(flow, ckpt_path="ckpt/plain.ckpt", max_epochs=2)
+    assert module.scored == 0 and flow.weights.lookups > 0
+
+
+def test_a_resumed_run_reports_its_weights_too(tmp_path):
+    interrupted()
+    fit(fl.FlowWeightingCallback(), ckpt_path="ckpt/mid.ckpt", max_epochs=2, default_root_dir="again")
+    assert "flow/temperature" in (tmp_path / "again" / "metrics.json").read_text()
+
+
+def test_a_tuner_in_a_resumed_run_does_not_make_it_a_new_one():
+    interrupted()
+    module, _ = fit(
+        LearningRateFinder(num_training_steps=5),
+        fl.FlowWeightingCallback(),
+        ckpt_path="ckpt/mid.ckpt",
+        max_epochs=2,
+        enable_checkpointing=True,
+    )
+    assert module.scored == 0
+
+
 # -- errors that name the fix ----------------------------------------------------------------------------------------
 
 

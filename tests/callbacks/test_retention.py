@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
 from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.data.indexed import IndexedDataset
 from flow_lightning.data.retention_images import retention_images
+from flow_lightning.indexing import IndexedDataset
 from flow_lightning.modules.image_classification import ImageClassificationModule
 from flow_lightning.report import METRICS, read_metrics
 
