@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -89,11 +90,9 @@ class FlowCLI(LightningCLI):
         folder = Path(output)
         base = folder / "base.yaml"
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config["compare"].clone()
-        for key in ("config", "methods", "seeds", "output"):
-            config.pop(key, None)
-        parser = self._parser("fit")
-        base.write_text(parser.dump(config, skip_link_targets=True, skip_check=True))
+        config = yaml.safe_load(self.parser.dump(self.config))["compare"]
+        shared = {key: value for key, value in config.items() if key not in ("config", "methods", "seeds", "output")}
+        base.write_text(yaml.safe_dump(shared, sort_keys=False))
         runs: dict[str, list[dict[str, Any]]] = {Path(method).stem: [] for method in methods}
         for seed in seeds or (None,):
             for method in methods:
@@ -135,6 +134,7 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         trainer_class=FlowTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        auto_configure_optimizers=False,  # the module has arguments for both
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"description": "flow_lightning: fine-tune without forgetting."},
         args=list(args) if args is not None else None,

@@ -221,11 +221,13 @@ def _draw_groups(axes: Axes, runs: Runs) -> None:
         means = [_mean_and_spread(group)[0] for group in values]
         spreads = [_mean_and_spread(group)[1] for group in values]
         places = [group + (order - (len(runs) - 1) / 2) * width for group in range(len(shown))]
-        bars = axes.bar(places, means, width * 0.94, color=COLOURS[order % len(COLOURS)], label=method)
+        axes.bar(places, means, width * 0.94, color=COLOURS[order % len(COLOURS)], label=method)
         whiskers = [spread or np.nan for spread in spreads]
         axes.errorbar(places, means, whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        labels = ["–" if np.isnan(mean) else f"{mean:.1f}" for mean in means]
-        axes.bar_label(bars, labels, padding=3, fontsize=8 if len(runs) < 4 else 6)
+        for place, mean, spread in zip(places, means, spreads):
+            top, label = (0, "–") if np.isnan(mean) else (mean + spread, f"{mean:.1f}")
+            where = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(label, (place, top), fontsize=8 if len(runs) < 4 else 6, **where)
     axes.set_xticks(range(len(shown)), shown)
     several = any(len(column) > 1 for column in runs.values())
     axes.set(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from yaml import safe_load
 
 import flow_lightning as fl
 from flow_lightning.cli import learning_rate_of, main
@@ -57,21 +58,18 @@ def test_there_are_configurations():
 
 @pytest.mark.parametrize("config", VISION, ids=lambda path: path.stem)
 def test_every_configuration_composes_with_every_method(config, fake_data):
-    rates = {}
-    for method in METHODS:
-        cli = None
+    """Those of ResNet-50 differ from those of ResNet-18 by the model's name alone, so there one method is enough."""
+    methods = METHODS if config.stem.endswith("resnet18") else METHODS[:1]
+    for method in methods:
         if not Path("data").exists():
-            from yaml import safe_load
-
             fake_data(safe_load(config.read_text())["data"]["init_args"]["dataset"])
         cli = main(["fit", f"-c={config}", f"-c={method}", *TINY])
         metrics = metrics_of(cli)
-        rates[method.stem] = cli.model.learning_rate
         flow = any(isinstance(callback, fl.FlowWeightingCallback) for callback in cli.trainer.callbacks)
         assert flow == (method.stem == "flow") == ("flow/temperature" in metrics)
         assert 0 <= metrics["target/top1"] <= 1 and 0 <= metrics["target/hard_top1"] <= 1
         assert ("time/refit_s" in metrics) == flow
-    assert set(rates) == {"flow", "standard"}
+        assert cli.model.learning_rate == safe_load(config.read_text())["learning_rate"][method.stem]
 
 
 @pytest.mark.parametrize(
@@ -86,8 +84,6 @@ def test_every_configuration_composes_with_every_method(config, fake_data):
     ],
 )
 def test_the_configurations_hold_the_papers_hyperparameters(config, standard, flow, epochs):
-    from yaml import safe_load
-
     for model in ("resnet18", "resnet50"):
         settings = safe_load((ROOT / "configs" / "vision" / f"{config}_{model}.yaml").read_text())
         assert settings["learning_rate"] == {"standard": standard, "flow": flow}

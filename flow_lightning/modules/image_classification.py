@@ -94,7 +94,7 @@ class ImageClassificationModule(WeightedLossModule):
             "top5": _accuracy(num_classes, min(5, num_classes)),
         }
         self.val_metrics = MetricCollection(metrics, prefix="val/")
-        self.test_metrics = MetricCollection(metrics, prefix="test/").clone(prefix="test/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
         self.train()
 
     def forward(self, images: Tensor) -> Tensor:
