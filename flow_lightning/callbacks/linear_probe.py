@@ -80,10 +80,11 @@ def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: floa
         )
         solved: Any = None
         if trainer.is_global_zero:
-            bar = tqdm(total=len(STRENGTHS) + folds + 1, desc=f"{description}: solving", unit="fit", leave=False)
-            with bar if trainer.progress_bar_callback is not None else tqdm(disable=True) as steps:
+            quiet = trainer.progress_bar_callback is None
+            steps = len(STRENGTHS) + folds + 1
+            with tqdm(total=steps, desc=f"{description}: solving", unit="fit", leave=False, disable=quiet) as bar:
                 classes = module.head.out_features  # type: ignore[union-attr]
-                solved = fit_probe(features, targets, classes, folds, device=module.device, on_step=steps.update)  # type: ignore[arg-type]
+                solved = fit_probe(features, targets, classes, folds, device=module.device, on_step=bar.update)  # type: ignore[arg-type]
         probe: Probe = trainer.strategy.broadcast(solved)
     _install(module, probe)
     rank_zero_info(

