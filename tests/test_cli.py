@@ -122,9 +122,11 @@ def test_weights_that_score_wrote_serve_a_fit():
     assert metrics_of(cli)["flow/temperature"] == fl.SampleWeights.load(scored).temperature
 
 
-def test_compare_puts_methods_and_seeds_side_by_side(capsys):
+def test_compare_puts_methods_and_seeds_side_by_side(capsys, fake_data):
+    fake_data("folder")
     methods = ",".join(f'"{path}"' for path in METHODS)
-    main(["compare", *QUICK, f"--methods=[{methods}]", "--seeds=[1,2]", "--output=runs/x"])
+    data = ["--data.dataset=folder", "--data.root=data"]
+    main(["compare", *QUICK, *data, f"--methods=[{methods}]", "--seeds=[1,2]", "--output=runs/x"])
     runs = json.loads(Path("runs/x/comparison.json").read_text())
     assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
     assert Path("runs/x/comparison.png").read_bytes().startswith(b"\x89PNG")
