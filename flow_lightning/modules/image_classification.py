@@ -53,7 +53,7 @@ class ImageClassificationModule(WeightedLossModule):
         batch_norm: `frozen` keeps the running statistics of the pre-trained model, `train` updates them, as the authors
             do. On a small data set moving statistics alone can destroy the pre-trained task.
         reduction: `batch`, sum(w l) / B, as in the paper, or `weights`, sum(w l) / sum(w), which keeps the step size.
-        channels_last: Whether convolutions run in the channels-last memory format, faster on CPUs and on GPUs.
+        channels_last: Whether convolutions run in the channels-last memory format, usually the faster one.
         model_kwargs: Further arguments for `timm.create_model`, for instance `{img_size: 96}` for a ViT.
 
     Raises:
