@@ -226,8 +226,8 @@ def _draw_groups(axes: Axes, runs: Runs) -> None:
         axes.errorbar(places, means, whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         for place, mean, spread in zip(places, means, spreads):
             top, label = (0, "–") if np.isnan(mean) else (mean + spread, f"{mean:.1f}")
-            where = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(label, (place, top), fontsize=8 if len(runs) < 4 else 6, **where)
+            size = 8 if len(runs) < 4 else 6
+            axes.annotate(label, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
     axes.set_xticks(range(len(shown)), shown)
     several = any(len(column) > 1 for column in runs.values())
     axes.set(

@@ -112,7 +112,7 @@ class FlowWeightingCallback(Callback):
         """Take restored weights under strategies that restore late, and check that they fit the data trained on."""
         if self._state.weights is None or getattr(pl_module, "sample_weights", None) is not self._state.weights:
             self._resume(trainer, pl_module)
-        weights = pl_module.sample_weights
+        weights: Any = pl_module.sample_weights
         _check_length(trainer, len(weights))
         weights.lookups = 0
 
