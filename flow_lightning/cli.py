@@ -126,7 +126,8 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
     Args:
         args: Arguments, by default the process's own.
     """
-    # Frozen BatchNorm layers stand in evaluation mode on purpose.
+    # `compare` calls this function from within, and frozen BatchNorm layers stand in evaluation mode on purpose.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     return FlowCLI(
         WeightedLossModule,
