@@ -1,6 +1,6 @@
 """Room 0, the index contract: each sample's integer `index` travels through the batch, so that its weight is found."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,47 @@ def batch_index(batch: Any) -> Tensor:
         found = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise KeyError(f"This batch ({found}) has no 'index', so the weights of its samples cannot be found. {_FIX}")
     return index
+
+
+def select(batch: Any, positions: Tensor) -> Any:
+    """Take some samples out of a batch, at any depth of dicts, tuples and lists.
+
+    Args:
+        batch: A batch of B samples that carries `index`; each tensor in it is `[B, ...]`.
+        positions: Positions in the batch, `[K]`, on its device.
+
+    Returns:
+        A batch of the same structure, each tensor `[K, ...]`.
+
+    Raises:
+        TypeError: If something in it is no tensor of B samples, so that it is not clear what belongs to a sample.
+
+    Example:
+        >>> select({"x": torch.tensor([5, 6, 7]), "index": torch.tensor([0, 1, 2])}, torch.tensor([0, 2]))
+        {'x': tensor([5, 7]), 'index': tensor([0, 2])}
+    """
+    size = batch_index(batch).numel()
+
+    def take(part: Any) -> Any:
+        if isinstance(part, Tensor) and part.shape[:1] == (size,):
+            return part[positions]
+        if isinstance(part, Mapping):
+            return {key: take(value) for key, value in part.items()}
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*map(take, part))
+        if isinstance(part, list | tuple):
+            return [take(value) for value in part] if _holds_tensors(part) else [part[i] for i in positions.tolist()]
+        raise TypeError(
+            f"The batch of {size} samples holds a {type(part).__name__} that is not split by sample, so reduction="
+            "'sampling' cannot take samples out of it. Let the collate function return tensors [B, ...], or use "
+            "reduction='batch'."
+        )
+
+    return take(batch)
+
+
+def _holds_tensors(parts: Sequence[Any]) -> bool:
+    return any(isinstance(part, Tensor | Mapping | list | tuple) for part in parts)
 
 
 def check_map_style(dataset: Any) -> None:

@@ -1,10 +1,11 @@
 """Room 4: losses and weights to the scalar that is minimised."""
 
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-Reduction = Literal["batch", "weights"]
+Reduction = Literal["batch", "weights", "sampling"]
 
 
 def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Reduction = "batch") -> Tensor:
@@ -14,16 +15,19 @@ def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Redu
     `weights` is `sum(w l) / sum(w)`, which keeps the size of the step.
     Weights that are all 1, or no weights, give `losses.mean()` to the last bit under both.
 
+    `sampling` estimates `batch` by samples drawn with probability `w` (see `draw`); where all losses are at hand, it is
+    `batch`.
+
     Args:
         losses: Losses of the model in training, `[B]`.
         weights: Weights of the same samples, `[B]`; None for the plain mean.
-        reduction: The denominator, `batch` or `weights`.
+        reduction: The denominator, `batch`, `weights` or `sampling`.
 
     Returns:
         The scalar to minimise.
 
     Raises:
-        ValueError: If the shapes differ, or `reduction` is neither of the two.
+        ValueError: If the shapes differ, or there is no such `reduction`.
 
     Example:
         >>> import torch
@@ -31,9 +35,10 @@ def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Redu
         >>> weighted_loss(losses, weights), weighted_loss(losses, weights, reduction="weights")
         (tensor(1.2500), tensor(1.6667))
     """
-    if reduction not in ("batch", "weights"):
+    if reduction not in get_args(Reduction):
         raise ValueError(
-            f"reduction is {reduction!r}; expected 'batch' (sum(w l) / B) or 'weights' (sum(w l) / sum(w))."
+            f"reduction is {reduction!r}; expected 'batch' (sum(w l) / B), 'weights' (sum(w l) / sum(w)) or 'sampling' "
+            "('batch', estimated from samples drawn with probability w)."
         )
     if weights is None:
         return losses.mean()
@@ -47,3 +52,24 @@ def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Redu
         # n / sum(w) is exactly 1 when all weights are 1; the clamp keeps a batch of vanishing weights finite.
         loss = loss * (weights.numel() / weights.sum().clamp_min(1e-30))
     return loss
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw samples with probability equal to their weight.
+
+    The sum of the drawn samples' losses has the expectation `sum(w l)`, and so has its gradient, at the cost of
+    `sum(w)` samples instead of all of them; the variance it adds is `sum(w (1 - w) l^2)`.
+
+    Args:
+        weights: Weights in `[0, 1]`, `[B]`.
+        generator: Source of the draws, on the CPU, so that they are the same on every device.
+
+    Returns:
+        Positions of the drawn samples in ascending order, on the device of the weights; possibly none.
+
+    Example:
+        >>> draw(torch.tensor([1.0, 0.0, 1.0]), torch.Generator().manual_seed(0))
+        tensor([0, 2])
+    """
+    uniform = torch.rand(weights.shape, generator=generator)
+    return (uniform.to(weights.device) < weights).nonzero().squeeze(1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, random_split
 
-from flow_lightning.indexing import IndexedDataset, IndexedSample, batch_index, check_indices
+from flow_lightning.indexing import IndexedDataset, IndexedSample, batch_index, check_indices, select
 
 BASE = TensorDataset(torch.arange(10.0), torch.arange(10))
 
@@ -63,3 +63,16 @@ def test_indices_that_are_no_positions_are_an_error():
 def test_indexed_sample_is_collated_with_its_names():
     batch = next(iter(DataLoader(IndexedDataset(BASE), batch_size=2)))
     assert isinstance(batch, IndexedSample) and torch.equal(batch.index, torch.tensor([0, 1]))
+
+
+def test_select_takes_samples_at_any_depth():
+    batch = IndexedSample([torch.arange(6).reshape(3, 2), {"name": ["a", "b", "c"]}], torch.tensor([7, 8, 9]))
+    taken = select(batch, torch.tensor([2, 0]))
+    assert type(taken) is IndexedSample and taken.index.tolist() == [9, 7]
+    assert taken.sample[0].tolist() == [[4, 5], [0, 1]] and taken.sample[1] == {"name": ["c", "a"]}
+
+
+@pytest.mark.parametrize("part", [torch.zeros(()), torch.zeros(2, 2), "abc"])
+def test_select_refuses_what_is_not_split_by_sample(part):
+    with pytest.raises(TypeError, match="reduction='batch'"):
+        select({"x": part, "index": torch.arange(3)}, torch.tensor([0]))

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flow_lightning.objective import weighted_loss
+from flow_lightning.objective import draw, weighted_loss
 
 
 @pytest.mark.parametrize("reduction", ["batch", "weights"])
@@ -49,3 +49,14 @@ def test_bad_arguments_are_errors():
         weighted_loss(torch.ones(3), torch.ones(3, 1))
     with pytest.raises(ValueError, match="expected 'batch'"):
         weighted_loss(torch.ones(3), None, "sum")  # type: ignore[arg-type]
+
+
+def test_drawn_gradients_have_the_weighted_gradient_as_their_mean():
+    """20,000 draws; each mean within 5 of its own standard errors, sqrt(w (1 - w) / n)."""
+    weights = torch.tensor([1.0, 0.7, 0.3, 0.01, 0.0])
+    generator, counts, n = torch.Generator().manual_seed(0), torch.zeros(5), 20_000
+    for _ in range(n):
+        counts[draw(weights, generator)] += 1
+    error = (counts / n - weights).abs()
+    assert (error <= 5 * (weights * (1 - weights) / n).sqrt()).all()
+    assert counts[0] == n and counts[4] == 0

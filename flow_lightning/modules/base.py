@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from flow_lightning.indexing import batch_index
-from flow_lightning.objective import Reduction, weighted_loss
+from flow_lightning.indexing import batch_index, select
+from flow_lightning.objective import Reduction, draw, weighted_loss
 from flow_lightning.weighting import SampleWeights
 
 
@@ -17,8 +18,9 @@ class WeightedLossModule(LightningModule):
     the weights, and `training_step` calls it to train. Without the callback all weights are 1: plain training.
 
     Args:
-        reduction: The denominator of the objective: `batch`, `sum(w l) / B` as in the paper, or `weights`,
-            `sum(w l) / sum(w)`, which keeps the size of the step.
+        reduction: The denominator of the objective: `batch`, `sum(w l) / B` as in the paper; `weights`,
+            `sum(w l) / sum(w)`, which keeps the size of the step; or `sampling`, which trains on samples drawn with
+            probability `w`: the expected step of `batch`, with more noise, at the cost of `sum(w)` samples.
 
     Example:
         >>> import torch
@@ -60,10 +62,24 @@ class WeightedLossModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted loss of a batch and log it."""
-        losses = self.sample_losses(batch)
-        loss = self.weighted_loss(batch, losses)
-        self.log("train/loss", loss, prog_bar=True, batch_size=losses.numel())
+        if self.reduction == "sampling" and self.sample_weights is not None:
+            loss, size = self._drawn_loss(batch, batch_idx), batch_index(batch).numel()
+        else:
+            losses = self.sample_losses(batch)
+            loss, size = self.weighted_loss(batch, losses), losses.numel()
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def _drawn_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
+        assert self.sample_weights is not None
+        weights = self.sample_weights.lookup(batch_index(batch))
+        # A stream of its own, by place: other streams do not notice, and a resumed fit draws the same.
+        place = (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
+        drawn = draw(weights, torch.Generator().manual_seed(hash(place)))
+        if drawn.numel() == 0:  # every rank must take part in the backward pass
+            return self.sample_losses(select(batch, torch.zeros(1, dtype=torch.long, device=weights.device))).sum() * 0
+        return self.sample_losses(select(batch, drawn)).sum() / weights.numel()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which pre-trained model the run of this checkpoint started from."""

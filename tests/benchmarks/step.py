@@ -2,11 +2,12 @@
 
     python tests/benchmarks/step.py [--accelerator gpu --precision bf16-mixed --model resnet50 --size 224 --batch 128]
 
-Plain and weighted fits alternate in short rounds within one process; the ratio is taken round by round. The images are
+Weighted and plain steps alternate within one fit, so that a slow minute of the machine hits both alike. The images are
 random: only time is measured.
 """
 
 import argparse
+import random
 import statistics
 import time
 import timeit
@@ -17,6 +18,7 @@ from lightning import Callback, LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
+from flow_lightning.report import read_metrics
 
 
 class RandomImages(Dataset[dict[str, Any]]):
@@ -42,24 +44,27 @@ class Data(LightningDataModule):
         return DataLoader(self.data, self.batch, num_workers=self.workers, pin_memory=torch.cuda.is_available())
 
 
-class StepTimes(Callback):
-    """Time every training step, from the start of one to the start of the next."""
+class Alternate(Callback):
+    """Weigh every other step, and time each from its start to the start of the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, weighting: fl.FlowWeightingCallback) -> None:
+        self.weighting = weighting
         self.marks: list[float] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        pl_module.sample_weights = self.weighting.weights if batch_idx % 2 == 0 else None
         self.marks.append(time.perf_counter())
 
-    def median(self) -> float:
-        steps = [later - earlier for earlier, later in zip(self.marks, self.marks[1:])]
-        return statistics.median(steps[2:])
+    def steps(self) -> list[tuple[float, float]]:
+        """Return seconds of each weighted step and of the plain one after it, without the first ten."""
+        seconds = [later - earlier for earlier, later in zip(self.marks, self.marks[1:])][10:]
+        return list(zip(seconds[0::2], seconds[1::2]))
 
 
 class CountForwards(Callback):
-    """Count the images that pass the model before training."""
+    """Count the images that pass the model before training, and time it."""
 
     images = 0
 
@@ -73,26 +78,40 @@ class CountForwards(Callback):
         self.before_training = self.images
 
 
-def fit(flow: bool, a: argparse.Namespace) -> tuple[float, int, float]:
+def ratio(steps: list[tuple[float, float]]) -> float:
+    """Return the median time of the weighted steps over that of the plain ones."""
+    return statistics.median(weighted for weighted, _ in steps) / statistics.median(plain for _, plain in steps)
+
+
+def interval(steps: list[tuple[float, float]], draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the ratio, pairs of neighbours drawn with replacement."""
+    generator = random.Random(0)
+    ratios = sorted(ratio(generator.choices(steps, k=len(steps))) for _ in range(draws))
+    return ratios[round(0.025 * draws)], ratios[round(0.975 * draws)]
+
+
+def fit(a: argparse.Namespace) -> tuple[list[tuple[float, float]], float, float]:
+    """Return the times of the steps, forward passes and seconds of scoring per sample."""
     seed_everything(0, verbose=False)
     module = fl.ImageClassificationModule(a.model, 10, pretrained=False, learning_rate=1e-4)
-    times, counter = StepTimes(), CountForwards()
     weighting = fl.FlowWeightingCallback()
+    times, counter = Alternate(weighting), CountForwards()
     trainer = Trainer(
         accelerator=a.accelerator,
         devices=1,
         precision=a.precision,
         max_epochs=1,
-        callbacks=[*([weighting] if flow else []), times, counter],
+        callbacks=[weighting, times, counter],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir="runs/benchmark_step",
     )
-    started = time.perf_counter()
     trainer.fit(module, datamodule=Data(a.batch * a.steps, a.size, a.batch, a.workers))
-    return times.median(), counter.before_training, times.marks[0] - started
+    n = a.batch * a.steps
+    scoring = read_metrics("runs/benchmark_step/metrics.json")["time/scoring_s"]
+    return times.steps(), counter.before_training / n, scoring / n
 
 
 def added_microseconds() -> float:
@@ -114,26 +133,17 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--precision", default="32-true")
     a = parser.parse_args()
-    ratios, n = [], a.batch * a.steps
-    for round_ in range(a.rounds):
-        order = (False, True) if round_ % 2 else (True, False)
-        results = {flow: fit(flow, a) for flow in order}
-        ratios.append(results[True][0] / results[False][0])
-        scoring = results[True][2] - results[False][2]
-        print(
-            f"round {round_}: plain {a.batch / results[False][0]:.0f} images/s, "
-            f"weighted {a.batch / results[True][0]:.0f} images/s, "
-            f"ratio of step times {ratios[-1]:.3f}, scoring {n / scoring:.0f} images/s",
-            flush=True,
-        )
-    print(f"forward passes of scoring: {results[True][1] / n:.2f} per sample")
-    print(f"weighted / plain step: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    steps, forwards, scoring = fit(a)
+    for name, column in zip(("weighted", "plain"), zip(*steps)):
+        print(f"{name}: {a.batch / statistics.median(column):.1f} images/s (median of {len(steps)} steps)")
+    print(f"scoring: {1 / scoring:.1f} images/s, {forwards:.2f} forward passes per sample")
+    low, high = interval(steps)
+    print(f"weighted / plain step: {ratio(steps):.4f} (95 % interval {low:.4f} to {high:.4f})")
     print(f"look-up and weighting alone: {added_microseconds():.0f} microseconds a step")
 
 

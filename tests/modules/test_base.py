@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
-from tests.examples import LinearRegression, fit
+from tests.examples import LinearRegression, RegressionData, fit, regression_data
 
 
 def test_training_without_the_callback_is_plain_training():
@@ -54,3 +54,63 @@ def test_the_readmes_example_runs(tmp_path):
     exec(compile(example, "README.md", "exec"), scope)
     assert scope["trainer"].global_step > 0 and scope["flow"].weights.lookups > 0
     assert (tmp_path / "lightning_logs").exists() or list(tmp_path.rglob("flow_weights.safetensors"))
+
+
+def drawn_gradient(module, batch, batch_idx):
+    module.zero_grad()
+    loss = fl.WeightedLossModule.training_step(module, batch, batch_idx)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+
+def sampling_module(losses):
+    module = LinearRegression().eval()  # no dropout, so that the gradients are those of one function
+    module.sample_weights = fl.SampleWeights.from_losses(losses)
+    module.log = lambda *args, **kwargs: None
+    return module, next(iter(DataLoader(fl.IndexedDataset(regression_data(len(losses))), len(losses))))
+
+
+def test_sampling_has_the_gradient_of_the_weighted_loss_on_average():
+    module, batch = sampling_module(torch.rand(23, generator=torch.Generator().manual_seed(0)) + 0.1)
+    module.zero_grad()
+    module.weighted_loss(batch, module.sample_losses(batch)).backward()
+    expected = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    module.reduction = "sampling"
+    module.scored = 0
+    draws = torch.stack([drawn_gradient(module, batch, i) for i in range(2000)])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-6).all()
+    work = module.scored / (len(draws) * 23)
+    assert work == pytest.approx(module.sample_weights.weights.mean().item(), abs=0.01)
+
+
+def test_sampling_draws_by_place_and_leaves_other_streams_alone():
+    module, batch = sampling_module(torch.rand(23, generator=torch.Generator().manual_seed(0)) + 0.1)
+    module.reduction = "sampling"
+    torch.manual_seed(3)
+    first = drawn_gradient(module, batch, 5)
+    following = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(following, torch.rand(3))
+    assert torch.equal(first, drawn_gradient(module, batch, 5))
+    assert not torch.equal(first, drawn_gradient(module, batch, 6))
+
+
+def test_sampling_that_draws_nothing_is_a_step_of_zero():
+    module, batch = sampling_module(torch.full((23,), 1e-3))
+    module.sample_weights.weights.zero_()
+    module.reduction = "sampling"
+    gradient = drawn_gradient(module, batch, 0)
+    assert gradient.numel() > 0 and (gradient == 0).all()
+
+
+def test_a_whole_fit_by_sampling():
+    data = RegressionData(batch_size=12)  # BatchNorm in training mode needs two samples of each batch
+    module, trainer = fit(fl.FlowWeightingCallback(), module=sampling_regression(), data=data, max_epochs=3)
+    assert trainer.global_step == 6 and all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def sampling_regression():
+    module = LinearRegression()
+    module.reduction = "sampling"
+    return module
