@@ -1,7 +1,9 @@
-"""Room 1: model output and targets to one loss per sample."""
+"""Room 1: model output and targets to one loss per sample, or per token."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,3 +22,54 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         tensor([1.3863, 1.3863])
     """
     return F.cross_entropy(logits if logits.dtype.itemsize >= 4 else logits.float(), targets, reduction="none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Compute the cross-entropy of each token from hidden states and output head, without the full logits.
+
+    Logits exist for `chunk_tokens` tokens at a time and are computed anew in the backward pass.
+
+    Args:
+        hidden: Hidden states, `[K, D]`.
+        head_weight: Weight of the output head, `[V, D]`.
+        targets: Token ids, `[K]`, integers in `[0, V)`.
+        bias: Bias of the output head, `[V]`.
+        softcap: Bound of the logits, `softcap * tanh(logits / softcap)`, as Gemma 2 has it.
+        scale: Factor of the logits, before the bound.
+        chunk_tokens: Tokens whose logits exist at one time.
+
+    Returns:
+        Losses in nats, `[K]`, float32.
+
+    Example:
+        >>> import torch
+        >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))
+        tensor([1.3863, 1.3863])
+    """
+
+    def look(hidden: Tensor, targets: Tensor) -> Tensor:
+        return _chunk_losses(hidden, targets, head_weight, bias, softcap, scale)
+
+    chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
+    if not torch.is_grad_enabled():
+        return torch.cat([look(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(look, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _chunk_losses(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
+) -> Tensor:
+    logits = F.linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, reduction="none")

@@ -54,6 +54,17 @@ def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Redu
     return loss
 
 
+def denominator(losses: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor | float:
+    """Return what `weighted_loss` divides by: the number of terms, or the sum of their weights.
+
+    Args:
+        losses: `[K]`.
+        weights: `[K]`, or None for the plain mean.
+        reduction: As in `weighted_loss`.
+    """
+    return weights.sum() if weights is not None and reduction == "weights" else float(losses.numel())
+
+
 def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     """Draw samples with probability equal to their weight.
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from flow_lightning.indexing import batch_index, check_indices, check_map_style
@@ -33,14 +33,42 @@ def evaluation(module: nn.Module) -> Iterator[None]:
                 submodule.training = training
 
 
-def loader_like(loader: DataLoader[Any], indices: Sequence[int], batch_size: int | None = None) -> DataLoader[Any]:
+class FixedBatches(Sampler[list[int]]):
+    """Batches of a data set that are always the same, each sample in one of them: batches of similar length, say.
+
+    As the `batch_sampler` of a loader to score it says how to cut the data set, which then need not be in order.
+
+    Args:
+        batches: Positions in the data set, by batch.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+        self.batches = [list(batch) for batch in batches]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def share_of_rank(loader: DataLoader[Any], rank: int, world_size: int) -> Sequence[int] | FixedBatches:
+    """Return what one of several processes has to score: every `world_size`-th sample, or batch if they are fixed."""
+    if isinstance(loader.batch_sampler, FixedBatches):
+        return FixedBatches(loader.batch_sampler.batches[rank::world_size])
+    return range(rank, len(loader.dataset), world_size)  # type: ignore[arg-type]
+
+
+def loader_like(
+    loader: DataLoader[Any], indices: Sequence[int] | FixedBatches, batch_size: int | None = None
+) -> DataLoader[Any]:
     """Make a loader over `indices`, in order, with the data set, collate function and workers of another loader.
 
     The other loader is never iterated, so neither its order nor its persistent workers notice.
 
     Args:
         loader: Where the data set comes from.
-        indices: Positions in the data set.
+        indices: Positions in the data set, or batches of them.
         batch_size: Samples per batch; by default the other loader's.
 
     Raises:
@@ -51,10 +79,12 @@ def loader_like(loader: DataLoader[Any], indices: Sequence[int], batch_size: int
     if len(loader.dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("The data set is empty: there is nothing to score. Check its path and its split.")
     workers = loader.num_workers
+    order: dict[str, Any] = {"sampler": indices, "batch_size": batch_size or loader.batch_size or 64}
+    if isinstance(indices, FixedBatches):
+        order = {"batch_sampler": indices}
     return DataLoader(
         loader.dataset,
-        batch_size=batch_size or loader.batch_size or 64,
-        sampler=indices,
+        **order,
         num_workers=workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -6,6 +6,7 @@ Algorithm 1: `w_i = exp(-l_i / tau)`, tau the median of the losses.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from flow_lightning.files import write_bytes
 
 _FORMAT = "flow_lightning.SampleWeights/1"
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def temperature(losses: Tensor, quantile: float = 0.5) -> float:
@@ -80,6 +82,55 @@ def flow_weights(losses: Tensor, temperature: float) -> Tensor:
     return torch.exp(-losses.detach().float() / temperature)
 
 
+def keep_below(losses: Tensor, bound: float) -> Tensor:
+    """Keep what the pre-trained model finds likely enough: weight 1 where the loss is below the bound, else 0.
+
+    On token losses this is selective token masking, another rule in the place of `flow_weights`.
+
+    Args:
+        losses: Losses of the frozen pre-trained model, any shape.
+        bound: In the unit of the losses.
+
+    Returns:
+        Weights 0 or 1, float32, of the losses' shape.
+
+    Example:
+        >>> keep_below(torch.tensor([0.1, 2.0, 3.5]), 2.5)
+        tensor([1., 1., 0.])
+    """
+    return (losses.detach().float() < bound).float()
+
+
+#: Rules by name, from losses and temperature (for `threshold`: the bound) to weights. A rule of your own goes in here.
+WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights, "threshold": keep_below}
+
+
+def weighting_rule(name: str) -> Callable[[Tensor, float], Tensor]:
+    """Return the weighting rule of a name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in WEIGHTINGS:
+        raise ValueError(
+            f"weighting is {name!r}; expected one of {sorted(WEIGHTINGS)}. Add a rule of your own to "
+            "flow_lightning.weighting.WEIGHTINGS."
+        )
+    return WEIGHTINGS[name]
+
+
+def summarise(weights: Tensor, temperature: float) -> dict[str, float]:
+    """Return temperature, mean weight, effective sample size and quantiles, under their keys in `metrics.json`."""
+    ess, n = effective_sample_size(weights), weights.numel()
+    ordered = weights.float().sort().values
+    return {
+        "flow/temperature": temperature,
+        "flow/mean_weight": float(weights.double().mean()),
+        "flow/effective_sample_size": ess,
+        "flow/effective_sample_fraction": ess / n,
+    } | {f"flow/weight_q{round(100 * q):02d}": float(ordered[round(q * (n - 1))]) for q in _QUANTILES}
+
+
 def effective_sample_size(weights: Tensor) -> float:
     """Compute Kish's effective sample size, `(sum w)^2 / sum w^2`: n for equal weights, 1 if one sample has them all.
 
@@ -119,8 +170,9 @@ class SampleWeights:
     Attributes:
         losses: `[n]` float32.
         temperature: tau.
-        weights: `[n]` float32, `exp(-losses / temperature)`.
+        weights: `[n]` float32, by default `exp(-losses / temperature)`.
         fingerprint: What the losses were computed from, for example `{"dataset": "...", "reference": "..."}`.
+        weighting: Name of the rule from losses to weights, see `WEIGHTINGS`.
         lookups: How often `lookup` was called: training that never looks up a weight is not weighted.
     """
 
@@ -128,6 +180,7 @@ class SampleWeights:
     temperature: float
     weights: Tensor
     fingerprint: dict[str, str] = field(default_factory=dict)
+    weighting: str = "flow"
     lookups: int = field(default=0, compare=False)
 
     @classmethod
@@ -137,12 +190,13 @@ class SampleWeights:
         temperature: float | None = None,
         quantile: float = 0.5,
         fingerprint: dict[str, str] | None = None,
+        weighting: str = "flow",
     ) -> "SampleWeights":
         """Compute temperature (unless one is given) and weights from the losses, `[n]`."""
         check_losses(losses)
         losses = losses.detach().float().cpu()
         tau = _temperature(losses, quantile) if temperature is None else float(temperature)
-        return cls(losses, tau, flow_weights(losses, tau), dict(fingerprint or {}))
+        return cls(losses, tau, weighting_rule(weighting)(losses, tau), dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
         return self.weights.numel()
@@ -156,16 +210,7 @@ class SampleWeights:
 
     def summary(self) -> dict[str, float]:
         """Return temperature, mean weight, effective sample size and quantiles, under their keys in `metrics.json`."""
-        ess = effective_sample_size(self.weights)
-        quantiles = (0.05, 0.25, 0.5, 0.75, 0.95)
-        ordered = self.weights.float().sort().values
-        positions = (round(q * (len(self) - 1)) for q in quantiles)
-        return {
-            "flow/temperature": self.temperature,
-            "flow/mean_weight": float(self.weights.double().mean()),
-            "flow/effective_sample_size": ess,
-            "flow/effective_sample_fraction": ess / len(self),
-        } | {f"flow/weight_q{round(100 * q):02d}": float(ordered[p]) for q, p in zip(quantiles, positions)}
+        return summarise(self.weights, self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives only, so that `torch.load(weights_only=True)` reads them back."""
@@ -174,6 +219,7 @@ class SampleWeights:
             "weights": self.weights.cpu(),
             "temperature": self.temperature,
             "fingerprint": dict(self.fingerprint),
+            "weighting": self.weighting,
         }
 
     def save(self, path: str | Path) -> None:
@@ -183,6 +229,7 @@ class SampleWeights:
             "format": _FORMAT,
             "temperature": repr(self.temperature),
             "fingerprint": json.dumps(self.fingerprint),
+            "weighting": self.weighting,
         }
         write_bytes(path, save({"losses": state["losses"], "weights": state["weights"]}, metadata))
 
@@ -208,6 +255,7 @@ class SampleWeights:
                     float(metadata["temperature"]),
                     file.get_tensor("weights"),
                     dict(json.loads(metadata["fingerprint"])),
+                    metadata.get("weighting", "flow"),
                 )
             loaded.verify()
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -218,7 +266,7 @@ class SampleWeights:
         """Check that losses, temperature and weights fit together.
 
         Raises:
-            ValueError: If shapes or types are wrong, a loss is not usable, or a weight is not `exp(-l / tau)`.
+            ValueError: If shapes or types are wrong, a loss is not usable, or a weight is not what the rule gives.
         """
         if self.losses.ndim != 1 or self.losses.shape != self.weights.shape:
             raise ValueError(
@@ -227,8 +275,10 @@ class SampleWeights:
         if self.losses.dtype != torch.float32 or self.weights.dtype != torch.float32:
             raise ValueError(f"losses are {self.losses.dtype} and weights {self.weights.dtype}, expected float32")
         check_losses(self.losses)
-        if not torch.allclose(self.weights.cpu(), flow_weights(self.losses, self.temperature), rtol=1e-5, atol=1e-30):
-            raise ValueError("its weights are not exp(-loss / temperature)")
+        expected = weighting_rule(self.weighting)(self.losses, self.temperature)
+        if not torch.allclose(self.weights.cpu(), expected, rtol=1e-5, atol=1e-30):
+            formula = "exp(-loss / temperature)" if self.weighting == "flow" else f"those of {self.weighting!r}"
+            raise ValueError(f"its weights are not {formula}")
 
 
 _temperature = temperature  # `temperature` is also the name of an argument above

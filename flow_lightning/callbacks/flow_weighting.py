@@ -1,9 +1,10 @@
 """FLOW as a callback: weights from the frozen pre-trained model, before the first step."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -12,14 +13,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
-from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, scoring_dataloader, sweep
+from flow_lightning.callbacks.sweep import (
+    forget_older_metrics,
+    is_trained,
+    ragged_sweep,
+    run_directory,
+    scoring_dataloader,
+    sweep,
+)
 from flow_lightning.fingerprint import dataset_fingerprint, model_fingerprint, sample_fingerprint
 from flow_lightning.indexing import check_map_style
 from flow_lightning.pictures import plot_weights
 from flow_lightning.report import write_metrics
 from flow_lightning.scoring import evaluation
-from flow_lightning.weighting import SampleWeights
+from flow_lightning.token_weighting import TokenWeights
+from flow_lightning.weighting import SampleWeights, weighting_rule
 
+_FILE = "flow_weights.safetensors"
 #: Where a checkpoint of a FLOW run says which reference its weights came from.
 _REFERENCE = "flow_reference"
 
@@ -28,7 +38,8 @@ _REFERENCE = "flow_reference"
 class _State:
     """All that changes during a fit."""
 
-    weights: SampleWeights | None = None
+    weights: SampleWeights | TokenWeights | None = None
+    written: dict[str, Any] | None = None  # what a checkpoint says of token weights, which are in a file beside it
     resumed: bool = False  # the model is fine-tuned already
     reference: str = ""  # fingerprint of the model as it was built, before any checkpoint was restored
     checkpoint: str = ""  # fingerprint of the model in the checkpoint of a resumed fit
@@ -46,6 +57,10 @@ class FlowWeightingCallback(Callback):
     directory. A resumed fit scores nothing and trains on the weights of its checkpoint.
 
     Args:
+        per: What gets a weight of its own: each `sample` (of text: each sequence, by its mean loss), or each supervised
+            `token` of a language model.
+        weighting: The rule from losses to weights: `flow`, or `threshold`, which keeps what has a loss below
+            `temperature` (on tokens: selective token masking); see `flow_lightning.weighting.WEIGHTINGS`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
         dataloader: Where the samples to score come from, if neither data module nor module has `scoring_dataloader()`
@@ -59,7 +74,12 @@ class FlowWeightingCallback(Callback):
         quantile: float = 0.5,
         dataloader: DataLoader[Any] | None = None,
         weights_file: str | Path | None = None,
+        per: Literal["sample", "token"] = "sample",
+        weighting: str = "flow",
     ) -> None:
+        if per not in ("sample", "token"):
+            raise ValueError(f"per is {per!r}; expected 'sample' or 'token'.")
+        weighting_rule(weighting)
         if temperature is not None and not temperature > 0:
             raise ValueError(
                 f"temperature is {temperature}; expected a positive number, or None for a quantile of the losses."
@@ -68,10 +88,12 @@ class FlowWeightingCallback(Callback):
         self.quantile = quantile
         self.dataloader = dataloader
         self.weights_file = weights_file
+        self.per = per
+        self.weighting = weighting
         self._state = _State()
 
     @property
-    def weights(self) -> SampleWeights | None:
+    def weights(self) -> SampleWeights | TokenWeights | None:
         """Losses, temperature and weights, from `on_fit_start` on."""
         return self._state.weights
 
@@ -83,6 +105,11 @@ class FlowWeightingCallback(Callback):
             raise TypeError(
                 f"{type(pl_module).__name__} has no sample_losses(batch) -> Tensor [B]. Derive it from "
                 "flow_lightning.WeightedLossModule and define that one method."
+            )
+        if self.per == "token" and not callable(getattr(pl_module, "token_losses", None)):
+            raise TypeError(
+                f"{type(pl_module).__name__} has no token_losses(batch) -> Tensor [K], so its tokens cannot be "
+                "weighted. Use CausalLanguageModule, or per='sample'."
             )
         _check_order(trainer, self)
         forget_older_metrics(trainer)
@@ -102,10 +129,9 @@ class FlowWeightingCallback(Callback):
             _warn_if_random(loader.dataset)
         fingerprint = self._fingerprint(trainer, pl_module)
         if self.weights_file is not None:
-            weights = _verified(SampleWeights.load(self.weights_file), fingerprint, f"The file {self.weights_file}")
+            weights = _verified(self._load(self.weights_file), fingerprint, f"The file {self.weights_file}")
         else:
-            losses = _losses(trainer, pl_module, loader)
-            weights = SampleWeights.from_losses(losses, self.temperature, self.quantile, fingerprint)
+            weights = self._score(trainer, pl_module, loader, fingerprint)
         self._take(trainer, pl_module, weights, {"time/scoring_s": time.perf_counter() - started})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,12 +168,17 @@ class FlowWeightingCallback(Callback):
         self._state.checkpoint = model_fingerprint(checkpoint["state_dict"], _new_parts(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs: losses, weights, temperature, fingerprint."""
-        return {} if self._state.weights is None else self._state.weights.state_dict()
+        """Return what a resumed fit needs: losses, weights, temperature, fingerprint; token weights: where they are."""
+        weights = self._state.weights
+        if isinstance(weights, TokenWeights):
+            return dict(self._state.written or {})
+        return {} if weights is None else weights.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint."""
-        if state_dict:
+        """Take the weights of a checkpoint, or remember where they are."""
+        if "digest" in state_dict:
+            self._state.written = state_dict
+        elif state_dict:
             self._state.weights = SampleWeights(**state_dict)
 
     def _loader(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
@@ -158,11 +189,24 @@ class FlowWeightingCallback(Callback):
             dataset = dataset_fingerprint(self._loader(trainer, module).dataset)
         return {"dataset": dataset, "reference": self._state.reference}
 
+    def _load(self, path: str | Path) -> SampleWeights | TokenWeights:
+        return (TokenWeights if self.per == "token" else SampleWeights).load(path)
+
+    def _score(
+        self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], fingerprint: dict[str, str]
+    ) -> SampleWeights | TokenWeights:
+        settings: Any = (self.temperature, self.quantile, fingerprint, self.weighting)
+        if self.per == "token":
+            return TokenWeights.from_losses(*_token_losses(trainer, module, loader), *settings)
+        return SampleWeights.from_losses(_losses(trainer, module, loader), *settings)
+
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
         where, weights = f"The checkpoint {trainer.ckpt_path}", self._state.weights
+        if weights is None and self._state.written is not None:
+            weights = _beside(trainer, self._state.written, self.weights_file)
         if weights is None and self.weights_file is not None:
-            where, weights = f"The file {self.weights_file}", SampleWeights.load(self.weights_file)
+            where, weights = f"The file {self.weights_file}", self._load(self.weights_file)
         if weights is None:
             raise RuntimeError(
                 f"{where} holds no FLOW weights, and its model is not the pre-trained one, so they cannot be computed "
@@ -175,22 +219,29 @@ class FlowWeightingCallback(Callback):
         self._take(trainer, module, _verified(weights, expected, where))
 
     def _take(
-        self, trainer: Trainer, module: LightningModule, weights: SampleWeights, times: dict[str, float] | None = None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        weights: SampleWeights | TokenWeights,
+        times: dict[str, float] | None = None,
     ) -> None:
         """Hand the weights to the module, and report them."""
         self._state.weights = weights
         module.sample_weights = weights  # type: ignore[assignment]
         summary = weights.summary()
+        unit = "samples" if isinstance(weights, SampleWeights) else "sequences, weighted by token"
         rank_zero_info(
-            f"FLOW: {len(weights)} samples, temperature {weights.temperature:.4g}, "
+            f"FLOW: {len(weights)} {unit}, temperature {weights.temperature:.4g}, "
             f"mean weight {summary['flow/mean_weight']:.3f}, "
             f"effective sample size {summary['flow/effective_sample_size']:.0f} "
             f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
         )
         directory = run_directory(trainer)
+        if isinstance(weights, TokenWeights):
+            self._state.written = {"file": str((directory / _FILE).absolute()), "digest": weights.digest()}
         if trainer.is_global_zero:
-            weights.save(directory / "flow_weights.safetensors")
-            plot_weights(weights.losses, weights.weights, weights.temperature, directory / "flow_weights.png")
+            weights.save(directory / _FILE)
+            plot_weights(*_some(weights), weights.temperature, directory / "flow_weights.png")
             write_metrics(directory / "metrics.json", summary | (times or {}))
             _log(trainer, weights, summary, directory / "flow_weights.png")
 
@@ -209,13 +260,51 @@ def _losses(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) 
             )
         return (losses.float(),)
 
-    return sweep(trainer, module, loader, look, "FLOW: scoring")[0]
+    with _frozen_reference(module):
+        return sweep(trainer, module, loader, look, "FLOW: scoring")[0]
+
+
+def _token_losses(trainer: Trainer, module: Any, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
+    def look(batch: Any) -> tuple[Tensor, Tensor]:
+        return module.token_losses(batch), (batch["labels"][:, 1:] != -100).sum(dim=1)
+
+    with _frozen_reference(module):
+        return ragged_sweep(trainer, module, loader, look, "FLOW: scoring tokens")
+
+
+def _frozen_reference(module: Any) -> AbstractContextManager[None]:
+    """Let the pre-trained model speak where the module has parts, such as adapters, that are not in it."""
+    reference = getattr(module, "frozen_reference", None)
+    return reference() if callable(reference) else nullcontext()
+
+
+def _beside(trainer: Trainer, written: dict[str, Any], weights_file: str | Path | None) -> TokenWeights:
+    """Find the token weights that a checkpoint belongs to: given, where they were written, or beside the checkpoint."""
+    checkpoint = Path(str(trainer.ckpt_path)).absolute()
+    places = [weights_file, written["file"], checkpoint.parent / _FILE, checkpoint.parent.parent / _FILE]
+    found = [Path(place) for place in places if place is not None and Path(place).is_file()]
+    for path in found:
+        weights = TokenWeights.load(path)
+        if weights.digest() == written["digest"]:
+            return weights
+    looked = ", ".join(str(place) for place in dict.fromkeys(map(str, filter(None, places))))
+    what = "is not the one that this checkpoint was trained with" if found else "is missing"
+    raise FileNotFoundError(
+        f"The token weights of the checkpoint {checkpoint} are in a file beside it, and that file {what}. Looked at: "
+        f"{looked}. Put {_FILE} of that run there, or pass FlowWeightingCallback(weights_file=...)."
+    )
+
+
+def _some(weights: SampleWeights | TokenWeights, most: int = 1_000_000) -> tuple[Tensor, Tensor]:
+    """Return losses and weights for a picture, evenly spaced ones if there are very many."""
+    step = -(-weights.losses.numel() // most)
+    return weights.losses[::step].float(), weights.weights[::step]
 
 
 def _new_parts(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
     """Return the names of what is made anew in each run and fitted by the probe: they are no part of the reference."""
     if not any(isinstance(callback, LinearProbeCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        return ()
+        return tuple(getattr(module, "new_parts", ()))
     head = getattr(module, "head", None)
     return tuple(f"{name}." for name, submodule in module.named_modules() if submodule is head)
 
@@ -259,7 +348,9 @@ def _check_length(trainer: Trainer, scored: int) -> None:
         )
 
 
-def _verified(weights: SampleWeights, expected: dict[str, str], where: str) -> SampleWeights:
+def _verified(
+    weights: SampleWeights | TokenWeights, expected: dict[str, str], where: str
+) -> SampleWeights | TokenWeights:
     what = {
         "dataset": "the training data set (its samples, targets or transforms)",
         "reference": "the pre-trained model",
@@ -275,13 +366,14 @@ def _verified(weights: SampleWeights, expected: dict[str, str], where: str) -> S
     return weights
 
 
-def _log(trainer: Trainer, weights: SampleWeights, summary: dict[str, float], picture: Path) -> None:
+def _log(trainer: Trainer, weights: SampleWeights | TokenWeights, summary: dict[str, float], picture: Path) -> None:
     """Log the numbers to every logger, and the distribution to those that draw."""
     for logger in trainer.loggers:
         logger.log_metrics(summary, step=0)
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
-            experiment.add_histogram("flow/weights", weights.weights.cpu(), 0)
-            experiment.add_histogram("flow/losses", torch.log10(weights.losses.clamp_min(1e-8)), 0)
+            losses, shown = _some(weights)
+            experiment.add_histogram("flow/weights", shown.cpu(), 0)
+            experiment.add_histogram("flow/losses", torch.log10(losses.clamp_min(1e-8)), 0)
         elif hasattr(logger, "log_image"):
             logger.log_image("flow/weights", [str(picture)])

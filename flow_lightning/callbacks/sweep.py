@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.scoring import collect, evaluation, loader_like, progress
+from flow_lightning.indexing import batch_index
+from flow_lightning.scoring import FixedBatches, collect, evaluation, loader_like, progress, share_of_rank
+from flow_lightning.token_weighting import token_positions
 
 _HOW = (
     "Give the Trainer a data module (or a module) with `scoring_dataloader()`, which returns the training samples with "
@@ -29,8 +32,8 @@ def sweep(
 ) -> tuple[Tensor, ...]:
     """Apply a function of a batch to every sample of a loader's data set, once, in evaluation mode, over all ranks.
 
-    Rank r takes samples r, r + world, r + 2 world, ...: none twice, none padded. The bare module is called, not the
-    wrapped one, whose forward would wait for ranks that have no batch left.
+    Rank r takes samples (or fixed batches) r, r + world, r + 2 world, ...: none twice, none padded. The bare module is
+    called, not the wrapped one, whose forward would wait for ranks that have no batch left.
 
     Args:
         trainer: Gives devices, precision and ranks.
@@ -44,13 +47,49 @@ def sweep(
         For each tensor of the function one `[n, ...]` tensor on the CPU, by sample index, the same on every rank.
     """
     length = len(loader.dataset)  # type: ignore[arg-type]
-    indices = range(trainer.global_rank, length, trainer.world_size)
-    mine = loader_like(loader, indices)
+    share = share_of_rank(loader, trainer.global_rank, trainer.world_size)
+    indices = list(chain.from_iterable(share)) if isinstance(share, FixedBatches) else share
+    mine = loader_like(loader, share)
     show = trainer.is_global_zero and trainer.progress_bar_callback is not None
     with evaluation(module), _evaluation_stage(trainer):
         batches = progress(on_device(trainer, module, mine), len(mine), description, show)
         results = collect(batches, lambda batch: _in_precision(trainer, function, batch), indices, allocate, length)
     return _joined(trainer, results, length, allocate)
+
+
+def ragged_sweep(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    function: Callable[[Any], tuple[Tensor, Tensor]],
+    description: str,
+) -> tuple[Tensor, Tensor]:
+    """Do the same as `sweep` for a function that gives each sample several values, not all the same number.
+
+    Args:
+        trainer: See `sweep`.
+        module: See `sweep`.
+        loader: See `sweep`.
+        function: Maps a batch to its values `[K]`, sample by sample, and to the number of values of each sample, `[B]`.
+        description: See `sweep`.
+
+    Returns:
+        Values of all samples `[K]`, by sample index, and offsets `[n + 1]`: sample i has `offsets[i]` to
+        `offsets[i + 1]`. The same on every rank.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def counted(batch: Any) -> tuple[Tensor]:
+        values, counts = function(batch)
+        kept.append((batch_index(batch).cpu(), values.cpu()))
+        return (counts,)
+
+    (counts,) = sweep(trainer, module, loader, counted, description)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.long().cumsum(0)])
+    flat = torch.zeros(int(offsets[-1]))
+    for index, values in kept:
+        flat[token_positions(offsets, index)] = values.to(flat.dtype)
+    return _joined(trainer, (flat,), len(flat), torch.zeros)[0], offsets
 
 
 def on_device(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:

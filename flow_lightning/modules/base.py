@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.optim import Optimizer
 
 from flow_lightning.indexing import batch_index, select
-from flow_lightning.objective import Reduction, draw, weighted_loss
+from flow_lightning.modules.step_denominator import StepDenominator, spans_batches
+from flow_lightning.objective import Reduction, denominator, draw, weighted_loss
+from flow_lightning.token_weighting import TokenWeights
 from flow_lightning.weighting import SampleWeights
 
 
@@ -36,13 +39,14 @@ class WeightedLossModule(LightningModule):
     """
 
     #: Set by FlowWeightingCallback; a plain attribute, so that neither checkpoints nor weight averaging see it.
-    sample_weights: SampleWeights | None = None
+    sample_weights: SampleWeights | TokenWeights | None = None
     #: Fingerprint of the model that the weights of the loaded checkpoint came from.
     flow_reference: str | None = None
 
     def __init__(self, reduction: Reduction = "batch") -> None:
         super().__init__()
         self.reduction: Reduction = reduction
+        self.step_denominator = StepDenominator()
 
     def sample_losses(self, batch: Any) -> Tensor:
         """Compute the loss of each sample of a batch, without any side effect.
@@ -55,20 +59,55 @@ class WeightedLossModule(LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define sample_losses(batch) -> Tensor of shape [B].")
 
+    def training_losses(self, batch: Any) -> Tensor:
+        """Compute the terms of the objective, `[K]`: by default the sample losses, one for each sample."""
+        return self.sample_losses(batch)
+
+    def training_weights(self, batch: Any) -> Tensor | None:
+        """Look up the weight of each term of the objective, `[K]`; None without FlowWeightingCallback."""
+        return None if self.sample_weights is None else self.sample_weights.lookup(batch_index(batch))
+
     def weighted_loss(self, batch: Any, losses: Tensor) -> Tensor:
-        """Reduce the sample losses of a batch, `[B]`, with the samples' weights, to the scalar to minimise."""
-        weights = None if self.sample_weights is None else self.sample_weights.lookup(batch_index(batch))
-        return weighted_loss(losses, weights, self.reduction)
+        """Reduce the losses of a batch, `[K]`, with their weights, to the scalar to minimise.
+
+        Under gradient accumulation or several processes its gradient is set right before the optimizer step, so that
+        the denominator is that of the whole step. A module with an `on_before_optimizer_step` of its own must call
+        `super().on_before_optimizer_step(optimizer)`.
+        """
+        weights = self.training_weights(batch)
+        loss = weighted_loss(losses, weights, self.reduction)
+        return self._over_the_step(loss, denominator(losses, weights, self.reduction))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted loss of a batch and log it."""
         if self.reduction == "sampling" and self.sample_weights is not None:
             loss, size = self._drawn_loss(batch, batch_idx), batch_index(batch).numel()
         else:
-            losses = self.sample_losses(batch)
+            losses = self.training_losses(batch)
             loss, size = self.weighted_loss(batch, losses), losses.numel()
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Give the gradient the denominator of the whole step."""
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        self.step_denominator.normalise((p.grad for p in parameters if p.grad is not None), self.trainer)
+
+    def _over_the_step(self, loss: Tensor, size: Tensor | float) -> Tensor:
+        if not (self.training and torch.is_grad_enabled() and self._trainer_spans_batches()):
+            return loss
+        return self.step_denominator.loss(loss, size)
+
+    def _trainer_spans_batches(self) -> bool:
+        return self.is_attached and self.automatic_optimization and spans_batches(self.trainer)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether a Trainer runs this module."""
+        try:
+            return self.trainer is not None
+        except RuntimeError:  # how LightningModule says that there is none
+            return False
 
     def _drawn_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
@@ -78,8 +117,11 @@ class WeightedLossModule(LightningModule):
         place = (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
         drawn = draw(weights, torch.Generator().manual_seed(hash(place)))
         if drawn.numel() == 0:  # every rank must take part in the backward pass
-            return self.sample_losses(select(batch, torch.zeros(1, dtype=torch.long, device=weights.device))).sum() * 0
-        return self.sample_losses(select(batch, drawn)).sum() / weights.numel()
+            drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
+            loss = self.sample_losses(select(batch, drawn)).sum() * 0
+        else:
+            loss = self.sample_losses(select(batch, drawn)).sum() / weights.numel()
+        return self._over_the_step(loss, weights.numel())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember which pre-trained model the run of this checkpoint started from."""

