@@ -2,6 +2,7 @@
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
+from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback
@@ -24,6 +25,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedSample",
     "InstructionDataModule",
+    "LanguageRetentionCallback",
     "LinearProbeCallback",
     "RetentionCallback",
     "SampleWeights",

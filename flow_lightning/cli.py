@@ -100,7 +100,8 @@ class FlowCLI(LightningCLI):
                 where = folder / name / ("default" if seed is None else f"seed-{seed}")
                 args = ["fit", f"--config={base}", f"--config={method}", f"--trainer.default_root_dir={where}"]
                 cli = main(args + ([] if seed is None else [f"--seed_everything={seed}"]))
-                runs[name].append(read_metrics(Path(cli.trainer.log_dir or where) / "metrics.json"))
+                metrics = Path(cli.trainer.log_dir or where) / "metrics.json"
+                runs[name].append(read_metrics(metrics) if metrics.exists() else {})  # a run need not measure anything
         report_comparison(runs, folder)
 
 

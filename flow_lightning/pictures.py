@@ -5,7 +5,7 @@ Colours are those of Okabe and Ito, which people with any colour vision can tell
 
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from flow_lightning.files import write_bytes
@@ -22,15 +23,31 @@ GREY, ORANGE, BLUE, GREEN, RED = "#8a8a8a", "#E69F00", "#0072B2", "#009E73", "#D
 COLOURS = (RED, BLUE, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 
-#: Groups of bars and their keys; the pre-trained task's depends on whether there are labels.
+#: What is learned and what is kept, each under the first key that there is a value for, and its name in a picture.
+_LEARNED = {
+    "target/top1": "target accuracy",
+    "target/exact_match": "right final answers",
+    "target/loss": "target loss, nats",
+}
+_KEPT = {
+    "retention/after/top1": "pre-trained task",
+    "retention/after/agreement": "agreement",
+    "retention/after/accuracy": "accuracy on general tasks",
+    "retention/after/perplexity": "perplexity of general text",
+}
+#: Keys whose values are no fractions.
+_LOWER_IS_BETTER = ("target/loss", "retention/after/perplexity")
+
+#: Groups of bars in percent and their keys, of which a run has one.
 _GROUPS = {
-    "target": "target/top1",
-    "target,\nhardest": "target/hard_top1",
-    "pre-trained\ntask": None,
-    "average": "average",
+    "target": ("target/top1", "target/exact_match"),
+    "target,\nhardest": ("target/hard_top1",),
+    "pre-trained\ntask": ("retention/after/top1", "retention/after/agreement"),
+    "general\ntasks": ("retention/after/accuracy",),
+    "average": ("average",),
 }
 
-Bar = tuple[str, float, str]  # name, value in [0, 1], colour
+Bar = tuple[str, float, str]  # name, value, colour
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -93,52 +110,76 @@ def _draw_weights(axes: Axes, weights: Tensor) -> None:
 def plot_retention(metrics: Mapping[str, Any], path: str | Path) -> None:
     """Draw one run before and after training: what it learned and what it kept.
 
-    Copes with a run that has only one of the two parts, and with agreement in the place of accuracy. Where
-    the pre-trained task was measured after epochs, a third panel shows the course.
+    Copes with a run that has only one of the two parts, with agreement in the place of accuracy, and with a language
+    model, whose losses and perplexities have panels of their own. Where the pre-trained task was measured after
+    epochs, a further panel shows the course.
 
     Args:
         metrics: The content of `metrics.json`.
         path: The PNG file to write.
     """
-    panels = [bars for bars in (_learned_bars(metrics), _kept_bars(metrics)) if bars[1]]
+    panels = [panel for panel in (_learned_bars(metrics), *_language_bars(metrics), _kept_bars(metrics)) if panel[1]]
     course = metrics.get("retention/epochs") or []
     count = len(panels) + bool(course) or 1
     figure = Figure(figsize=(0.8 + 3.4 * count, 3.7), dpi=150, layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
-    for panel, (title, bars) in zip(axes, panels):
-        _draw_bars(panel, title, bars)
+    for panel, (title, bars, unit) in zip(axes, panels):
+        _draw_bars(panel, title, bars, unit)
     if course:
-        _draw_course(axes[-1], course, _pretrained_level(metrics))
+        _draw_course(axes[-1], course, _pretrained_level(metrics, retention_key(metrics)))
     _save(figure, path)
 
 
-def _learned_bars(metrics: Mapping[str, Any]) -> tuple[str, list[Bar]]:
-    bars = (
+def _learned_bars(metrics: Mapping[str, Any]) -> tuple[str, list[Bar], str]:
+    bars = _present(
         ("before", metrics.get("target/before/top1"), GREY),
         ("after", metrics.get("target/top1"), BLUE),
         ("after,\nhardest", metrics.get("target/hard_top1"), "#56B4E9"),
     )
-    return "Learned: target accuracy", [(name, value, colour) for name, value, colour in bars if value is not None]
+    return "Learned: target accuracy", bars, "%"
 
 
-def _kept_bars(metrics: Mapping[str, Any]) -> tuple[str, list[Bar]]:
+def _language_bars(metrics: Mapping[str, Any]) -> list[tuple[str, list[Bar], str]]:
+    """Return the panels of a language model: title, bars, and the unit."""
+    panels = (
+        ("Learned: right final answers", "target/before/exact_match", "target/exact_match", "%"),
+        ("Learned: target loss", "target/before/loss", "target/loss", "nats per token (lower is better)"),
+        ("Kept: accuracy on general tasks", "retention/before/accuracy", "retention/after/accuracy", "%"),
+        (
+            "Kept: general text",
+            "retention/before/perplexity",
+            "retention/after/perplexity",
+            "perplexity (lower is better)",
+        ),
+    )
+    return [
+        (title, _present(("before", metrics.get(before), GREY), ("after", metrics.get(after), colour)), unit)
+        for (title, before, after, unit), colour in zip(panels, (BLUE, BLUE, GREEN, GREEN))
+    ]
+
+
+def _present(*bars: tuple[str, Any, str]) -> list[Bar]:
+    return [bar for bar in bars if bar[1] is not None]
+
+
+def _kept_bars(metrics: Mapping[str, Any]) -> tuple[str, list[Bar], str]:
     key = retention_key(metrics)
-    if key is None:
-        return "", []
-    bars = (
-        ("before", _pretrained_level(metrics), GREY),
+    if key not in ("retention/after/top1", "retention/after/agreement"):
+        return "", [], "%"
+    bars = _present(
+        ("before", _pretrained_level(metrics, key), GREY),
         ("after,\nBatchNorm\nas trained", metrics.get(key), GREEN),
         ("after,\noriginal\nBatchNorm", metrics.get(f"{key}_original_bn"), ORANGE),
     )
-    title = "Kept: " + retention_name(key)
-    return title, [(name, value, colour) for name, value, colour in bars if value is not None]
+    return "Kept: " + retention_name(key), bars, "%"
 
 
-def _draw_bars(axes: Axes, title: str, bars: Sequence[Bar]) -> None:
+def _draw_bars(axes: Axes, title: str, bars: Sequence[Bar], unit: str) -> None:
     names, values, colours = zip(*bars)
-    drawn = axes.bar(names, [100 * value for value in values], color=colours, width=0.65)
-    axes.bar_label(drawn, fmt="%.1f", padding=2)
-    axes.set(ylim=(0, 108), ylabel="%", title=title)
+    percent = unit == "%"
+    drawn = axes.bar(names, [100 * value if percent else value for value in values], color=colours, width=0.65)
+    axes.bar_label(drawn, fmt="%.1f" if percent else "%.4g", padding=2)
+    axes.set(ylim=(0, 108 if percent else 1.12 * max(values)), ylabel=unit, title=title)
     _tidy(axes)
 
 
@@ -156,117 +197,157 @@ def _draw_course(axes: Axes, course: Sequence[Mapping[str, Any]], level: float |
 
 
 def plot_comparison(runs: Runs, path: str | Path) -> None:
-    """Draw methods against each other: runs in the plane of target and pre-trained task, and means as bars.
+    """Draw methods against each other: runs in the plane of learned and kept, and means as bars.
 
     A small marker is a run; where a method has several, the large one is their mean with the standard
-    deviation (n - 1) as whiskers. Runs without a measurement of the pre-trained task give bars only.
+    deviation (n - 1) as whiskers. Runs without a measurement of the pre-trained task give bars only. Losses and
+    perplexities are no percentages and have bars of their own.
 
     Args:
         runs: Method name to the metrics of its runs.
         path: The PNG file to write.
     """
-    plane = any(_points(column) for column in runs.values())
-    figure = Figure(figsize=(10 if plane else 5.6, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 1 + plane, squeeze=False, width_ratios=(1, 1.25) if plane else None)[0]
-    if plane:
-        _draw_plane(axes[0], runs)
-    _draw_groups(axes[-1], runs)
-    figure.legend(
-        *axes[-1].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(runs), 5),
-        frameon=False,
-    )
+    every = [run for column in runs.values() for run in column]
+    learned, kept = _first_key(_LEARNED, every), _first_key(_KEPT, every)
+    plane = any(_points(column, learned, kept) for column in runs.values())
+    numbers = [key for key in _LOWER_IS_BETTER if _first_key([key], every)]
+    percent = any(_group_value(name, run) is not None for name in _GROUPS for run in every) or not numbers
+    ratios = [1.0] * plane + [1.25] * percent + [0.5] * len(numbers)
+    figure = Figure(figsize=(0.8 + 4.1 * sum(ratios) if plane else 5.6, 4.2), dpi=150, layout="constrained")
+    axes = list(figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0])
+    figure.legend(handles=_legend(runs), loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
+    if plane and learned and kept:
+        _draw_plane(axes.pop(0), runs, learned, kept)
+    if percent:
+        _draw_groups(axes.pop(0), runs)
+    for panel, key in zip(axes, numbers):
+        _draw_numbers(panel, runs, key)
     _save(figure, path)
 
 
-def _draw_plane(axes: Axes, runs: Runs) -> None:
+def _legend(runs: Runs) -> list[Patch]:
+    return [Patch(color=COLOURS[order % len(COLOURS)], label=name) for order, name in enumerate(runs)]
+
+
+def _draw_plane(axes: Axes, runs: Runs, learned: str, kept: str) -> None:
     for order, column in enumerate(runs.values()):
         colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
-        points = _points(column)
+        points = _points(column, learned, kept)
         if len(points) > 1:
             axes.plot(*zip(*points), marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
         if points:
             (x, dx), (y, dy) = (_mean_and_spread(values) for values in zip(*points))
             axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, markersize=9, capsize=3, markeredgecolor="white")
     every = [run for column in runs.values() for run in column]
-    levels = [level for run in every if (level := _pretrained_level(run)) is not None]
+    levels = [level for run in every if (level := _pretrained_level(run, kept)) is not None]
     if levels:
-        level = 100 * statistics.fmean(levels)
-        axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
-        axes.annotate(
-            "pre-trained",
-            (0.01, level),
-            (0, -3),
-            axes.get_yaxis_transform(),
-            "offset points",
-            va="top",
-            color=GREY,
-        )
-    key = next(key for run in every if (key := retention_key(run)))
+        _draw_level(axes, _scale(kept) * statistics.fmean(levels))
     axes.margins(0.15)
-    axes.set_ylim(top=min(axes.get_ylim()[1], 103))
-    axes.set(xlabel="learned: target accuracy (%)", ylabel=f"kept: {retention_name(key)} (%)")
+    axes.set_xlabel(f"learned: {_label(_LEARNED, learned)}")
+    axes.set_ylabel(f"kept: {_label(_KEPT, kept)}")
+    if learned in _LOWER_IS_BETTER:
+        axes.invert_xaxis()
+    if kept in _LOWER_IS_BETTER:
+        axes.invert_yaxis()
+    else:
+        axes.set_ylim(top=min(axes.get_ylim()[1], 103))
     axes.set_title("Each run: up and right is better")
     axes.grid(alpha=0.25)
     _tidy(axes)
 
 
+def _draw_level(axes: Axes, level: float) -> None:
+    axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        "pre-trained", (0.01, level), (0, -3), axes.get_yaxis_transform(), "offset points", va="top", color=GREY
+    )
+
+
 def _draw_groups(axes: Axes, runs: Runs) -> None:
     every = [run for column in runs.values() for run in column]
     shown = [name for name in _GROUPS if any(_group_value(name, run) is not None for run in every)]
-    width = 0.82 / max(1, len(runs))
-    for order, (method, column) in enumerate(runs.items()):
+    for order, column in enumerate(runs.values()):
         values = [[v for run in column if (v := _group_value(name, run)) is not None] for name in shown]
-        means = [_mean_and_spread(group)[0] for group in values]
-        spreads = [_mean_and_spread(group)[1] for group in values]
-        places = [group + (order - (len(runs) - 1) / 2) * width for group in range(len(shown))]
-        axes.bar(places, means, width * 0.94, color=COLOURS[order % len(COLOURS)], label=method)
-        whiskers = [spread or np.nan for spread in spreads]
-        axes.errorbar(places, means, whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        for place, mean, spread in zip(places, means, spreads):
-            top, label = (0, "–") if np.isnan(mean) else (mean + spread, f"{mean:.1f}")
-            size = 8 if len(runs) < 4 else 6
-            axes.annotate(label, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
+        _draw_means(axes, values, order, len(runs), "{:.1f}")
     axes.set_xticks(range(len(shown)), shown)
     several = any(len(column) > 1 for column in runs.values())
-    axes.set(
-        ylim=(0, 110),
-        ylabel="%",
-        title="Mean ± standard deviation of the runs" if several else "One run per method",
-    )
+    title = "Mean ± standard deviation of the runs" if several else "One run per method"
+    axes.set(ylim=(0, 110), ylabel="%", title=title)
     _tidy(axes)
+
+
+def _draw_numbers(axes: Axes, runs: Runs, key: str) -> None:
+    """Draw the bars of a value that is no percentage."""
+    for order, column in enumerate(runs.values()):
+        values = [float(run[key]) for run in column if run.get(key) is not None]
+        _draw_means(axes, [values], order, len(runs), "{:.3g}")
+    axes.set_xticks([])
+    axes.margins(y=0.12)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel((_LEARNED | _KEPT)[key] + " (lower is better)")
+    _tidy(axes)
+
+
+def _draw_means(axes: Axes, groups: Sequence[Sequence[float]], order: int, methods: int, pattern: str) -> None:
+    """Draw the bars of one method, the `order`-th of them, with the mean of each group's runs."""
+    width = 0.82 / max(1, methods)
+    means, spreads = zip(*map(_mean_and_spread, groups)) if groups else ((), ())
+    places = [group + (order - (methods - 1) / 2) * width for group in range(len(groups))]
+    axes.bar(places, means, width * 0.94, color=COLOURS[order % len(COLOURS)])
+    whiskers = [spread or np.nan for spread in spreads]
+    axes.errorbar(places, means, whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    for place, mean, spread in zip(places, means, spreads):
+        top, label = (0, "–") if np.isnan(mean) else (mean + spread, pattern.format(mean))
+        size = 8 if methods < 4 else 6
+        axes.annotate(label, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=size)
 
 
 def _group_value(group: str, metrics: Mapping[str, Any]) -> float | None:
     """Return what a group of bars shows of a run, in percent."""
-    value = metrics.get(_GROUPS[group] or retention_key(metrics) or "")
-    return None if value is None else 100 * float(value)
+    key = _first_key(_GROUPS[group], [metrics])
+    return None if key is None else 100 * float(metrics[key])
+
+
+def _first_key(keys: Iterable[str], runs: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the first key under which some run has a value."""
+    return next((key for key in keys if any(run.get(key) is not None for run in runs)), None)
+
+
+def _scale(key: str) -> int:
+    return 1 if key in _LOWER_IS_BETTER else 100
+
+
+def _label(names: Mapping[str, str], key: str) -> str:
+    return names[key] + ("\n(axis reversed: lower is better)" if key in _LOWER_IS_BETTER else " (%)")
 
 
 def retention_key(metrics: Mapping[str, Any]) -> str | None:
-    """Return the key of what is left of the pre-trained task: accuracy, else agreement, else None."""
-    keys = ("retention/after/top1", "retention/after/agreement")
-    return next((key for key in keys if metrics.get(key) is not None), None)
+    """Return the key of what is left of the pre-trained model, or None.
+
+    Images: accuracy, else agreement. Language: accuracy on tasks, else perplexity, of which lower is better.
+    """
+    return _first_key(_KEPT, [metrics])
 
 
 def retention_name(key: str) -> str:
     """Return what a picture calls the value under `key`."""
-    return "pre-trained task" if key.endswith("top1") else "agreement"
+    return _KEPT[key]
 
 
-def _pretrained_level(metrics: Mapping[str, Any]) -> float | None:
-    """Return the value before training: a model agrees with itself on everything."""
-    if retention_key(metrics) == "retention/after/agreement":
+def _pretrained_level(metrics: Mapping[str, Any], key: str | None) -> float | None:
+    """Return what was kept, under `key`, before training: a model agrees with itself on everything."""
+    if key == "retention/after/agreement":
         return 1.0
-    level = metrics.get("retention/before/top1")
+    level = metrics.get((key or "retention/after/top1").replace("after", "before"))
     return None if level is None else float(level)
 
 
-def _points(column: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return target and retention in percent, for the runs that have both."""
-    pairs = [(run.get("target/top1"), run.get(retention_key(run) or "")) for run in column]
-    return [(100 * target, 100 * kept) for target, kept in pairs if target is not None and kept is not None]
+def _points(column: Sequence[Mapping[str, Any]], learned: str | None, kept: str | None) -> list[tuple[float, float]]:
+    """Return what was learned and what was kept, fractions in percent, for the runs that have both."""
+    if learned is None or kept is None:
+        return []
+    pairs = [(run.get(learned), run.get(kept)) for run in column]
+    return [(_scale(learned) * x, _scale(kept) * y) for x, y in pairs if x is not None and y is not None]
 
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -35,7 +35,7 @@ class Metric(NamedTuple):
     Attributes:
         key: The stable key.
         name: What a table calls it.
-        unit: `fraction` (0 to 1, shown in percent), `nats`, `samples`, `seconds` or `number`.
+        unit: `fraction` (0 to 1, shown in percent), `nats`, `samples`, `tokens`, `seconds` or `number`.
         better: `up`, `down`, or nothing where neither end is good.
     """
 
@@ -59,6 +59,14 @@ METRICS = (
     Metric("retention/after/agreement_original_bn", "agreement, original BatchNorm", "fraction", "up"),
     Metric("retention/after/kl", "KL(pre-trained || fine-tuned)", "nats", "down"),
     Metric("retention/after/kl_original_bn", "KL, original BatchNorm", "nats", "down"),
+    Metric("target/before/loss", "target loss before training", "nats", "down"),
+    Metric("target/loss", "target loss", "nats", "down"),
+    Metric("target/before/exact_match", "right final answers before training", "fraction", "up"),
+    Metric("target/exact_match", "right final answers", "fraction", "up"),
+    Metric("retention/before/perplexity", "perplexity of general text before training", "number", "down"),
+    Metric("retention/after/perplexity", "perplexity of general text", "number", "down"),
+    Metric("retention/before/accuracy", "mean accuracy of the tasks before training", "fraction", "up"),
+    Metric("retention/after/accuracy", "mean accuracy of the tasks", "fraction", "up"),
     Metric("average", "average of target and pre-trained task", "fraction", "up"),
     Metric("average_original_bn", "average, original BatchNorm", "fraction", "up"),
     Metric("flow/temperature", "temperature tau", "number"),
@@ -69,6 +77,7 @@ METRICS = (
     Metric("probe/mean_loss", "mean training loss of the linear probe", "nats"),
     Metric("target/samples", "target test samples", "samples"),
     Metric("retention/samples", "images of the pre-trained task", "samples"),
+    Metric("retention/tokens", "predicted tokens of general text", "tokens"),
     Metric("time/probe_s", "fitting the linear probe", "seconds", "down"),
     Metric("time/scoring_s", "scoring the training set", "seconds", "down"),
     Metric("time/refit_s", "refitting the head", "seconds", "down"),
@@ -77,7 +86,14 @@ METRICS = (
     Metric("time/after_s", "measuring after training", "seconds", "down"),
 )
 
-_FORMATS = {"nats": "{:.3f}", "samples": "{:,.0f}", "seconds": "{:.1f}", "number": "{:.4g}"}
+_TASK = "retention/after/task/"  # and the task's name
+_FORMATS = {
+    "nats": "{:.3f}",
+    "samples": "{:,.0f}",
+    "tokens": "{:,.0f}",
+    "seconds": "{:.1f}",
+    "number": "{:.4g}",
+}
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
@@ -145,7 +161,7 @@ def format_value(metric: Metric, values: Sequence[float]) -> str:
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]], title: str = "") -> Table:
-    """Build the console table: a row for each documented key that some run has, a column for each method.
+    """Build the console table: a row for each documented key and each task that some run has, a column for each method.
 
     Args:
         columns: Method name to the metrics of its run, or of several runs, which become mean ± standard
@@ -157,12 +173,20 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str
     for name in columns:
         table.add_column(name, justify="right")
     runs = [[column] if isinstance(column, Mapping) else list(column) for column in columns.values()]
-    for metric in METRICS:
+    for metric in _rows(runs):
         values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs]
         if any(values):
             name = metric.name + (" (s)" if metric.unit == "seconds" else " (nats)" if metric.unit == "nats" else "")
             table.add_row(name, *(format_value(metric, column) for column in values))
     return table
+
+
+def _rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Metric]:
+    """Return what a table of these runs can show: `METRICS`, with the tasks after their mean."""
+    keys = sorted({key for column in runs for run in column for key in run if key.startswith(_TASK)})
+    tasks = [Metric(key, f"task {key.removeprefix(_TASK)}", "fraction", "up") for key in keys]
+    place = 1 + [metric.key for metric in METRICS].index("retention/after/accuracy")
+    return [*METRICS[:place], *tasks, *METRICS[place:]]
 
 
 def metrics_markdown() -> str:

@@ -9,12 +9,12 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
-from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, sweep
+from flow_lightning.callbacks.measuring import is_language_model, log_metrics, report
+from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, sweep
 from flow_lightning.callbacks.tasks import (
     agreement_and_kl,
     log_probabilities,
@@ -24,7 +24,6 @@ from flow_lightning.callbacks.tasks import (
     top1_and_top5,
 )
 from flow_lightning.pictures import retention_key
-from flow_lightning.report import metrics_table, plot_retention, read_metrics, write_metrics
 from flow_lightning.retention import hardest
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -64,7 +63,8 @@ class RetentionCallback(Callback):
     The pre-trained task is measured with the original head put back, with BatchNorm as trained and with the
     original BatchNorm layers. Writes `metrics.json` and `retention.png` into the run's directory and prints a
     table. The target task is measured on the test set; `flow_lightning.report.METRICS` explains every number.
-    Put it after every callback that changes the model.
+    Put it after every callback that changes the model. It stands aside for a language model, which
+    `LanguageRetentionCallback` measures.
 
     Checkpoints carry what was measured before training, so that a resumed fit need not. Without labels that
     includes 4 bytes per image and class: 200 MB for 50,000 images of 1,000 classes.
@@ -123,6 +123,8 @@ class RetentionCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the pre-trained model, unless the fit goes on from a checkpoint."""
+        if is_language_model(pl_module):
+            return
         started = time.perf_counter()
         with isolate_rng():
             self._find_data(trainer, pl_module)
@@ -146,22 +148,24 @@ class RetentionCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the pre-trained task every `every_n_epochs` epochs."""
         epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is None or epoch % self.every_n_epochs:
+        if self.every_n_epochs is None or epoch % self.every_n_epochs or is_language_model(pl_module):
             return
         kept = self._kept(trainer, pl_module)
         self.state.epochs.append({"epoch": epoch, "step": trainer.global_step, **kept})
-        _log(trainer, {f"retention/epoch/{name}": value for name, value in kept.items()})
+        log_metrics(trainer, {f"retention/epoch/{name}": value for name, value in kept.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the fine-tuned model and report."""
+        if is_language_model(pl_module):
+            return
         started = time.perf_counter()
         metrics: dict[str, Any] = {**self.state.before, "time/fit_s": started - self.state.started}
         metrics |= self._target_after(trainer, pl_module)
         metrics |= {f"retention/after/{name}": value for name, value in self._kept(trainer, pl_module).items()}
         metrics |= _averages(metrics)
         metrics["time/after_s"] = time.perf_counter() - started
-        _log(trainer, metrics)
-        _report(trainer, metrics | ({"retention/epochs": self.state.epochs} if self.state.epochs else {}))
+        log_metrics(trainer, metrics)
+        report(trainer, metrics | ({"retention/epochs": self.state.epochs} if self.state.epochs else {}))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, whose model is fine-tuned already."""
@@ -275,18 +279,3 @@ def _averages(metrics: dict[str, Any]) -> dict[str, float]:
         return {}
     target = metrics["target/top1"]
     return {f"average{kind}": (target + metrics[kept + kind]) / 2 for kind in ("", "_original_bn")}
-
-
-def _log(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _report(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json` and `retention.png` and print the table, on rank 0."""
-    folder = run_directory(trainer)  # on every rank: it broadcasts
-    if trainer.is_global_zero:
-        write_metrics(folder / "metrics.json", metrics)
-        written = read_metrics(folder / "metrics.json")
-        plot_retention(written, folder / "retention.png")
-        Console().print(metrics_table({"value": written}, f"What was learned and what was kept ({folder})"))

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from flow_lightning.data.arithmetic import word_problems
 from flow_lightning.data.length_grouping import LengthGroupedSampler, token_budget_batches
 from flow_lightning.indexing import IndexedDataset
 from flow_lightning.language_extra import import_language
@@ -32,6 +34,7 @@ IGNORED = -100
 """Label of a token that is not supervised, as torch's cross-entropy and transformers have it."""
 
 _BATCH = 1000  # texts that a fast tokenizer gets at once, to share them between its threads
+_GENERATED = "generated:"
 _PLACEHOLDER = "{instruction}"
 _PROBE = "flow-lightning-response"
 
@@ -45,9 +48,10 @@ def read_records(
     """Read the text fields of a data set.
 
     Args:
-        source: A `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, or the name of a Hugging Face
-            data set, optionally with its configuration as `name:config`.
-        split: Split of the Hugging Face data set; files have none.
+        source: A `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a Hugging Face
+            data set, optionally with its configuration as `name:config`, or `generated:arithmetic:COUNT` for word
+            problems made by a program.
+        split: Split of the data set; files have none.
         fields: Names of the fields to read.
         limit: Read the first so many records only.
         progress: Show a progress bar if it takes longer than 2 seconds.
@@ -72,6 +76,8 @@ def read_records(
 
 def _rows(source: str, split: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Return each row with the place where it stands."""
+    if source.startswith(_GENERATED):
+        return _generated_rows(source, split)
     path = Path(source)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         if path.is_file():
@@ -80,6 +86,15 @@ def _rows(source: str, split: str, fields: Sequence[str]) -> Iterator[tuple[str,
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path.absolute()}. Check the path in `train` and `test`.")
     return _parquet_rows(path, fields) if path.suffix == ".parquet" else _json_rows(path, fields)
+
+
+def _generated_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    name, _, count = source.removeprefix(_GENERATED).partition(":")
+    if name != "arithmetic" or not count.isdecimal():
+        raise ValueError(f"There is no data set {source!r}; expected generated:arithmetic:COUNT.")
+    # Splits are made from different seeds; crc32, unlike hash(), is the same in every process.
+    records = word_problems(int(count), seed=crc32(split.encode()))
+    return ((f"{source}, record {number}", record) for number, record in enumerate(records, start=1))
 
 
 def _json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -395,8 +410,8 @@ class InstructionDataModule(LightningDataModule):
     Only the response and the end-of-sequence token are supervised. Validation looks at the test set.
 
     Args:
-        train: Training data: a `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, or the name of
-            a Hugging Face data set, optionally with its configuration as `name:config`.
+        train: Training data: a `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a
+            Hugging Face data set, optionally with its configuration as `name:config`, or `generated:arithmetic:COUNT`.
         test: Test data, likewise; None for none.
         instruction_field: Field of the instruction.
         response_field: Field of the response.

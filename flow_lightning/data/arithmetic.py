@@ -1,0 +1,64 @@
+"""Word problems made by a program: a small task for a first try, with answers that can be checked."""
+
+import random
+
+_NAMES = ("Ada", "Ben", "Chloe", "Dev", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo")
+_THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "tickets", "tiles")
+
+
+def word_problems(count: int, seed: int) -> list[dict[str, str]]:
+    """Make word problems of two steps, answered in the manner of GSM8K: a line for each step, then `#### result`.
+
+    Args:
+        count: How many.
+        seed: Source of names, things and numbers.
+
+    Returns:
+        Records of `query` and `response`.
+
+    Example:
+        >>> print(word_problems(1, seed=0)[0]["response"].splitlines()[-1][:4])
+        ####
+    """
+    draw = random.Random(seed)
+    return [draw.choice((_buys, _shares, _sells))(draw) for _ in range(count)]
+
+
+def _record(query: str, first: str, second: str, result: int) -> dict[str, str]:
+    return {"query": query, "response": f"{first}\n{second}\n#### {result}"}
+
+
+def _buys(draw: random.Random) -> dict[str, str]:
+    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    had, boxes, each = draw.randint(2, 40), draw.randint(2, 9), draw.randint(2, 12)
+    return _record(
+        f"{name} has {had} {thing} and buys {boxes} boxes with {each} {thing} each. "
+        f"How many {thing} does {name} have now?",
+        f"The boxes hold {boxes} * {each} = {boxes * each} {thing}.",
+        f"Together that is {had} + {boxes * each} = {had + boxes * each} {thing}.",
+        had + boxes * each,
+    )
+
+
+def _shares(draw: random.Random) -> dict[str, str]:
+    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    friends, each, kept = draw.randint(2, 9), draw.randint(2, 12), draw.randint(1, 20)
+    total = friends * each + kept
+    return _record(
+        f"{name} has {total} {thing}, keeps {kept} of them and shares the rest equally among {friends} friends. "
+        f"How many {thing} does each friend get?",
+        f"There are {total} - {kept} = {total - kept} {thing} to share.",
+        f"Each friend gets {total - kept} / {friends} = {each} {thing}.",
+        each,
+    )
+
+
+def _sells(draw: random.Random) -> dict[str, str]:
+    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    sold, price, spent = draw.randint(3, 20), draw.randint(2, 9), draw.randint(1, 6)
+    return _record(
+        f"{name} sells {sold} {thing} for {price} dollars each and spends {spent} dollars. How many dollars are left?",
+        f"{name} earns {sold} * {price} = {sold * price} dollars.",
+        f"There are {sold * price} - {spent} = {sold * price - spent} dollars left.",
+        sold * price - spent,
+    )

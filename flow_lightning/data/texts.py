@@ -1,0 +1,122 @@
+"""General text, on which it is measured what a language model has kept: plain files, cut into windows of tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_PACKAGED = "packaged"
+
+
+def read_texts(paths: Sequence[str]) -> list[str]:
+    """Read plain text files.
+
+    Args:
+        paths: UTF-8 text files, or the word `packaged`: half a megabyte of English prose that comes with CPython, the
+            topics of `help()`. It changes a little with each version of Python, so compare within one version only.
+
+    Returns:
+        One text for each path.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is empty or not UTF-8.
+    """
+    return [_packaged_text() if path == _PACKAGED else _read(Path(path)) for path in paths]
+
+
+def _packaged_text() -> str:
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no text file {path.absolute()}. Check the path in `texts`, or use the word {_PACKAGED!r}."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Expected plain text; convert it to UTF-8.") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty; expected plain text. Leave it out, or write the file again.")
+    return text
+
+
+class TextWindows(Dataset[dict[str, Any]]):
+    """Cut texts into windows of tokens: `{"input_ids": int64 [T], "prompt_length": 1, "index": int}`.
+
+    Windows do not overlap and do not go across texts. The first token of each is context only. Where the tokenizer
+    starts a text with a token of its own (BOS), so does each window: some models are lost without it. A last window
+    of fewer than 2 tokens is dropped.
+
+    Attributes:
+        lengths: Tokens of each window, int64 `[N]`.
+
+    Args:
+        texts: The texts.
+        tokenizer: A tokenizer of transformers; it is not kept.
+        window: Most tokens of a window, at least 2 and at most as many as the model has positions.
+        limit_tokens: Take the first windows, up to so many tokens in all.
+
+    Raises:
+        ValueError: If a number is out of range, or there is no window.
+
+    Example:
+        >>> def letters(texts, **_):
+        ...     return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+        >>> windows = TextWindows(["abcdefg"], letters, window=3)
+        >>> windows.lengths.tolist(), windows[1]["input_ids"].tolist()
+        ([3, 3], [100, 101, 102])
+    """
+
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Any, window: int = 1024, limit_tokens: int | None = None
+    ) -> None:
+        if window < 2:
+            raise ValueError(f"window is {window}; expected at least 2 tokens: one of context, one to predict.")
+        if limit_tokens is not None and limit_tokens < 2:
+            raise ValueError(f"limit_tokens is {limit_tokens}; expected at least 2, or None for all.")
+        cut = [part for text in texts for part in _windows(text, tokenizer, window)]
+        self.windows = cut if limit_tokens is None else _first(cut, limit_tokens)
+        if not self.windows:
+            raise ValueError("The texts have fewer than 2 tokens, so there is nothing to predict. Give longer texts.")
+        self.lengths = torch.tensor([len(part) for part in self.windows])
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = range(len(self))[index]
+        return {"input_ids": self.windows[position].long(), "prompt_length": 1, "index": position}
+
+
+def _windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:
+    # Not verbose: it would warn of texts longer than the model, which are cut here.
+    (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
+    start = _start(tokenizer)
+    parts = torch.tensor(ids, dtype=torch.int32).split(window - len(start))
+    return [part for part in (torch.cat([start, part]) for part in parts) if len(part) >= 2]
+
+
+def _start(tokenizer: Any) -> Tensor:
+    """Return the token that the tokenizer starts texts with, `[1]`, or `[0]` if there is none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    starts = bos is not None and tokenizer([""], verbose=False)["input_ids"][0][:1] == [bos]
+    return torch.tensor([bos] if starts else [], dtype=torch.int32)
+
+
+def _first(windows: list[Tensor], limit: int) -> list[Tensor]:
+    """Return the first windows, the last of them cut, so that they have at most `limit` tokens."""
+    kept: list[Tensor] = []
+    for part in windows:
+        part = part[:limit]
+        if len(part) < 2:
+            break
+        kept.append(part)
+        limit -= len(part)
+    return kept

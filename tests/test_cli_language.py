@@ -1,0 +1,88 @@
+"""Every shipped language configuration through the real command line, on a tiny model and without network."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+from yaml import safe_load
+
+import flow_lightning as fl
+from flow_lightning.cli import main
+from tests.language import instructions, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+PAPER = sorted((ROOT / "configs" / "language").glob("*_metamathqa.yaml"))
+LORA = ROOT / "configs" / "language" / "lora.yaml"
+METHODS = ("standard", "flow_sequence", "flow_token", "token_masking")
+TINY = [
+    "--model.model=tiny",
+    "--model.attention=null",
+    "--trainer.max_epochs=1",
+    "--trainer.accumulate_grad_batches=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def tiny_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained("tiny")
+    tiny_model(len(tokenizer)).save_pretrained("tiny")
+    Path("train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in instructions(9)))
+
+
+def run(*arguments, method="standard", command="fit"):
+    return main([command, *arguments, f"-c={ROOT}/configs/methods/{method}.yaml", *TINY])
+
+
+def metrics_of(cli):
+    path = Path(cli.trainer.log_dir) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
+def test_every_configuration_composes_with_every_method(config, method, lora):
+    extra = [f"-c={LORA}"] if lora else []
+    cli = run(f"-c={config}", *extra, "--data.train=train.jsonl", "--data.batch_size=2", method=method)
+    folder = Path(cli.trainer.log_dir) / "model"
+    assert cli.model.tune == ("lora" if lora else "full") and (folder / "tokenizer.json").is_file()
+    assert (folder / ("adapter_config.json" if lora else "config.json")).is_file()
+    assert ("flow/temperature" in metrics_of(cli)) == (method != "standard")
+    assert isinstance(cli.model.sample_weights, type(None))
+
+
+def test_the_configurations_hold_the_papers_hyperparameters():
+    assert [path.stem for path in PAPER] == ["gemma2_2b_metamathqa", "llama32_3b_metamathqa"]
+    for path in PAPER:
+        settings = safe_load(path.read_text())
+        model, data = settings["model"]["init_args"], settings["data"]["init_args"]
+        assert settings["trainer"]["accumulate_grad_batches"] * data["batch_size"] == 128
+        assert (settings["trainer"]["max_epochs"], settings["seed_everything"]) == (2, 42)
+        assert 1e-5 <= settings["learning_rate"] <= 2e-5
+        assert (model["schedule"], model["warmup"], data["max_length"]) == ("cosine", 0.03, 1024)
+        assert model["optimizer"]["init_args"]["weight_decay"] == 0
+    lora = safe_load(LORA.read_text())["model"]["init_args"]
+    assert (lora["lora_r"], lora["lora_alpha"], lora["lora_dropout"], len(lora["lora_targets"])) == (64, 64, 0, 7)
+
+
+def test_the_quickstart_learns_reports_and_saves():
+    options = ["--data.train=generated:arithmetic:16", "--data.test=generated:arithmetic:5"]
+    cli = run(f"-c={ROOT}/configs/language/quickstart.yaml", *options, method="flow_sequence")
+    metrics = metrics_of(cli)
+    assert {"target/before/loss", "target/loss", "target/exact_match", "flow/temperature"} <= set(metrics)
+    assert {"retention/before/perplexity", "retention/after/perplexity"} <= set(metrics)
+    AutoModelForCausalLM.from_pretrained(Path(cli.trainer.log_dir) / "model")
+
+
+def test_score_writes_the_weights_of_every_token():
+    cli = run(f"-c={PAPER[0]}", "--data.train=train.jsonl", method="flow_token", command="score")
+    weights = fl.TokenWeights.load(Path(cli.trainer.log_dir) / "flow_weights.safetensors")
+    assert len(weights) == 9 and cli.trainer.global_step == 0
+    assert weights.losses.numel() == int(cli.datamodule.train_set.dataset.supervised.sum())
