@@ -86,3 +86,12 @@ def test_score_writes_the_weights_of_every_token():
     weights = fl.TokenWeights.load(Path(cli.trainer.log_dir) / "flow_weights.safetensors")
     assert len(weights) == 9 and cli.trainer.global_step == 0
     assert weights.losses.numel() == int(cli.datamodule.train_set.dataset.supervised.sum())
+
+
+@pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
+def test_the_papers_tasks_go_on_top_of_a_configuration(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(f"-c={config}", f"-c={ROOT}/configs/language/paper_tasks.yaml", "--print_config")
+    assert stopped.value.code in (0, None)
+    callbacks = safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert "mmlu:5" in callbacks[-1]["init_args"]["tasks"] and len(callbacks) == 2

@@ -88,20 +88,17 @@ class LengthGroupedSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        count = self.lengths.numel()
         size = self.batch_size * self.num_replicas
         blocks = [
             block
-            for pool in self._permutation(generator).split(self.pool * size)
+            for pool in torch.randperm(count, generator=generator).split(self.pool * size)
             for block in pool[self.lengths[pool].argsort(stable=True)].split(size)
         ]
         # Only the last block can be short: anywhere else it would shift the batches after it across the blocks.
         last = [blocks.pop()] if len(blocks[-1]) < size else []
         order = torch.randperm(len(blocks), generator=generator).tolist()
         shuffled = torch.cat([blocks[position] for position in order] + last)
+        # Repeated samples come last too, so that the steps before are those of one process with the joined batch.
+        shuffled = shuffled[torch.arange(self.total_size) % count]
         return iter(shuffled[self.rank :: self.num_replicas].tolist())
-
-    def _permutation(self, generator: torch.Generator) -> Tensor:
-        """Permute the positions, and repeat the first ones until each process gets the same number."""
-        count = self.lengths.numel()
-        permutation = torch.randperm(count, generator=generator)
-        return permutation[torch.arange(self.total_size) % count]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flow_lightning.indexing import batch_index, select
+from flow_lightning.modules.finite_losses import FiniteLosses
 from flow_lightning.modules.step_denominator import StepDenominator, spans_batches
 from flow_lightning.objective import Reduction, denominator, draw, weighted_loss
 from flow_lightning.token_weighting import TokenWeights
@@ -47,6 +48,7 @@ class WeightedLossModule(LightningModule):
         super().__init__()
         self.reduction: Reduction = reduction
         self.step_denominator = StepDenominator()
+        self.finite_losses = FiniteLosses()
 
     def sample_losses(self, batch: Any) -> Tensor:
         """Compute the loss of each sample of a batch, without any side effect.
@@ -74,6 +76,7 @@ class WeightedLossModule(LightningModule):
         the denominator is that of the whole step. A module with an `on_before_optimizer_step` of its own must call
         `super().on_before_optimizer_step(optimizer)`.
         """
+        self._note(batch, losses)
         weights = self.training_weights(batch)
         loss = weighted_loss(losses, weights, self.reduction)
         return self._over_the_step(loss, denominator(losses, weights, self.reduction))
@@ -92,6 +95,14 @@ class WeightedLossModule(LightningModule):
         """Give the gradient the denominator of the whole step."""
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         self.step_denominator.normalise((p.grad for p in parameters if p.grad is not None), self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        """Check the last losses before a checkpoint of the epoch is written."""
+        self.finite_losses.check()
+
+    def _note(self, batch: Any, losses: Tensor) -> None:
+        if self.training and torch.is_grad_enabled() and self.is_attached and self.sample_weights is not None:
+            self.finite_losses.note(self.trainer.fit_loop.total_batch_idx, batch_index(batch), losses)
 
     def _over_the_step(self, loss: Tensor, size: Tensor | float) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and self._trainer_spans_batches()):
@@ -120,7 +131,10 @@ class WeightedLossModule(LightningModule):
             drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
             loss = self.sample_losses(select(batch, drawn)).sum() * 0
         else:
-            loss = self.sample_losses(select(batch, drawn)).sum() / weights.numel()
+            taken = select(batch, drawn)
+            losses = self.sample_losses(taken)
+            self._note(taken, losses)
+            loss = losses.sum() / weights.numel()
         return self._over_the_step(loss, weights.numel())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

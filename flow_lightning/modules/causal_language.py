@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: int = 64,
         lora_dropout: float = 0.0,
         lora_targets: list[str] = _LORA_TARGETS,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = 256,
     ) -> None:
         super().__init__(reduction)
         _check_arguments(tune, reduction)
@@ -167,7 +168,12 @@ class CausalLanguageModule(WeightedLossModule):
         return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
 
     def setup(self, stage: str) -> None:
-        """Check that the losses are the model's own."""
+        """Check that the losses are the model's own, and that the precision suits the machine."""
+        if self.is_attached and _bfloat16_is_slow(self.trainer):
+            rank_zero_warn(
+                f"precision={self.trainer.precision!r} on a CPU without AVX-512 is several times slower than "
+                "'32-true'. Use 32-true here."
+            )
         self.whole_logits = not self._agrees_with_model()
         if self.whole_logits:
             rank_zero_warn(
@@ -230,6 +236,11 @@ def _check_arguments(tune: str, reduction: str) -> None:
         raise ValueError(f"tune is {tune!r}; expected 'full', 'lora' or 'head'.")
     if reduction == "sampling":
         raise ValueError("reduction='sampling' draws images or other samples of equal size; use 'batch' or 'weights'.")
+
+
+def _bfloat16_is_slow(trainer: Trainer) -> bool:
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return on_cpu and "16" in str(trainer.precision) and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 def _merged(model: Any) -> Any:

