@@ -23,12 +23,15 @@ _METHODS = ["configs/methods/standard.yaml", "configs/methods/flow.yaml"]
 class FlowTrainer(Trainer):
     """A Trainer with the two further commands of the command line."""
 
+    #: Whether callbacks that `score` adds compute anew what is in the cache.
+    force = False
+
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Compute the weights of the training set, report and draw them, without training."""
         wanted = (LinearProbeCallback, FlowWeightingCallback, ProgressBar)
         self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[has-type]
         if not any(isinstance(callback, FlowWeightingCallback) for callback in self.callbacks):
-            self.callbacks.append(FlowWeightingCallback())
+            self.callbacks.append(FlowWeightingCallback(force=self.force))
         self.num_sanity_val_steps = 0
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)
@@ -74,16 +77,29 @@ class FlowCLI(LightningCLI):
             help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}.",
         )
         parser.link_arguments(("learning_rate", "method"), "model.init_args.learning_rate", compute_fn=learning_rate_of)
+        parser.add_argument(
+            "--force", action="store_true", help="Score anew, and replace what is in the cache of losses and probes."
+        )
         parser.add_lightning_class_args(RetentionCallback, "retention")
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; `compare` builds them once for each run instead."""
         if self.subcommand != "compare":
             super().instantiate_classes()
+            self._pass_on_force()
             return
         self.config_init = self.config
         self.trainer = self.trainer_class  # type: ignore[assignment]  # read for its methods, never run
         self.model = self.datamodule = None
+
+    def _pass_on_force(self) -> None:
+        if not self._get(self.config_init, "force", default=False):
+            return
+        trainer: Any = self.trainer
+        trainer.force = True
+        for callback in trainer.callbacks:
+            if isinstance(callback, LinearProbeCallback | FlowWeightingCallback):
+                callback.force = True
 
     def compare(self, methods: list[str], seeds: list[int] | None, output: str, **_: Any) -> None:
         """Run `fit` for each method and seed, then report."""

@@ -4,6 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
+_BLOCK = 2**22
+
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically: into a temporary file of the same folder, flushed to disk, then renamed.
@@ -28,3 +30,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def check_writable(folder: str | Path, size: int = 0) -> None:
+    """Write a temporary file of zeros and remove it, so that a full disk or a read-only folder shows at once.
+
+    Args:
+        folder: Where to write; missing folders are made.
+        size: How many bytes must fit.
+
+    Raises:
+        OSError: If that is not possible; the message names the folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, size, _BLOCK):
+                file.write(bytes(min(_BLOCK, size - start)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(
+            f"{Path(folder).absolute()} cannot take the {size / 2**20:.0f} MiB that this run writes ({error}). Make "
+            "room, or choose another folder."
+        ) from error

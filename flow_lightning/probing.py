@@ -5,7 +5,7 @@ multinomial logistic regression with an L2 penalty, solved to convergence on fea
 Source: paper, vision protocol, step 1; the authors train the head by SGD over the images instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,24 @@ class Probe:
     losses: Tensor
     strength: float
     validation: dict[float, tuple[float, float]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it as tensors, to be written to a file."""
+        validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
+        return {
+            "weight": self.head.weight,
+            "bias": self.head.bias,
+            "losses": self.losses,
+            "strength": torch.tensor(self.strength, dtype=torch.float64),
+            "validation": torch.tensor(validation, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
+        """Make a probe from what `tensors` returned."""
+        validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
+        head = LinearHead(tensors["weight"], tensors["bias"])
+        return cls(head, tensors["losses"], tensors["strength"].item(), validation)
 
 
 def fit_probe(

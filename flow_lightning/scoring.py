@@ -43,33 +43,19 @@ class FixedBatches(Sampler[list[int]]):
     """
 
     def __init__(self, batches: Sequence[Sequence[int]]) -> None:
-        self.batches = [list(batch) for batch in batches]
+        self.batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return map(list, self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def share_of_rank(loader: DataLoader[Any], rank: int, world_size: int) -> Sequence[int] | FixedBatches:
-    """Return what one of several processes has to score: every `world_size`-th sample, or batch if they are fixed."""
-    if isinstance(loader.batch_sampler, FixedBatches):
-        return FixedBatches(loader.batch_sampler.batches[rank::world_size])
-    return range(rank, len(loader.dataset), world_size)  # type: ignore[arg-type]
+def scoring_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
+    """Cut the data set of a loader into the batches to score: its fixed batches if it has some, else in order.
 
-
-def loader_like(
-    loader: DataLoader[Any], indices: Sequence[int] | FixedBatches, batch_size: int | None = None
-) -> DataLoader[Any]:
-    """Make a loader over `indices`, in order, with the data set, collate function and workers of another loader.
-
-    The other loader is never iterated, so neither its order nor its persistent workers notice.
-
-    Args:
-        loader: Where the data set comes from.
-        indices: Positions in the data set, or batches of them.
-        batch_size: Samples per batch; by default the other loader's.
+    They do not depend on the number of processes, which share them: so the values do not either.
 
     Raises:
         TypeError: If the data set is iterable-style.
@@ -78,13 +64,25 @@ def loader_like(
     check_map_style(loader.dataset)
     if len(loader.dataset) == 0:  # type: ignore[arg-type]
         raise ValueError("The data set is empty: there is nothing to score. Check its path and its split.")
+    if isinstance(loader.batch_sampler, FixedBatches):
+        return loader.batch_sampler.batches
+    length, size = len(loader.dataset), loader.batch_size or 64  # type: ignore[arg-type]
+    return [range(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def loader_like(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+    """Make a loader over `batches`, in order, with the data set, collate function and workers of another loader.
+
+    The other loader is never iterated, so neither its order nor its persistent workers notice.
+
+    Args:
+        loader: Where the data set comes from.
+        batches: Positions in the data set, by batch.
+    """
     workers = loader.num_workers
-    order: dict[str, Any] = {"sampler": indices, "batch_size": batch_size or loader.batch_size or 64}
-    if isinstance(indices, FixedBatches):
-        order = {"batch_sampler": indices}
     return DataLoader(
         loader.dataset,
-        **order,
+        batch_sampler=FixedBatches(batches),
         num_workers=workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -95,53 +93,51 @@ def loader_like(
     )
 
 
-def collect(
-    batches: Iterable[Any],
-    function: Callable[[Any], tuple[Tensor, ...]],
-    indices: Sequence[int],
-    allocate: Callable[..., Tensor] = torch.zeros,
-    length: int | None = None,
+def score_batch(
+    batch: Any, expected: Sequence[int], function: Callable[[Any], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """Apply a function to every batch and file what it returns by sample index.
+    """Apply a function to a batch.
 
     Args:
-        batches: Batches that carry `index`, together the samples `indices` in order.
-        function: Maps a batch to tensors `[B, ...]`.
-        indices: The samples that the batches hold.
-        allocate: Makes the zero-filled tensors for the results, called with `size, dtype=`.
-        length: Samples in the whole data set, if `indices` are only a part of it.
+        batch: A batch that carries `index`.
+        expected: The samples that it should hold.
+        function: Maps a batch to tensors `[B, ...]`; the first has one row per sample.
 
     Returns:
-        For each tensor of the function one `[length, ...]` tensor on the CPU; rows not in `indices` are 0.
-        Empty if there was no batch.
+        The index `[B]` and what the function returned, on the CPU.
 
     Raises:
-        ValueError: If the indices in the batches are not those asked for, or the function returned a wrong shape.
+        ValueError: If the indices in the batch are not those expected, or the function returned a wrong shape.
     """
-    results: tuple[Tensor, ...] = ()
-    done = 0
-    for batch in batches:
-        index = batch_index(batch).cpu()
-        check_indices(index, torch.as_tensor(indices[done : done + index.numel()]))
-        done += index.numel()
-        values = function(batch)
-        for value in values:
-            if value.shape[:1] != index.shape:
-                raise ValueError(
-                    f"A batch of {index.numel()} samples gave values of shape {tuple(value.shape)}; expected one per "
-                    "sample. sample_losses(batch) must not reduce over the batch (reduction='none')."
-                )
-        if not results:
-            size = len(indices) if length is None else length
-            results = tuple(allocate((size, *value.shape[1:]), dtype=value.dtype) for value in values)
-        for result, value in zip(results, values):
-            result[index] = value.detach().cpu()
-    return results
+    index = batch_index(batch).cpu()
+    check_indices(index, torch.as_tensor(expected))
+    values = function(batch)
+    if values[0].shape[:1] != index.shape:
+        raise ValueError(
+            f"A batch of {index.numel()} samples gave values of shape {tuple(values[0].shape)}; expected one per "
+            "sample. sample_losses(batch) must not reduce over the batch (reduction='none')."
+        )
+    return index, *(value.detach().cpu() for value in values)
 
 
-def progress(batches: Iterable[T], total: int, description: str, enabled: bool = True) -> Iterable[T]:
-    """Show a progress bar with rate and remaining time while iterating, and leave it standing at the end."""
-    shown: Iterable[T] = tqdm(
-        batches, total=total, desc=description, unit="batch", dynamic_ncols=True, disable=not enabled
+def progress(
+    batches: Iterable[T] | None, total: int, description: str, enabled: bool = True, initial: int = 0
+) -> "tqdm[T]":
+    """Make a progress bar with rate and remaining time, which is left standing at the end.
+
+    Args:
+        batches: What to iterate over; None for a bar whose `update` is called by hand.
+        total: Number of batches.
+        description: What it says.
+        enabled: Whether it is shown.
+        initial: Batches that are done already, which do not count for the rate.
+    """
+    return tqdm(
+        batches,
+        total=total,
+        desc=description,
+        unit="batch",
+        dynamic_ncols=True,
+        disable=not enabled,
+        initial=initial,
     )
-    return shown

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flow_lightning.indexing import IndexedDataset
-from flow_lightning.scoring import collect, evaluation, loader_like
+from flow_lightning.scoring import FixedBatches, evaluation, loader_like, score_batch, scoring_batches
 
 DATA = IndexedDataset(TensorDataset(torch.arange(11.0)))
 
@@ -35,23 +35,23 @@ def test_evaluation_restores_after_an_error():
     assert model.training and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("indices", [range(11), range(1, 11, 3), range(11, 11)])
-def test_collect_files_values_by_index(indices):
-    loader = loader_like(DataLoader(DATA, batch_size=4, shuffle=True), indices)
-    results = collect(loader, lambda batch: (batch.sample[0] * 2, batch.index), indices, length=11)
-    if not len(indices):
-        assert results == ()
-        return
-    expected = np.zeros(11)
-    expected[list(indices)] = 2.0 * np.array(indices)
-    np.testing.assert_array_equal(results[0].numpy(), expected)
-    assert results[0].dtype == torch.float32 and results[1].dtype == torch.int64
+def test_batches_cover_the_data_set_in_order():
+    batches = scoring_batches(DataLoader(DATA, batch_size=4, shuffle=True))
+    assert [list(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    fixed = FixedBatches([[2, 1], [0]])
+    assert scoring_batches(DataLoader(DATA, batch_sampler=fixed)) == [[2, 1], [0]]
+
+
+def test_a_batch_gives_its_index_and_values():
+    (batch,) = loader_like(DataLoader(DATA, batch_size=4, shuffle=True), [range(5, 8)])
+    index, doubled = score_batch(batch, range(5, 8), lambda batch: (batch.sample[0] * 2,))
+    assert index.tolist() == [5, 6, 7] and doubled.tolist() == [10.0, 12.0, 14.0]
 
 
 def test_a_data_set_that_numbers_otherwise_is_refused():
-    loader = DataLoader(DATA, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    batch = next(iter(DataLoader(DATA, batch_size=4)))
     with pytest.raises(ValueError, match="position in the training data set"):
-        collect(loader, lambda batch: (batch.index,), range(11))
+        score_batch(batch, range(1, 5), lambda batch: (batch.index,))
 
 
 def test_the_loader_that_is_copied_is_not_iterated():
@@ -60,6 +60,6 @@ def test_the_loader_that_is_copied_is_not_iterated():
             raise AssertionError("iterated")
 
     watched = Watched(DATA, batch_size=5, shuffle=True, num_workers=2, persistent_workers=True)
-    copy = loader_like(watched, range(11))
-    assert (copy.num_workers, copy.persistent_workers, copy.batch_size) == (2, False, 5)
+    copy = loader_like(watched, scoring_batches(watched))
+    assert (copy.num_workers, copy.persistent_workers, len(copy)) == (2, False, 3)
     assert torch.cat([batch.index for batch in copy]).tolist() == list(range(11))

@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.caching import open_store, remembered
+from flow_lightning.callbacks.linear_probe import LinearProbeCallback, head_names
 from flow_lightning.callbacks.sweep import (
+    check_places,
     forget_older_metrics,
     is_trained,
     ragged_sweep,
@@ -21,10 +23,11 @@ from flow_lightning.callbacks.sweep import (
     scoring_dataloader,
     sweep,
 )
-from flow_lightning.fingerprint import dataset_fingerprint, model_fingerprint, sample_fingerprint
+from flow_lightning.fingerprint import dataset_fingerprint, is_random, model_fingerprint
 from flow_lightning.indexing import check_map_style
 from flow_lightning.pictures import plot_weights
 from flow_lightning.report import write_metrics
+from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation
 from flow_lightning.token_weighting import TokenWeights
 from flow_lightning.weighting import SampleWeights, weighting_rule
@@ -66,6 +69,10 @@ class FlowWeightingCallback(Callback):
         dataloader: Where the samples to score come from, if neither data module nor module has `scoring_dataloader()`
             or `train_dataloader()`. Its data set, in the same order, must be the one that is trained on.
         weights_file: Weights to use instead of scoring: a `flow_weights.safetensors` of the same data set.
+        cache: Whether losses are kept for later fits on the same model, data and transforms, in
+            `$FLOW_LIGHTNING_CACHE` (by default ~/.cache/flow_lightning), or the folder where. An interrupted scoring
+            goes on from there.
+        force: Whether to score anew and replace what is in the cache.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class FlowWeightingCallback(Callback):
         weights_file: str | Path | None = None,
         per: Literal["sample", "token"] = "sample",
         weighting: str = "flow",
+        cache: bool | str | Path = True,
+        force: bool = False,
     ) -> None:
         if per not in ("sample", "token"):
             raise ValueError(f"per is {per!r}; expected 'sample' or 'token'.")
@@ -90,6 +99,8 @@ class FlowWeightingCallback(Callback):
         self.weights_file = weights_file
         self.per = per
         self.weighting = weighting
+        self.cache = cache
+        self.force = force
         self._state = _State()
 
     @property
@@ -119,6 +130,7 @@ class FlowWeightingCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the weights, or take them from the checkpoint, and hand them to the module."""
+        check_places(trainer)
         if self._state.resumed:
             self._resume(trainer, pl_module)
             return
@@ -196,9 +208,17 @@ class FlowWeightingCallback(Callback):
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], fingerprint: dict[str, str]
     ) -> SampleWeights | TokenWeights:
         settings: Any = (self.temperature, self.quantile, fingerprint, self.weighting)
+        probe = next((c.probe for c in trainer.callbacks if isinstance(c, LinearProbeCallback)), None)  # type: ignore[attr-defined]
+        if probe is not None and self.per == "sample":
+            return SampleWeights.from_losses(probe.losses, *settings)
+        score = _token_losses if self.per == "token" else _losses
+        store = open_store(
+            trainer, module, loader, ("losses", self.per), self.cache, self.force, _new_parts(trainer, module)
+        )
+        found = remembered(trainer, store, "FLOW", lambda: score(trainer, module, loader, store))
         if self.per == "token":
-            return TokenWeights.from_losses(*_token_losses(trainer, module, loader), *settings)
-        return SampleWeights.from_losses(_losses(trainer, module, loader), *settings)
+            return TokenWeights.from_losses(found["losses"], found["offsets"], *settings)
+        return SampleWeights.from_losses(found["losses"], *settings)
 
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
@@ -246,11 +266,9 @@ class FlowWeightingCallback(Callback):
             _log(trainer, weights, summary, directory / "flow_weights.png")
 
 
-def _losses(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Tensor:
-    probe = next((c.probe for c in trainer.callbacks if isinstance(c, LinearProbeCallback)), None)  # type: ignore[attr-defined]
-    if probe is not None:
-        return probe.losses
-
+def _losses(
+    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], store: ScoreStore | None
+) -> dict[str, Tensor]:
     def look(batch: Any) -> tuple[Tensor]:
         losses = module.sample_losses(batch)  # type: ignore[operator]
         if losses.ndim != 1:
@@ -261,15 +279,19 @@ def _losses(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) 
         return (losses.float(),)
 
     with _frozen_reference(module):
-        return sweep(trainer, module, loader, look, "FLOW: scoring")[0]
+        (losses,) = sweep(trainer, module, loader, look, "FLOW: scoring", store=store)
+    return {"losses": losses}
 
 
-def _token_losses(trainer: Trainer, module: Any, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
+def _token_losses(
+    trainer: Trainer, module: Any, loader: DataLoader[Any], store: ScoreStore | None
+) -> dict[str, Tensor]:
     def look(batch: Any) -> tuple[Tensor, Tensor]:
-        return module.token_losses(batch), (batch["labels"][:, 1:] != -100).sum(dim=1)
+        return (batch["labels"][:, 1:] != -100).sum(dim=1), module.token_losses(batch)
 
     with _frozen_reference(module):
-        return ragged_sweep(trainer, module, loader, look, "FLOW: scoring tokens")
+        losses, offsets = ragged_sweep(trainer, module, loader, look, "FLOW: scoring tokens", store)
+    return {"losses": losses, "offsets": offsets}
 
 
 def _frozen_reference(module: Any) -> AbstractContextManager[None]:
@@ -305,8 +327,7 @@ def _new_parts(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
     """Return the names of what is made anew in each run and fitted by the probe: they are no part of the reference."""
     if not any(isinstance(callback, LinearProbeCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         return tuple(getattr(module, "new_parts", ()))
-    head = getattr(module, "head", None)
-    return tuple(f"{name}." for name, submodule in module.named_modules() if submodule is head)
+    return head_names(module)
 
 
 def _check_order(trainer: Trainer, callback: FlowWeightingCallback) -> None:
@@ -330,7 +351,7 @@ def _warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
 
 
 def _warn_if_random(dataset: Any) -> None:
-    if len(dataset) and sample_fingerprint(dataset[0]) != sample_fingerprint(dataset[0]):
+    if is_random(dataset):
         rank_zero_warn(
             "The samples to score change from one reading to the next: their transforms are random, so the weights "
             "come from one random draw. Define `scoring_dataloader()` on the data module: the training samples with "

@@ -13,9 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flow_lightning.callbacks.caching import open_store, remembered
 from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, scoring_dataloader, sweep
 from flow_lightning.probing import STRENGTHS, Probe, fit_probe
 from flow_lightning.report import write_metrics
+from flow_lightning.score_store import ScoreStore
 
 
 class LinearProbeCallback(Callback):
@@ -28,11 +30,18 @@ class LinearProbeCallback(Callback):
         folds: 0 weighs samples by the losses of the probe on its own training samples, as the authors do; k > 1 by
             the losses of k probes on the samples that each has not seen, for a probe that over-fits.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
+        cache: Whether the probe is kept for later fits on the same body and data, or the folder where; see
+            FlowWeightingCallback.
+        force: Whether to compute it anew and replace what is there.
     """
 
-    def __init__(self, folds: int = 0, memory_budget: float = 4.0) -> None:
+    def __init__(
+        self, folds: int = 0, memory_budget: float = 4.0, cache: bool | str | Path = True, force: bool = False
+    ) -> None:
         self.folds = folds
         self.memory_budget = memory_budget
+        self.cache = cache
+        self.force = force
         self.probe: Probe | None = None
         self._resumed = False
 
@@ -52,7 +61,17 @@ class LinearProbeCallback(Callback):
         if self._resumed:
             return
         started = time.perf_counter()
-        self.probe = fit_head(trainer, pl_module, self.folds, self.memory_budget, "Linear probe")
+        purpose = ("probe", self.folds, pl_module.head.out_features, fit_probe)  # type: ignore[union-attr]
+        store = open_store(
+            trainer,
+            pl_module,
+            scoring_dataloader(trainer, pl_module),
+            purpose,
+            self.cache,
+            self.force,
+            head_names(pl_module),
+        )
+        self.probe = fit_head(trainer, pl_module, self.folds, self.memory_budget, "Linear probe", store)
         metrics = {
             "probe/strength": self.probe.strength,
             "probe/mean_loss": float(self.probe.losses.double().mean()),
@@ -63,35 +82,53 @@ class LinearProbeCallback(Callback):
             write_metrics(directory / "metrics.json", metrics)
 
 
-def fit_head(trainer: Trainer, module: LightningModule, folds: int, budget: float, description: str) -> Probe:
+def fit_head(
+    trainer: Trainer,
+    module: LightningModule,
+    folds: int,
+    budget: float,
+    description: str,
+    store: ScoreStore | None = None,
+) -> Probe:
     """Extract the features of all training samples once, solve the probe on them and put it into the module's head.
 
     Returns:
         The probe, the same on every rank: rank 0 solves, the others receive.
     """
-    loader = scoring_dataloader(trainer, module)
-
-    def look(batch: Any) -> tuple[Tensor, Tensor]:
-        return module.features(batch).float(), _targets(batch)  # type: ignore[operator]
-
-    with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
-        features, targets = sweep(
-            trainer, module, loader, look, f"{description}: features", _allocator(budget, Path(folder))
-        )
-        solved: Any = None
-        if trainer.is_global_zero:
-            quiet = trainer.progress_bar_callback is None
-            steps = len(STRENGTHS) + folds + 1
-            with tqdm(total=steps, desc=f"{description}: solving", unit="fit", leave=False, disable=quiet) as bar:
-                classes = module.head.out_features  # type: ignore[union-attr]
-                solved = fit_probe(features, targets, classes, folds, device=module.device, on_step=bar.update)  # type: ignore[arg-type]
-        probe: Probe = trainer.strategy.broadcast(solved)
+    found = remembered(trainer, store, description, lambda: _fit(trainer, module, folds, budget, description, store))
+    probe = Probe.from_tensors(found)
     _install(module, probe)
     rank_zero_info(
         f"{description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
         f"mean {'out-of-fold' if folds else 'training'} loss {probe.losses.mean():.4f}."
     )
     return probe
+
+
+def head_names(module: LightningModule) -> tuple[str, ...]:
+    """Return the prefixes of the head's parameters."""
+    head = getattr(module, "head", None)
+    return tuple(f"{name}." for name, submodule in module.named_modules() if submodule is head)
+
+
+def _fit(
+    trainer: Trainer, module: LightningModule, folds: int, budget: float, description: str, store: ScoreStore | None
+) -> dict[str, Tensor]:
+    def look(batch: Any) -> tuple[Tensor, Tensor]:
+        return module.features(batch).float(), _targets(batch)  # type: ignore[operator]
+
+    with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
+        loader, allocate = scoring_dataloader(trainer, module), _allocator(budget, Path(folder))
+        features, targets = sweep(trainer, module, loader, look, f"{description}: features", allocate, store)
+        solved: Any = None
+        if trainer.is_global_zero:
+            quiet = trainer.progress_bar_callback is None
+            steps = len(STRENGTHS) + folds + 1
+            with tqdm(total=steps, desc=f"{description}: solving", unit="fit", leave=False, disable=quiet) as bar:
+                classes = module.head.out_features  # type: ignore[union-attr]
+                probe = fit_probe(features, targets, classes, folds, device=module.device, on_step=bar.update)  # type: ignore[arg-type]
+                solved = probe.tensors()
+        return trainer.strategy.broadcast(solved)
 
 
 def check_probeable(module: LightningModule) -> None:

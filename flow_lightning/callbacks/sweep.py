@@ -1,8 +1,10 @@
 """One sweep over a data set under a Trainer: the only place where scoring meets devices, precision and ranks."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.indexing import batch_index
-from flow_lightning.scoring import FixedBatches, collect, evaluation, loader_like, progress, share_of_rank
+from flow_lightning.files import check_writable
+from flow_lightning.score_store import ScoreStore
+from flow_lightning.scoring import evaluation, loader_like, progress, score_batch, scoring_batches
 from flow_lightning.token_weighting import token_positions
 
+#: What is lost at most when scoring is killed.
+_SECONDS_PER_BLOCK = 10.0
+#: What a run needs beside its checkpoints: weights, pictures, tables.
+_LEAST_ROOM = 8 * 2**20
 _HOW = (
     "Give the Trainer a data module (or a module) with `scoring_dataloader()`, which returns the training samples with "
     "deterministic transforms, or with `train_dataloader()`; or pass FlowWeightingCallback(dataloader=...)."
@@ -29,11 +36,12 @@ def sweep(
     function: Callable[[Any], tuple[Tensor, ...]],
     description: str,
     allocate: Callable[..., Tensor] = torch.zeros,
+    store: ScoreStore | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply a function of a batch to every sample of a loader's data set, once, in evaluation mode, over all ranks.
 
-    Rank r takes samples (or fixed batches) r, r + world, r + 2 world, ...: none twice, none padded. The bare module is
-    called, not the wrapped one, whose forward would wait for ranks that have no batch left.
+    Rank r takes batches r, r + world, r + 2 world, ...: none twice, none padded. The bare module is called, not the
+    wrapped one, whose forward would wait for ranks that have no batch left.
 
     Args:
         trainer: Gives devices, precision and ranks.
@@ -41,20 +49,19 @@ def sweep(
         loader: Where the data set, its collate function, batch size and workers come from; it is not iterated.
         function: Maps a batch on the device to tensors `[B, ...]`.
         description: What the progress bar says.
-        allocate: Makes the tensors for the results, see `collect`.
+        allocate: Makes the tensors for the results, called with `size, dtype=`.
+        store: Where finished batches are written to, and those of an interrupted sweep are found.
 
     Returns:
         For each tensor of the function one `[n, ...]` tensor on the CPU, by sample index, the same on every rank.
     """
     length = len(loader.dataset)  # type: ignore[arg-type]
-    share = share_of_rank(loader, trainer.global_rank, trainer.world_size)
-    indices = list(chain.from_iterable(share)) if isinstance(share, FixedBatches) else share
-    mine = loader_like(loader, share)
-    show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with evaluation(module), _evaluation_stage(trainer):
-        batches = progress(on_device(trainer, module, mine), len(mine), description, show)
-        results = collect(batches, lambda batch: _in_precision(trainer, function, batch), indices, allocate, length)
-    return _joined(trainer, results, length, allocate)
+    results: tuple[Tensor, ...] = ()
+    for index, *values in _blocks(trainer, module, loader, function, description, store):
+        results = results or tuple(allocate((length, *value.shape[1:]), dtype=value.dtype) for value in values)
+        for result, value in zip(results, values):
+            result[index] = value
+    return results
 
 
 def ragged_sweep(
@@ -63,6 +70,7 @@ def ragged_sweep(
     loader: DataLoader[Any],
     function: Callable[[Any], tuple[Tensor, Tensor]],
     description: str,
+    store: ScoreStore | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do the same as `sweep` for a function that gives each sample several values, not all the same number.
 
@@ -70,26 +78,95 @@ def ragged_sweep(
         trainer: See `sweep`.
         module: See `sweep`.
         loader: See `sweep`.
-        function: Maps a batch to its values `[K]`, sample by sample, and to the number of values of each sample, `[B]`.
+        function: Maps a batch to the number of values of each sample, `[B]`, and the values `[K]`, sample by sample.
         description: See `sweep`.
+        store: See `sweep`.
 
     Returns:
         Values of all samples `[K]`, by sample index, and offsets `[n + 1]`: sample i has `offsets[i]` to
         `offsets[i + 1]`. The same on every rank.
     """
-    kept: list[tuple[Tensor, Tensor]] = []
+    index, counts, values = map(torch.cat, zip(*_blocks(trainer, module, loader, function, description, store)))
+    offsets = torch.zeros(len(loader.dataset) + 1, dtype=torch.long)  # type: ignore[arg-type]
+    offsets[index + 1] = counts.long()
+    offsets = offsets.cumsum(0)
+    flat = torch.empty_like(values)
+    flat[token_positions(offsets, index)] = values
+    return flat, offsets
 
-    def counted(batch: Any) -> tuple[Tensor]:
-        values, counts = function(batch)
-        kept.append((batch_index(batch).cpu(), values.cpu()))
-        return (counts,)
 
-    (counts,) = sweep(trainer, module, loader, counted, description)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.long().cumsum(0)])
-    flat = torch.zeros(int(offsets[-1]))
-    for index, values in kept:
-        flat[token_positions(offsets, index)] = values.to(flat.dtype)
-    return _joined(trainer, (flat,), len(flat), torch.zeros)[0], offsets
+def _blocks(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    function: Callable[[Any], tuple[Tensor, ...]],
+    description: str,
+    store: ScoreStore | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield index and values of some batches after the other, from all ranks and the same on every rank.
+
+    A block takes about `_SECONDS`, so that not much is lost if the run is killed, and is then written to the store.
+    """
+    batches, rank, world = scoring_batches(loader), trainer.global_rank, trainer.world_size
+    done = 0
+    for end, block in _found(trainer, batches, store):
+        done = end
+        yield block
+    mine = batches[done + rank :: world]
+    loaded = zip(mine, on_device(trainer, module, loader_like(loader, mine)))
+    show = trainer.is_global_zero and trainer.progress_bar_callback is not None and len(mine) > 0
+    before = len(batches[:done:world])
+    with (
+        progress(None, before + len(mine), description, show, before) as bar,
+        evaluation(module),
+        _evaluation_stage(trainer),
+    ):
+        size = 1
+        while done < len(batches):
+            started, scored = time.perf_counter(), []
+            for expected, batch in islice(loaded, size):
+                scored.append(_in_precision(trainer, partial(score_batch, batch, expected, function)))
+                bar.update()
+            seconds = time.perf_counter() - started
+            end = min(done + size * world, len(batches))
+            block, size = _joined(trainer, scored, max(1, round(size * _SECONDS_PER_BLOCK / seconds)))
+            if store is not None and trainer.is_global_zero:
+                store.add(done, end, block)
+            done = end
+            yield block
+
+
+def _found(
+    trainer: Trainer, batches: Sequence[Sequence[int]], store: ScoreStore | None
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yield what an interrupted sweep has left in the store of rank 0: number of batches done so far, and a block."""
+    parts = store.parts(batches) if store is not None and trainer.is_global_zero else iter(())
+    while store is not None:
+        part = trainer.strategy.broadcast(next(parts, None))
+        if part is None:
+            return
+        yield part
+
+
+def _joined(trainer: Trainer, scored: list[tuple[Tensor, ...]], size: int) -> tuple[tuple[Tensor, ...], int]:
+    """Concatenate the values of batches, over all ranks in the order of ranks; and take the size that rank 0 wants."""
+    mine = tuple(map(torch.cat, zip(*scored)))
+    if trainer.world_size == 1:
+        return mine, size
+    # A rank without a single batch has not seen the shapes: rank 0, which always has one, tells.
+    shapes, size = trainer.strategy.broadcast(([(value.shape[1:], value.dtype) for value in mine], size))
+    device = trainer.strategy.root_device
+    rows = torch.zeros(trainer.world_size, len(shapes), dtype=torch.long, device=device)
+    rows[trainer.global_rank] = torch.tensor([len(value) for value in mine] or [0] * len(shapes))
+    rows = trainer.strategy.reduce(rows, reduce_op="sum").cpu()
+    joined = []
+    for position, (shape, dtype) in enumerate(shapes):
+        whole = torch.zeros(int(rows[:, position].sum()), *shape, dtype=dtype, device=device)
+        if mine:
+            start = int(rows[: trainer.global_rank, position].sum())
+            whole[start : start + len(mine[position])] = mine[position]
+        joined.append(trainer.strategy.reduce(whole, reduce_op="sum").cpu())
+    return tuple(joined), size
 
 
 def on_device(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -126,9 +203,9 @@ def _checked(loader: Any, owner: Any, name: str) -> DataLoader[Any]:
     return loader
 
 
-def _in_precision(trainer: Trainer, function: Callable[[Any], tuple[Tensor, ...]], batch: Any) -> tuple[Tensor, ...]:
+def _in_precision(trainer: Trainer, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     with trainer.precision_plugin.forward_context():
-        return function(batch)
+        return function()
 
 
 @contextmanager
@@ -142,27 +219,34 @@ def _evaluation_stage(trainer: Trainer) -> Iterator[None]:
         trainer.training = before
 
 
-def _joined(
-    trainer: Trainer, results: tuple[Tensor, ...], length: int, allocate: Callable[..., Tensor]
-) -> tuple[Tensor, ...]:
-    """Add up the ranks' results, which are 0 wherever another rank has the sample."""
-    if trainer.world_size == 1:
-        return results
-    # A rank without a single sample has not seen the shapes: rank 0, which always has one, tells.
-    shapes = trainer.strategy.broadcast([(tuple(result.shape), result.dtype) for result in results])
-    results = results or tuple(allocate(shape, dtype=dtype) for shape, dtype in shapes)
-    for result in results:
-        for rows in result.split(max(1, 2**24 // max(1, result[0].numel()))):
-            rows.copy_(trainer.strategy.reduce(rows.to(trainer.strategy.root_device), reduce_op="sum"))
-    return results
-
-
 def run_directory(trainer: Trainer) -> Path:
     """Return the directory of this run: the logger's, or `default_root_dir` without a logger.
 
     To be called on every rank: rank 0 tells the others.
     """
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def check_places(trainer: Trainer) -> None:
+    """Check that the run's directory and the folders of checkpoints can be written to; to be called on every rank.
+
+    Raises:
+        OSError: If one of them is read-only or full: before scoring and training, not after.
+    """
+    folders = [
+        run_directory(trainer),
+        *(getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks),
+    ]
+    problem = None
+    if trainer.is_global_zero:
+        try:
+            for folder in filter(None, folders):
+                check_writable(folder, _LEAST_ROOM)
+        except OSError as error:
+            problem = str(error)
+    problem = trainer.strategy.broadcast(problem)
+    if problem is not None:
+        raise OSError(problem)
 
 
 def forget_older_metrics(trainer: Trainer) -> None:

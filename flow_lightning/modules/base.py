@@ -1,6 +1,6 @@
 """The whole contract between a model and FLOW: one method, `sample_losses`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -39,6 +39,11 @@ class WeightedLossModule(LightningModule):
         torch.Size([3])
     """
 
+    #: Attributes on which the losses do not depend: weights found in the cache stay valid when these change.
+    not_in_losses: ClassVar[frozenset[str]] = frozenset(
+        {"reduction", "sample_weights", "step_denominator", "finite_losses", "flow_reference"}
+        | {"learning_rate", "optimizer", "schedule", "warmup"}
+    )
     #: Set by FlowWeightingCallback; a plain attribute, so that neither checkpoints nor weight averaging see it.
     sample_weights: SampleWeights | TokenWeights | None = None
     #: Fingerprint of the model that the weights of the loaded checkpoint came from.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning import Trainer
@@ -59,6 +59,8 @@ class CausalLanguageModule(WeightedLossModule):
         ImportError: If transformers (or for `lora` peft) is not installed.
         ValueError: If the model cannot be loaded, or an argument is unknown.
     """
+
+    not_in_losses: ClassVar[frozenset[str]] = WeightedLossModule.not_in_losses | {"tokenizer"}
 
     def __init__(
         self,

@@ -1,0 +1,111 @@
+"""Results of scoring on disk: block by block while it runs, whole when it is done."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from flow_lightning.files import write_bytes
+
+_FORMAT = "flow_lightning.ScoreStore/1"
+_WHOLE = "whole.safetensors"
+
+
+def default_cache() -> Path | None:
+    """Return the user's cache folder: `$FLOW_LIGHTNING_CACHE`, or `flow_lightning` below `$XDG_CACHE_HOME` or ~/.cache.
+
+    Returns:
+        A path that need not exist; None if `FLOW_LIGHTNING_CACHE` is set to nothing: no cache.
+    """
+    named = os.environ.get("FLOW_LIGHTNING_CACHE")
+    if named is None:
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flow_lightning"
+    return Path(named).expanduser() if named else None
+
+
+class ScoreStore:
+    """The results of one sweep over a data set, in a folder of their own.
+
+    While the sweep runs, each block of batches is a part; when it is done, the whole takes the place of the parts. All
+    files are written atomically, so that a killed run leaves parts that are whole, and two runs that write the same
+    results do not spoil each other. Only rank 0 reads and writes.
+
+    Args:
+        folder: The cache folder.
+        key: What the results depend on, as a hash.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self.folder = Path(folder) / key
+        self.key = key
+
+    def whole(self) -> dict[str, Tensor] | None:
+        """Read the results of a finished sweep; None if there are none.
+
+        Raises:
+            ValueError: If the file is damaged or belongs to something else.
+        """
+        path = self.folder / _WHOLE
+        return self._read(path) if path.exists() else None
+
+    def finish(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the results of a finished sweep, and remove its parts."""
+        self._write(self.folder / _WHOLE, tensors)
+        for part in self.folder.glob("part-*.safetensors"):
+            part.unlink(missing_ok=True)  # another run of the same sweep may have been quicker
+
+    def add(self, start: int, end: int, values: Sequence[Tensor]) -> None:
+        """Write the values of batches `start` to `end`."""
+        tensors = {f"value{i}": value for i, value in enumerate(values)} | {"end": torch.tensor(end)}
+        self._write(self._part(start), tensors)
+
+    def parts(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield what an interrupted sweep has left, from the first batch on: batches done so far, and their values.
+
+        Args:
+            batches: The batches of the sweep; the first value of a part must hold their samples.
+
+        Raises:
+            ValueError: If a file is damaged or belongs to something else.
+        """
+        done = 0
+        while (path := self._part(done)).exists():
+            tensors = self._read(path)
+            end = int(tensors.pop("end", torch.tensor(-1)))
+            values = tuple(tensors[name] for name in sorted(tensors))
+            samples = torch.tensor(list(chain.from_iterable(batches[done:end])))
+            if not values or not done < end <= len(batches) or not torch.equal(values[0].sort()[0], samples.sort()[0]):
+                raise self._error(path, "its samples are not those of this data set")
+            done = end
+            yield done, values
+
+    def clear(self) -> None:
+        """Remove all results."""
+        for path in self.folder.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _part(self, start: int) -> Path:
+        return self.folder / f"part-{start:010d}.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_bytes(path, save(contiguous, {"format": _FORMAT, "key": self.key}))
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                if (found.get("format"), found.get("key")) != (_FORMAT, self.key):
+                    raise ValueError(f"it says {found}, not format {_FORMAT!r} and key {self.key!r}")
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise self._error(path, str(error)) from error
+
+    @staticmethod
+    def _error(path: Path, why: str) -> ValueError:
+        return ValueError(f"{path} is not a usable file of the cache: {why}. Delete it, or score anew (--force).")

@@ -1,0 +1,226 @@
+"""An identity stays as long as nothing changed, in another process too, and changes with each thing that matters."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningDataModule
+from PIL import Image
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+import flow_lightning as fl
+from flow_lightning.identity import UnidentifiableError, checksums, identity, model_identity
+
+ROOT = Path(__file__).parents[1]
+FACTOR = 2
+
+
+def scaled(x):
+    return FACTOR * x
+
+
+def shifted(x, by=1):
+    return helper(x) + by
+
+
+def helper(x):
+    return x
+
+
+DIFFERENT = {
+    "number": (1, 2),
+    "type": (1, 1.0),
+    "text": ("a", "b"),
+    "order": ([1, 2], [2, 1]),
+    "nesting": ([[1], 2], [1, [2]]),
+    "borders": (["ab", "c"], ["a", "bc"]),
+    "set": ({"a", "b"}, {"a", "c"}),
+    "mapping": ({"a": 1}, {"a": 2}),
+    "array": (np.arange(6), np.arange(6)[::-1]),
+    "array shape": (np.zeros((2, 3)), np.zeros((3, 2))),
+    "array type": (np.zeros(2, dtype=np.float32), np.zeros(2, dtype=np.int32)),
+    "tensor": (torch.arange(3.0), torch.tensor([0.0, 1.0, 2.001])),
+    "one of many": (torch.zeros(1000), torch.zeros(1000).index_fill(0, torch.tensor(501), 1e-30)),
+    "bfloat16": (torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16)),
+    "scalar": (torch.tensor(1.0), torch.tensor(2.0)),
+    "lambda": (lambda x: x + 1, lambda x: x + 2),
+    "default": (lambda x=1: x, lambda x=2: x),
+    "closure": ((lambda y: lambda x: x + y)(1), (lambda y: lambda x: x + y)(2)),
+    "partial": (functools.partial(scaled, 1), functools.partial(scaled, 2)),
+    "builtin": (len, max),
+    "class": (nn.ReLU, nn.GELU),
+    "transform": (v2.Compose([v2.Resize(8)]), v2.Compose([v2.Resize(9)])),
+    "interpolation": (v2.Resize(8, v2.InterpolationMode.BICUBIC), v2.Resize(8, v2.InterpolationMode.NEAREST)),
+    "object": (SimpleNamespace(a=[1]), SimpleNamespace(a=[2])),
+    "picture": (Image.new("L", (2, 2), 0), Image.new("L", (2, 2), 1)),
+    "generator": (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)),
+    "samples": (TensorDataset(torch.zeros(99, 2)), TensorDataset(torch.zeros(99, 2).index_fill(0, torch.tensor(7), 1))),
+    "subset": (Subset(range(9), [0, 1]), Subset(range(9), [0, 2])),
+    "concatenation": (ConcatDataset([[1], [2]]), ConcatDataset([[1], [3]])),
+    "range": (range(3), range(4)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_differs_has_another_identity(name):
+    one, other = DIFFERENT[name]
+    assert identity(one) != identity(other)
+    assert identity(one) == identity(one)
+    assert identity([one]) != identity([other])
+
+
+def test_it_is_the_same_in_another_process():
+    """Order of sets, addresses and the seed of hashes are not."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from tests import test_identity as t\n"
+        "print(t.identity([v for k, (v, _) in t.DIFFERENT.items()]), t.model_identity(t.Net()))\n"
+    )
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert ran[0] == ran[1] and len(ran[0].split()) == 2
+
+
+def test_code_that_a_function_uses_counts(monkeypatch):
+    before = identity(scaled), identity(shifted)
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    monkeypatch.setitem(globals(), "helper", lambda x: -x)
+    assert identity(scaled) != before[0] and identity(shifted) != before[1]
+
+
+def test_a_changed_picture_file_counts(tmp_path):
+    for name in ("a/0", "a/1", "b/0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2), 0).save(tmp_path / f"{name}.png")
+    before = identity(ImageFolder(tmp_path))
+    assert identity(ImageFolder(tmp_path)) == before
+    os.utime(tmp_path / "a/1.png", (1, 1))
+    assert identity(ImageFolder(tmp_path)) != before
+
+
+def test_a_memory_mapped_file_counts_by_its_state(tmp_path):
+    array = np.memmap(tmp_path / "x.bin", dtype=np.float32, mode="w+", shape=(4,))
+    before = identity(array)
+    assert identity(array) == before
+    os.utime(tmp_path / "x.bin", (1, 1))
+    assert identity(array) != before
+
+
+class Net(fl.WeightedLossModule):
+    def __init__(self, p=0.5, learning_rate=0.1, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, 2), nn.Dropout(p), nn.BatchNorm1d(2))
+        self.learning_rate, self.scale = learning_rate, 1.0
+        self.to(dtype)
+
+    def sample_losses(self, batch):
+        return self.body(batch).sum(1)
+
+
+class OtherCode(Net):
+    def sample_losses(self, batch):
+        return self.body(batch).mean(1)
+
+
+def changed(change):
+    net = Net()
+    with torch.no_grad():
+        change(net)
+    return model_identity(net)
+
+
+def test_a_model_counts_with_all_that_its_losses_depend_on():
+    identities = [
+        model_identity(Net()),
+        model_identity(Net(p=0.6)),
+        model_identity(Net(dtype=torch.bfloat16)),
+        model_identity(OtherCode()),
+        changed(lambda net: net.body[0].weight[1, 2].add_(1e-6)),
+        changed(lambda net: net.body[2].running_mean[0].add_(1e-6)),
+        changed(lambda net: setattr(net, "scale", 2.0)),
+        changed(lambda net: setattr(net.body[2], "eps", 1e-3)),
+        changed(lambda net: setattr(net, "loss", nn.HuberLoss(delta=2.0))),
+    ]
+    assert len(set(identities)) == len(identities)
+    assert model_identity(Net()) == identities[0]
+
+
+def test_a_model_counts_without_what_its_losses_do_not_depend_on():
+    before = model_identity(Net())
+    assert model_identity(Net(learning_rate=1.0)) == before
+    assert changed(lambda net: setattr(net, "reduction", "weights")) == before
+    assert changed(lambda net: net.eval()) == before
+    assert changed(lambda net: net.requires_grad_(False)) == before
+
+
+def test_excluded_parameters_do_not_count():
+    other = Net()
+    with torch.no_grad():
+        other.body[0].weight.add_(1)
+    assert model_identity(other, ("body.0.",)) == model_identity(Net(), ("body.0.",))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
+)
+def test_checksums_see_every_element(dtype):
+    values = torch.ones(5, 3).to(dtype)
+    for position in range(15):
+        other = values.clone()
+        other.view(-1)[position] = 0
+        assert not torch.equal(checksums(values), checksums(other))
+    assert torch.equal(checksums(values), checksums(values.clone()))
+
+
+def test_a_data_module_counts_by_code_and_plain_settings():
+    class Data(LightningDataModule):
+        def __init__(self, size):
+            super().__init__()
+            self.size, self.lock = size, open(os.devnull)  # noqa: SIM115
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch
+
+    assert identity(Data(1)) == identity(Data(1)) != identity(Data(2))
+    assert identity(Data(1).on_after_batch_transfer) != identity(Data(2).on_after_batch_transfer)
+
+
+def test_a_data_set_can_name_itself():
+    class Remote:
+        def __init__(self, version):
+            self.version, self.connection = version, open(os.devnull)  # noqa: SIM115
+
+        def identity(self):
+            return self.version
+
+    assert identity(Remote("1")) == identity(Remote("1")) != identity(Remote("2"))
+
+
+def test_cycles_end():
+    one, other = [1], [1]
+    one.append(one)
+    other.append([other])
+    assert identity(one) == identity(one)
+    module = Net()
+    module.body.parents = [module.body]
+    assert model_identity(module) == model_identity(module)
+
+
+def test_what_cannot_be_looked_into_is_refused():
+    with open(os.devnull) as file, pytest.raises(UnidentifiableError, match="TextIOWrapper"):
+        identity({"file": file})
