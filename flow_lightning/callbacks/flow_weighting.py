@@ -177,7 +177,7 @@ class FlowWeightingCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, and take the fingerprint of the model in its checkpoint."""
         self._state.resumed |= is_trained(checkpoint)
-        self._state.checkpoint = model_fingerprint(checkpoint["state_dict"], _new_parts(trainer, pl_module))
+        self._state.checkpoint = model_fingerprint(checkpoint.get("state_dict", {}), _new_parts(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs: losses, weights, temperature, fingerprint; token weights: where they are."""

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from flow_lightning.callbacks.caching import open_store, remembered
 from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, scoring_dataloader, sweep
+from flow_lightning.modules.sharding import fill
 from flow_lightning.probing import STRENGTHS, Probe, fit_probe
 from flow_lightning.report import write_metrics
 from flow_lightning.score_store import ScoreStore
@@ -155,13 +156,12 @@ def _targets(batch: Any) -> Tensor:
     return batch["target"]  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
 def _install(module: LightningModule, probe: Probe) -> None:
     head: torch.nn.Linear = module.head  # type: ignore[assignment]
-    head.weight.copy_(probe.head.weight)
+    fill(head.weight, probe.head.weight)
     if head.bias is None:
         raise TypeError("The head has no bias, which the probe fits too. Give the model a head with bias=True.")
-    head.bias.copy_(probe.head.bias)
+    fill(head.bias, probe.head.bias)
 
 
 def _allocator(budget: float, folder: Path) -> Callable[..., Tensor]:

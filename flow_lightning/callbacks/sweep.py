@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.files import check_writable
+from flow_lightning.modules.sharding import data_rank, drop_gathered
 from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation, loader_like, progress, score_batch, scoring_batches
 from flow_lightning.token_weighting import token_positions
@@ -107,26 +108,30 @@ def _blocks(
 
     A block takes about `_SECONDS`, so that not much is lost if the run is killed, and is then written to the store.
     """
-    batches, rank, world = scoring_batches(loader), trainer.global_rank, trainer.world_size
+    batches, (rank, world) = scoring_batches(loader), data_rank(trainer)
     done = 0
     for end, block in _found(trainer, batches, store):
         done = end
         yield block
-    mine = batches[done + rank :: world]
-    loaded = zip(mine, on_device(trainer, module, loader_like(loader, mine)))
-    show = trainer.is_global_zero and trainer.progress_bar_callback is not None and len(mine) > 0
-    before = len(batches[:done:world])
+    mine = list(batches[done + rank :: world])
+    own, before = len(mine), len(batches[:done:world])
+    if trainer.strategy.restore_checkpoint_after_setup and own < len(batches[done::world]):
+        mine.append(batches[0])  # in shards, a model runs on all ranks or on none
+    loaded = enumerate(zip(mine, on_device(trainer, module, loader_like(loader, mine))))
+    show = trainer.is_global_zero and trainer.progress_bar_callback is not None and own > 0
     with (
-        progress(None, before + len(mine), description, show, before) as bar,
+        progress(None, before + own, description, show, before) as bar,
         evaluation(module),
         _evaluation_stage(trainer),
     ):
         size = 1
         while done < len(batches):
             started, scored = time.perf_counter(), []
-            for expected, batch in islice(loaded, size):
-                scored.append(_in_precision(trainer, partial(score_batch, batch, expected, function)))
-                bar.update()
+            for position, (expected, batch) in islice(loaded, size):
+                values = _in_precision(trainer, partial(score_batch, batch, expected, function))
+                if position < own:
+                    scored.append(values)
+                    bar.update()
             seconds = time.perf_counter() - started
             end = min(done + size * world, len(batches))
             block, size = _joined(trainer, scored, max(1, round(size * _SECONDS_PER_BLOCK / seconds)))
@@ -134,6 +139,7 @@ def _blocks(
                 store.add(done, end, block)
             done = end
             yield block
+    drop_gathered(module)
 
 
 def _found(
@@ -150,7 +156,8 @@ def _found(
 
 def _joined(trainer: Trainer, scored: list[tuple[Tensor, ...]], size: int) -> tuple[tuple[Tensor, ...], int]:
     """Concatenate the values of batches, over all ranks in the order of ranks; and take the size that rank 0 wants."""
-    mine = tuple(map(torch.cat, zip(*scored)))
+    processes_per_share = trainer.world_size // data_rank(trainer)[1]
+    mine = () if trainer.global_rank % processes_per_share else tuple(map(torch.cat, zip(*scored)))
     if trainer.world_size == 1:
         return mine, size
     # A rank without a single batch has not seen the shapes: rank 0, which always has one, tells.

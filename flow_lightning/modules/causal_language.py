@@ -17,6 +17,7 @@ from flow_lightning.losses import linear_cross_entropy
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.language_models import add_lora, load_language_model, train_head_only
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
+from flow_lightning.modules.sharding import shard
 from flow_lightning.objective import Reduction
 from flow_lightning.scoring import evaluation
 from flow_lightning.token_weighting import TokenWeights
@@ -182,6 +183,12 @@ class CausalLanguageModule(WeightedLossModule):
                 f"{type(self.causal_lm).__name__} does more to its logits than this library knows of, so its own "
                 "forward is used, with logits for all tokens: it takes more memory and time."
             )
+
+    def configure_model(self) -> None:
+        """Shard the model under ModelParallelStrategy, so that it may be larger than one device."""
+        names = set(self.causal_lm._no_split_modules or ())
+        blocks = [part for part in self.causal_lm.modules() if type(part).__name__ in names]
+        shard(self, self.causal_lm, blocks, ["token_losses"])
 
     @contextmanager
     def frozen_reference(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from flow_lightning.losses import cross_entropy
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.checkpoints import read_checkpoint
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
+from flow_lightning.modules.sharding import shard
 from flow_lightning.objective import Reduction
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -126,6 +127,13 @@ class ImageClassificationModule(WeightedLossModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
         return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
+
+    def configure_model(self) -> None:
+        """Shard the network under ModelParallelStrategy, so that it may be larger than one device."""
+        stages = [part for part in self.model.children() if isinstance(part, nn.Sequential | nn.ModuleList)]
+        blocks = [block for stage in stages for block in stage]
+        if shard(self, self.model, blocks, ["features"]):
+            self.channels_last = False
 
     def train(self, mode: bool = True) -> "ImageClassificationModule":
         """Set the training mode, but leave frozen BatchNorm layers in evaluation mode."""

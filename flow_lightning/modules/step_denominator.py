@@ -7,6 +7,8 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from flow_lightning.modules.sharding import local
+
 #: Gradients are summed in this unit until the step; a power of two, so that nothing is rounded.
 _UNIT = 1024.0
 
@@ -41,6 +43,7 @@ class StepDenominator:
         total: Tensor = trainer.strategy.reduce(self.total, reduce_op="sum")
         factor = trainer.accumulate_grad_batches * trainer.world_size * _UNIT / total.clamp_min(1e-30)
         for gradient in gradients:
+            gradient = local(gradient)
             gradient.mul_(factor.to(gradient.dtype))
         self.total = None
 

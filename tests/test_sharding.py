@@ -1,0 +1,139 @@
+"""FSDP2 on two processes: a model in shards has the weights and the steps of a whole one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+import flow_lightning as fl
+from flow_lightning.modules.sharding import data_rank
+from tests.examples import LinearRegression, RegressionData, fit, regression_data
+from tests.images import PictureData, tiny_module
+from tests.modules.test_causal_language import language_data, language_module
+from tests.processes import launch
+
+
+class Regression(LinearRegression):
+    """A user's own module, in shards by the user's own hand; without dropout, and each sample for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body[1].eval()
+        self.body[2].p = 0.0
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for part in (self.body, self.head):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class Record(fl.FlowWeightingCallback):
+    def on_train_end(self, trainer, pl_module):
+        in_shards = all(isinstance(p, DTensor) for p in pl_module.parameters())
+        whole = {name: full(p.detach()).clone() for name, p in pl_module.named_parameters()}
+        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in pl_module.parameters())
+        found = {"held": held, "weights": self.weights.weights.clone(), "in_shards": in_shards, "parameters": whole}
+        torch.save(found, f"found{trainer.global_rank}.pt")
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class InOrder:
+    """Rank r trains on samples r, r + world, ...: Lightning's own sampler would shuffle."""
+
+    def train_dataloader(self):
+        loader, (rank, world) = super().train_dataloader(), data_rank(self.trainer)
+        order = range(rank, len(loader.dataset), world)
+        return DataLoader(loader.dataset, batch_size=loader.batch_size // world, sampler=order)
+
+
+class RegressionInOrder(InOrder, RegressionData):
+    pass
+
+
+class PicturesInOrder(InOrder, PictureData):
+    pass
+
+
+def regression(callback, **settings):
+    data = RegressionInOrder(regression_data(21), batch_size=8)
+    fit(callback, module=Regression(), data=data, max_steps=2, use_distributed_sampler=False, **settings)
+
+
+def pictures(callback, **settings):
+    module, data = tiny_module("test_vit.r160_in1k"), PicturesInOrder(n=21)
+    fit(
+        fl.LinearProbeCallback(),
+        callback,
+        module=module,
+        data=data,
+        max_steps=2,
+        use_distributed_sampler=False,
+        **settings,
+    )
+
+
+def language(callback, tune="full", devices=1, **settings):
+    module = language_module(tune=tune, learning_rate=1e-3, schedule="constant", warmup=0.0)
+    data = language_data(Path.cwd(), 11, batch_size=4 // devices, tokens_per_batch=150)
+    fit(callback, module=module, data=data, max_steps=2, devices=devices, **settings)
+
+
+def lora(callback, **settings):
+    language(callback, tune="lora", **settings)
+
+
+def in_shards(function, per, size):
+    function(Record(per=per), devices=2, strategy=ModelParallelStrategy(*size, save_distributed_checkpoint=False))
+
+
+@pytest.mark.parametrize(
+    ("function", "per", "tolerance", "size"),
+    [
+        (regression, "sample", 1e-6, (2, 1)),
+        (regression, "sample", 1e-6, (1, 2)),  # both processes hold all, and take the same samples
+        (pictures, "sample", 1e-5, (2, 1)),
+        (language, "sample", 1e-6, (2, 1)),
+        (language, "token", 1e-6, (2, 1)),
+        (lora, "token", 1e-6, (2, 1)),
+    ],
+)
+def test_a_model_in_shards_has_the_weights_and_the_steps_of_a_whole_one(function, per, tolerance, size):
+    function(Record(per=per))
+    expected = torch.load("found0.pt", weights_only=True)
+    launch(in_shards, function, per, size)
+    found = [torch.load(f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert not expected["in_shards"] and found[0]["in_shards"]
+    assert found[0]["held"] <= 1.15 * expected["held"] / size[0]  # an odd number of rows is not halved
+    assert torch.equal(found[0]["weights"], found[1]["weights"])
+    torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
+    for name, value in expected["parameters"].items():
+        torch.testing.assert_close(found[0]["parameters"][name], value, rtol=1e-4, atol=tolerance, msg=name)
+
+
+def resumed(ckpt_path, max_epochs):
+    """Each process fits a model in shards, and writes a checkpoint at the end of each epoch."""
+    checkpoint = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1)
+    module, flow = Regression(), Record()
+    strategy = ModelParallelStrategy(2, 1)  # a checkpoint is a folder, with a part from each process
+    data = RegressionInOrder(regression_data(21), batch_size=8)
+    settings = {"enable_checkpointing": True, "max_epochs": max_epochs, "devices": 2, "use_distributed_sampler": False}
+    fit(flow, checkpoint, module=module, data=data, strategy=strategy, ckpt_path=ckpt_path, **settings)
+
+
+def test_a_model_in_shards_resumes_with_the_weights_of_its_checkpoint():
+    """Its checkpoint is restored after on_fit_start only."""
+    launch(resumed, None, 2)
+    unbroken = torch.load("found0.pt", weights_only=True)
+    launch(resumed, "ckpt/epoch=0.ckpt", 2)
+    found = torch.load("found0.pt", weights_only=True)
+    assert torch.equal(found["weights"], unbroken["weights"])
+    for name, value in unbroken["parameters"].items():
+        torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
