@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -19,6 +20,7 @@ from torch import Tensor
 from flow_lightning.files import write_bytes
 
 _FORMAT = "flow_lightning.SampleWeights/1"
+_BLOCK = 2**20
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -44,16 +46,13 @@ def temperature(losses: Tensor, quantile: float = 0.5) -> float:
     check_losses(losses)
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile is {quantile}; expected a number from 0 to 1 (0.5 is the median).")
-    flat = losses.detach().float().flatten()
-    position = quantile * (flat.numel() - 1)
-    lower, upper = (
-        flat.kthvalue(int(rank) + 1).values.double() for rank in (math.floor(position), math.ceil(position))
-    )
-    tau = float(lower + (upper - lower) * (position - math.floor(position)))
+    position = quantile * (losses.numel() - 1)
+    lower, upper = _ranked(losses, [math.floor(position), math.ceil(position)])
+    tau = lower + (upper - lower) * (position - math.floor(position))
     if tau == 0.0:
-        zeros = int((flat == 0).sum())
+        zeros = int((losses == 0).sum())
         raise ValueError(
-            f"The temperature is 0: {zeros} of {flat.numel()} losses are exactly 0, so the model (or the probe) fits "
+            f"The temperature is 0: {zeros} of {losses.numel()} losses are exactly 0, so the model (or the probe) fits "
             "these samples perfectly. Use a more strongly regularised probe or out-of-fold losses (folds=5), "
             "a higher quantile, or set the temperature yourself."
         )
@@ -79,7 +78,7 @@ def flow_weights(losses: Tensor, temperature: float) -> Tensor:
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a positive finite number, in the unit of the losses.")
-    return torch.exp(-losses.detach().float() / temperature)
+    return (losses.detach().float() / -temperature).exp_()
 
 
 def keep_below(losses: Tensor, bound: float) -> Tensor:
@@ -122,13 +121,13 @@ def weighting_rule(name: str) -> Callable[[Tensor, float], Tensor]:
 def summarise(weights: Tensor, temperature: float) -> dict[str, float]:
     """Return temperature, mean weight, effective sample size and quantiles, under their keys in `metrics.json`."""
     ess, n = effective_sample_size(weights), weights.numel()
-    ordered = weights.float().sort().values
+    quantiles = _ranked(weights, [round(q * (n - 1)) for q in _QUANTILES])
     return {
         "flow/temperature": temperature,
-        "flow/mean_weight": float(weights.double().mean()),
+        "flow/mean_weight": float(weights.sum(dtype=torch.float64)) / n,
         "flow/effective_sample_size": ess,
         "flow/effective_sample_fraction": ess / n,
-    } | {f"flow/weight_q{round(100 * q):02d}": float(ordered[round(q * (n - 1))]) for q in _QUANTILES}
+    } | {f"flow/weight_q{round(100 * q):02d}": value for q, value in zip(_QUANTILES, quantiles)}
 
 
 def effective_sample_size(weights: Tensor) -> float:
@@ -138,9 +137,14 @@ def effective_sample_size(weights: Tensor) -> float:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
         2.0
     """
-    w = weights.double()
-    square = w.square().sum()
-    return float(w.sum().square() / square) if square > 0 else 0.0
+    square = sum(float(block.double().square().sum()) for block in weights.flatten().split(_BLOCK))
+    return float(weights.sum(dtype=torch.float64)) ** 2 / square if square > 0 else 0.0
+
+
+def _ranked(values: Tensor, ranks: list[int]) -> list[float]:
+    """Return the values at some ranks of the ascending order, without sorting all of them."""
+    flat = values.detach().float().cpu().flatten().numpy()
+    return [float(value) for value in np.partition(flat, ranks)[ranks]]
 
 
 def check_losses(losses: Tensor) -> None:

@@ -1,10 +1,12 @@
 """A file is whole or absent, whatever goes wrong while it is written."""
 
 import os
+import resource
+import signal
 
 import pytest
 
-from flow_lightning.files import write_bytes
+from flow_lightning.files import check_writable, write_bytes
 
 
 def test_content_and_folders_are_made(tmp_path):
@@ -25,3 +27,28 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_bytes(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new", 10_000_000)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run cannot take the 0 MiB.*choose another folder"):
+        check_writable(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """A limit on the size of files is met by the same error as a full disk: the write does not succeed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path} cannot take the 2 MiB"):
+            check_writable(tmp_path, 2 * 2**20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ class FlowWeightingCallback(Callback):
     number generators and the order of the batches are as without it.
 
     It writes `flow_weights.safetensors`, `flow_weights.png` and the `flow/` keys of `metrics.json` into the run's
-    directory. A resumed fit scores nothing and trains on the weights of its checkpoint.
+    directory. A resumed fit scores nothing and trains on the weights of its checkpoint; it draws no picture.
 
     Args:
         per: What gets a weight of its own: each `sample` (of text: each sequence, by its mean loss), or each supervised
@@ -261,9 +261,10 @@ class FlowWeightingCallback(Callback):
             self._state.written = {"file": str((directory / _FILE).absolute()), "digest": weights.digest()}
         if trainer.is_global_zero:
             weights.save(directory / _FILE)
-            plot_weights(*_some(weights), weights.temperature, directory / "flow_weights.png")
             write_metrics(directory / "metrics.json", summary | (times or {}))
-            _log(trainer, weights, summary, directory / "flow_weights.png")
+            if not self._state.resumed:  # the picture would be the same
+                plot_weights(*_some(weights), weights.temperature, directory / "flow_weights.png")
+                _log(trainer, weights, summary, directory / "flow_weights.png")
 
 
 def _losses(

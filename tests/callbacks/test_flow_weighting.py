@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -474,3 +475,16 @@ def test_hooks_that_augment_while_training_do_not_touch_the_scores():
 def test_an_unusable_temperature_is_refused_at_once(temperature):
     with pytest.raises(ValueError, match="positive"):
         fl.FlowWeightingCallback(temperature=temperature)
+
+
+@pytest.mark.parametrize("broken", ["run", "checkpoints"])
+def test_a_folder_that_cannot_be_written_to_stops_the_fit_before_scoring(broken):
+    """As root every folder is writable, so that a file stands in the place of the folder."""
+    Path("file").write_text("")
+    places = {"run": "run", "checkpoints": "checkpoints"} | {broken: f"file/{broken}"}
+    checkpoint = ModelCheckpoint(places["checkpoints"])
+    module = LinearRegression()
+    with pytest.raises(OSError, match=f"file/{broken}"):
+        settings = {"default_root_dir": places["run"], "enable_checkpointing": True}
+        fit(fl.FlowWeightingCallback(), checkpoint, module=module, **settings)
+    assert module.scored == 0
