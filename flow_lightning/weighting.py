@@ -155,6 +155,9 @@ def check_losses(losses: Tensor) -> None:
     """
     if losses.numel() == 0:
         raise ValueError("There are no losses: the data set is empty. Check its path and its split.")
+    least, most = losses.aminmax()  # NaN if any loss is
+    if least >= 0 and torch.isfinite(most):
+        return
     for name, wrong, fix in (
         ("NaN or infinite", ~torch.isfinite(losses), "Look for broken inputs, or score in 32-bit precision."),
         ("negative", losses < 0, "FLOW needs losses >= 0, such as cross-entropy or squared error."),
@@ -279,8 +282,10 @@ class SampleWeights:
         if self.losses.dtype != torch.float32 or self.weights.dtype != torch.float32:
             raise ValueError(f"losses are {self.losses.dtype} and weights {self.weights.dtype}, expected float32")
         check_losses(self.losses)
-        expected = weighting_rule(self.weighting)(self.losses, self.temperature)
-        if not torch.allclose(self.weights.cpu(), expected, rtol=1e-5, atol=1e-30):
+        rule, blocks = weighting_rule(self.weighting), zip(self.losses.split(_BLOCK), self.weights.cpu().split(_BLOCK))
+        if not all(
+            torch.allclose(weights, rule(losses, self.temperature), rtol=1e-5, atol=1e-30) for losses, weights in blocks
+        ):
             formula = "exp(-loss / temperature)" if self.weighting == "flow" else f"those of {self.weighting!r}"
             raise ValueError(f"its weights are not {formula}")
 
