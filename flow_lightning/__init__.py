@@ -8,6 +8,7 @@ from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback
 from flow_lightning.data.images import ImageDataModule
 from flow_lightning.data.instructions import InstructionDataModule
+from flow_lightning.files import AtomicCheckpointIO
 from flow_lightning.indexing import IndexedDataset, IndexedSample
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.causal_language import CausalLanguageModule
@@ -17,6 +18,7 @@ from flow_lightning.token_weighting import TokenWeights
 from flow_lightning.weighting import SampleWeights, effective_sample_size, flow_weights, keep_below, temperature
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CausalLanguageModule",
     "FlowWeightingCallback",
     "HeadRefitCallback",

@@ -14,6 +14,7 @@ from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.compare import report_comparison
+from flow_lightning.files import AtomicCheckpointIO
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.report import read_metrics
 
@@ -25,6 +26,11 @@ class FlowTrainer(Trainer):
 
     #: Whether callbacks that `score` adds compute anew what is in the cache.
     force = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.strategy._checkpoint_io is None:
+            self.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Compute the weights of the training set, report and draw them, without training."""

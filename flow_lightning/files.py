@@ -2,7 +2,13 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 _BLOCK = 2**22
 
@@ -17,12 +23,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises:
         OSError: If the folder cannot be written to or the disk is full; an older file at `path` is then untouched.
     """
-    path = Path(path)
+    with _replacing(Path(path)) as file:
+        file.write(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -30,6 +41,22 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write checkpoints such that a killed run leaves the one before, or the new one, never a part.
+
+    Lightning's own goes through the system's folder of temporary files, and moving from there is a copy where that is
+    another disk. The command line uses this one; elsewhere pass `Trainer(plugins=[AtomicCheckpointIO()])`.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint; one on remote storage is left to Lightning."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with _replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
 
 
 def check_writable(folder: str | Path, size: int = 0) -> None:

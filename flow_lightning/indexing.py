@@ -47,6 +47,11 @@ class IndexedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to a data set whose transforms depend on it."""
+        if callable(of_dataset := getattr(self.dataset, "set_epoch", None)):
+            of_dataset(epoch)
+
     def __getitem__(self, index: int) -> Any:
         if index < 0:
             index += len(self)

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
+from flow_lightning.data.resuming import EpochSeed, ResumableDataLoader, ResumableSampler
 from flow_lightning.data.sources import ImageArrays, split_positions, targets_of
 from flow_lightning.data.transforms import RecipeName, Transform, recipe
 from flow_lightning.indexing import IndexedDataset
+from flow_lightning.modules.sharding import data_rank
 
 # Arrays up to this size (bytes) are cheaper to transform in place than to send through worker processes.
 _SMALL = 2**20
@@ -24,11 +26,14 @@ class TransformedImages(Dataset[dict[str, Any]]):
     Args:
         images: Map-style data set of `(PIL image, class index)`.
         transform: From an RGB picture to a tensor.
+        seed: Makes a random transform a function of seed, epoch and position, so that a resumed run sees the same
+            pictures; None leaves it to the global random number generator.
     """
 
-    def __init__(self, images: Any, transform: Transform) -> None:
+    def __init__(self, images: Any, transform: Transform, seed: int | None = None) -> None:
         self.images = images
         self.transform = transform
+        self.random = None if seed is None else EpochSeed(seed)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -36,7 +41,16 @@ class TransformedImages(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         image, target = self.images[position]
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        return {"image": self.transform(rgb), "target": int(target)}
+        if self.random is None:
+            return {"image": self.transform(rgb), "target": int(target)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.random.of(position))
+            return {"image": self.transform(rgb), "target": int(target)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other random transforms from now on."""
+        if self.random is not None:
+            self.random.epoch.fill_(epoch)
 
     @property
     def targets(self) -> list[int] | None:
@@ -131,7 +145,10 @@ class ImageDataModule(LightningDataModule):
         known = self._normalisation()
         augment, plain = recipe(self.transforms, self.image_size, known.mean, known.std, known.interpolation)
         training, validation = self._hold_out(splits)
-        self.train_set = IndexedDataset(TransformedImages(training, augment))
+        self._seed = (
+            torch.initial_seed() if self.trainer is None else self.trainer.strategy.broadcast(torch.initial_seed())
+        )
+        self.train_set = IndexedDataset(TransformedImages(training, augment, self._seed))
         self.scoring_set = IndexedDataset(TransformedImages(training, plain))
         self.val_set = IndexedDataset(TransformedImages(validation, plain))
         self.test_set = IndexedDataset(TransformedImages(splits.test, plain))
@@ -159,7 +176,7 @@ class ImageDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled and augmented."""
-        return self._loader(self.train_set, shuffle=True)
+        return self._loader(self.train_set, training=True)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples in order and un-augmented, with the `index` they have in training."""
@@ -213,12 +230,15 @@ class ImageDataModule(LightningDataModule):
         small = isinstance(images, ImageArrays) and images.pixels.nbytes <= _SMALL
         return 0 if small else min((os.cpu_count() or 1) - 1, 8)
 
-    def _loader(self, dataset: Dataset[dict[str, Tensor]], shuffle: bool = False) -> DataLoader[Any]:
-        workers = self._workers()
-        return DataLoader(
+    def _loader(self, dataset: Dataset[dict[str, Tensor]], training: bool = False) -> DataLoader[Any]:
+        workers, sampler = self._workers(), None
+        if training:
+            rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
+            sampler = ResumableSampler(dataset, world, rank, self._seed % 2**31)
+        return (ResumableDataLoader if training else DataLoader)(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,
+            sampler=sampler,
             num_workers=workers,
             persistent_workers=self.persistent_workers and workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 
 from flow_lightning.data.arithmetic import word_problems
 from flow_lightning.data.length_grouping import LengthGroupedSampler, token_budget_batches
+from flow_lightning.data.resuming import ResumableDataLoader
 from flow_lightning.indexing import IndexedDataset
 from flow_lightning.language_extra import import_language
+from flow_lightning.modules.sharding import data_rank
 from flow_lightning.scoring import FixedBatches
 
 ALPACA = (
@@ -479,10 +481,10 @@ class InstructionDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled, with samples of similar length in a batch."""
         dataset = _ready(self.train_set, "training")
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         lengths = dataset.dataset.lengths
         sampler = LengthGroupedSampler(dataset, lengths, self.batch_size, world, rank, self.seed)
-        return self._loader(dataset, batch_size=self.batch_size, sampler=sampler)
+        return self._loader(dataset, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, the longest first, with the `index` they have in training."""
@@ -547,10 +549,12 @@ class InstructionDataModule(LightningDataModule):
         batches = token_budget_batches(dataset.dataset.lengths, self.tokens_per_batch)
         return self._loader(dataset, batch_sampler=FixedBatches(batches))
 
-    def _loader(self, dataset: IndexedDataset, **batching: Any) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: IndexedDataset, kind: type[DataLoader[Any]] = DataLoader, **batching: Any
+    ) -> DataLoader[Any]:
         tokenizer = self._tokenizer()
         pad_id = tokenizer.pad_token_id
-        return DataLoader(
+        return kind(
             dataset,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -1,11 +1,12 @@
 """Batches of similar length, so that little of a batch of texts is padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data.distributed import DistributedSampler
+
+from flow_lightning.data.resuming import ResumableSampler
 
 
 def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[list[int]]:
@@ -42,12 +43,11 @@ def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[l
     return batches
 
 
-class LengthGroupedSampler(DistributedSampler[int]):
+class LengthGroupedSampler(ResumableSampler):
     """Shuffle a data set such that the samples of a batch have similar lengths.
 
     The data set is shuffled and cut into pools; each pool is sorted by length and cut into batches, one per process;
-    then the batches of all pools are shuffled. As a DistributedSampler it shares the samples between the processes
-    itself: each gets the same number, for which some are repeated if need be.
+    then the batches of all pools are shuffled.
 
     Args:
         dataset: Any data set with a length.
@@ -78,7 +78,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         seed: int = 0,
         pool: int = 50,
     ) -> None:
-        super().__init__(dataset, num_replicas, rank, seed=seed)
+        super().__init__(dataset, num_replicas, rank, seed)
         if not 0 < len(dataset) == len(lengths):
             raise ValueError(f"Got {len(lengths)} lengths for {len(dataset)} samples; expected one each, at least one.")
         if batch_size < 1 or pool < 1:
@@ -86,9 +86,9 @@ class LengthGroupedSampler(DistributedSampler[int]):
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
         self.batch_size, self.pool = batch_size, pool
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        count = self.lengths.numel()
+    def order(self) -> Tensor:
+        """Return the positions of all samples, `[n]`: the batches of all processes one after the other."""
+        generator, count = self.generator(), self.lengths.numel()
         size = self.batch_size * self.num_replicas
         blocks = [
             block
@@ -98,7 +98,4 @@ class LengthGroupedSampler(DistributedSampler[int]):
         # Only the last block can be short: anywhere else it would shift the batches after it across the blocks.
         last = [blocks.pop()] if len(blocks[-1]) < size else []
         order = torch.randperm(len(blocks), generator=generator).tolist()
-        shuffled = torch.cat([blocks[position] for position in order] + last)
-        # Repeated samples come last too, so that the steps before are those of one process with the joined batch.
-        shuffled = shuffled[torch.arange(self.total_size) % count]
-        return iter(shuffled[self.rank :: self.num_replicas].tolist())
+        return torch.cat([blocks[position] for position in order] + last)

@@ -46,6 +46,7 @@ class WeightedLossModule(LightningModule):
     )
     #: Set by FlowWeightingCallback; a plain attribute, so that neither checkpoints nor weight averaging see it.
     sample_weights: SampleWeights | TokenWeights | None = None
+    _seed: int | None = None
     #: Fingerprint of the model that the weights of the loaded checkpoint came from.
     flow_reference: str | None = None
 
@@ -96,6 +97,17 @@ class WeightedLossModule(LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
 
+    def on_train_start(self) -> None:
+        """Remember the run's seed, and let a resumed run's loader know where it was."""
+        self._seed = torch.initial_seed()
+        # Lightning does this when it asks for the loader, but forgets it where configure_optimizers has asked before.
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make dropout a function of seed, epoch, batch and rank: a resumed run draws what an unbroken one does."""
+        if self._seed is not None:
+            torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Give the gradient the denominator of the whole step."""
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -129,9 +141,8 @@ class WeightedLossModule(LightningModule):
         """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
         assert self.sample_weights is not None
         weights = self.sample_weights.lookup(batch_index(batch))
-        # A stream of its own, by place: other streams do not notice, and a resumed fit draws the same.
-        place = (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
-        drawn = draw(weights, torch.Generator().manual_seed(hash(place)))
+        # By place, as `on_train_batch_start` has set it, but not the numbers that dropout gets.
+        drawn = draw(weights, torch.Generator().manual_seed(torch.initial_seed() ^ 1))
         if drawn.numel() == 0:  # every rank must take part in the backward pass
             drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
             loss = self.sample_losses(select(batch, drawn)).sum() * 0

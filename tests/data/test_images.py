@@ -66,7 +66,11 @@ def test_every_data_set_gives_batches(name: str, tmp_path: Path, monkeypatch: py
 
 def test_training_shuffles_and_keeps_every_sample(tmp_path: Path) -> None:
     data = folder_module(tmp_path)
-    first, second = (gather(data.train_dataloader())["index"].tolist() for _ in range(2))
+    loader, orders = data.train_dataloader(), []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        orders.append(gather(loader)["index"].tolist())
+    first, second = orders
     assert first != second and sorted(first) == sorted(second) == list(range(TRAIN))
 
 
@@ -84,7 +88,9 @@ def test_only_training_is_augmented(tmp_path: Path) -> None:
     for name in ("scoring", "val", "test", "predict"):
         loader = getattr(data, f"{name}_dataloader")
         assert torch.equal(gather(loader())["image"], gather(loader())["image"])
-    assert not torch.equal(data.train_set[0]["image"], data.train_set[0]["image"])
+    before = data.train_set[0]["image"]
+    data.train_set.set_epoch(1)
+    assert not torch.equal(data.train_set[0]["image"], before)
 
 
 def test_without_a_fraction_validation_is_the_test_set(tmp_path: Path) -> None:
