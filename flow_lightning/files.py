@@ -10,6 +10,11 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 _BLOCK = 2**22
 
 
@@ -81,3 +86,32 @@ def check_writable(folder: str | Path, size: int = 0) -> None:
             f"{Path(folder).absolute()} cannot take the {size / 2**20:.0f} MiB that this run writes ({error}). Make "
             "room, or choose another folder."
         ) from error
+
+
+def lock_folder(folder: str | Path) -> BinaryIO | None:
+    """Claim a folder for this process, until the returned file is closed or the process ends, however it ends.
+
+    Args:
+        folder: Which one; it must exist.
+
+    Returns:
+        The open lock file; None where the file system has no locks.
+
+    Raises:
+        OSError: If another run has claimed it.
+    """
+    if fcntl is None:
+        return None
+    file = open(Path(folder) / ".flow_lightning.lock", "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(
+            f"Another run is writing into {Path(folder).absolute()}. Wait for it, or give this one a folder of its own "
+            "(--trainer.default_root_dir)."
+        ) from error
+    except OSError:
+        file.close()
+        return None
+    return file

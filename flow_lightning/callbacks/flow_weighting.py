@@ -4,7 +4,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from flow_lightning.callbacks.caching import open_store, remembered
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback, head_names
 from flow_lightning.callbacks.sweep import (
-    check_places,
+    claim_places,
     forget_older_metrics,
     is_trained,
     ragged_sweep,
@@ -46,6 +46,7 @@ class _State:
     resumed: bool = False  # the model is fine-tuned already
     reference: str = ""  # fingerprint of the model as it was built, before any checkpoint was restored
     checkpoint: str = ""  # fingerprint of the model in the checkpoint of a resumed fit
+    lock: BinaryIO | None = None  # of the run's directory
 
 
 class FlowWeightingCallback(Callback):
@@ -130,7 +131,7 @@ class FlowWeightingCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the weights, or take them from the checkpoint, and hand them to the module."""
-        check_places(trainer)
+        self._state.lock = claim_places(trainer)
         if self._state.resumed:
             self._resume(trainer, pl_module)
             return
@@ -169,6 +170,16 @@ class FlowWeightingCallback(Callback):
         """Take the weights back: a later fit without this callback is plain training."""
         if stage == "fit":
             pl_module.sample_weights = None  # type: ignore[assignment]
+            self._unlock()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the run's directory back."""
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._state.lock is not None:
+            self._state.lock.close()
+            self._state.lock = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the reference, so that the fine-tuned model cannot be mistaken for it later."""

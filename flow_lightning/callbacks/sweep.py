@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning import LightningModule, Trainer
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.files import check_writable
+from flow_lightning.files import check_writable, lock_folder
 from flow_lightning.modules.sharding import data_rank, drop_gathered
 from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation, loader_like, progress, score_batch, scoring_batches
@@ -234,26 +234,31 @@ def run_directory(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def check_places(trainer: Trainer) -> None:
-    """Check that the run's directory and the folders of checkpoints can be written to; to be called on every rank.
+def claim_places(trainer: Trainer) -> BinaryIO | None:
+    """Claim the run's directory, and check that it and the folders of checkpoints can be written to.
+
+    To be called on every rank.
+
+    Returns:
+        On rank 0 the lock of the directory, see `lock_folder`.
 
     Raises:
-        OSError: If one of them is read-only or full: before scoring and training, not after.
+        OSError: If one of them is read-only, full or used by another run: before scoring and training, not after.
     """
-    folders = [
-        run_directory(trainer),
-        *(getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks),
-    ]
-    problem = None
+    directory = run_directory(trainer)
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    lock, problem = None, None
     if trainer.is_global_zero:
         try:
-            for folder in filter(None, folders):
+            for folder in filter(None, [directory, *folders]):
                 check_writable(folder, _LEAST_ROOM)
+            lock = lock_folder(directory)
         except OSError as error:
             problem = str(error)
     problem = trainer.strategy.broadcast(problem)
     if problem is not None:
         raise OSError(problem)
+    return lock
 
 
 def forget_older_metrics(trainer: Trainer) -> None:

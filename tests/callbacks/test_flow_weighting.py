@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, random_split
 
 import flow_lightning as fl
+from flow_lightning.files import lock_folder
 from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
 
 
@@ -488,3 +489,20 @@ def test_a_folder_that_cannot_be_written_to_stops_the_fit_before_scoring(broken)
         settings = {"default_root_dir": places["run"], "enable_checkpointing": True}
         fit(fl.FlowWeightingCallback(), checkpoint, module=module, **settings)
     assert module.scored == 0
+
+
+def test_two_runs_do_not_write_into_one_directory():
+    Path("run").mkdir()
+    module = LinearRegression()
+    with lock_folder("run"), pytest.raises(OSError, match=r"Another run is writing into .*run.*default_root_dir"):
+        fit(fl.FlowWeightingCallback(), module=module)
+    assert module.scored == 0
+    fit(fl.FlowWeightingCallback())  # it is free again
+    with pytest.raises(ValueError, match="temperature is 0"):
+        fit(fl.FlowWeightingCallback(), module=Perfect())
+    fit(fl.FlowWeightingCallback())  # after an error, too
+
+
+class Perfect(LinearRegression):
+    def sample_losses(self, batch):
+        return super().sample_losses(batch) * 0
