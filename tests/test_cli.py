@@ -8,6 +8,7 @@ import pytest
 from yaml import safe_load
 
 import flow_lightning as fl
+from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.cli import learning_rate_of, main
 from tests.data.fake_datasets import MAKERS, accept_any_checksum
 
@@ -135,6 +136,31 @@ def test_compare_puts_methods_and_seeds_side_by_side(capsys, fake_data):
             assert run == json.loads(next(Path(f"runs/x/{name}/seed-{seed}").rglob("metrics.json")).read_text())
     table = capsys.readouterr().out
     assert "flow" in table and "standard" in table and "±" in table
+
+
+def test_a_run_goes_on_from_its_last_checkpoint():
+    """The command of the README: the same for the first run and for those after it."""
+    options = [*QUICK, f"-c={METHODS[0]}", f"-c={ROOT}/configs/resumable.yaml", "--trainer.callbacks.dirpath=one"]
+    options += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.limit_train_batches=3", "--ckpt_path=last"]
+    first = main(["fit", *options, "--trainer.max_steps=2"])
+    assert first.trainer.global_step == 2 and Path("one/last.ckpt").exists()
+    assert isinstance(first.trainer.strategy.checkpoint_io, fl.AtomicCheckpointIO)
+    second = main(["fit", *options])
+    assert second.trainer.global_step == 3
+    flow = [
+        next(c for c in cli.trainer.callbacks if isinstance(c, fl.FlowWeightingCallback)) for cli in (first, second)
+    ]
+    assert (flow[0].weights.weights == flow[1].weights.weights).all()
+    assert flow[1]._state.resumed
+
+
+def test_force_reaches_the_callbacks():
+    for force in (True, False):
+        cli = main(["fit", *QUICK, f"-c={METHODS[0]}", "--trainer.fast_dev_run=1", *(["--force"] if force else [])])
+        found = [
+            c.force for c in cli.trainer.callbacks if isinstance(c, fl.FlowWeightingCallback | LinearProbeCallback)
+        ]
+        assert found == [force, force]
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
