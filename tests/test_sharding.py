@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -137,3 +137,46 @@ def test_a_model_in_shards_resumes_with_the_weights_of_its_checkpoint():
     assert torch.equal(found["weights"], unbroken["weights"])
     for name, value in unbroken["parameters"].items():
         torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
+
+
+class Wrapper(torch.nn.Module):
+    """Has parameters during its forward only, as FSDP and DeepSpeed do, which need a GPU; here they are 0 outside."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.kept = [p.detach().clone() for p in module.parameters()]
+        self.empty()
+
+    @torch.no_grad()
+    def empty(self):
+        for parameter in self.module.parameters():
+            parameter.zero_()
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad():
+            for parameter, kept in zip(self.module.parameters(), self.kept):
+                parameter.copy_(kept)
+        found = self.module(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.empty()
+        return found
+
+
+class WrappingStrategy(SingleDeviceStrategy):
+    """Wraps the module, and restores checkpoints after on_fit_start."""
+
+    restore_checkpoint_after_setup = True
+
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.model = Wrapper(self.lightning_module)
+
+
+def test_scoring_goes_through_a_wrapper_that_holds_the_parameters():
+    expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
+    fit(expected)
+    module = LinearRegression()
+    fit(found, module=module, strategy=WrappingStrategy("cpu"), max_steps=1)
+    assert torch.equal(found.weights.weights, expected.weights.weights)
+    assert not hasattr(module, "scored_by_wrapper")

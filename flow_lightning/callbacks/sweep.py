@@ -128,7 +128,7 @@ def _blocks(
         while done < len(batches):
             started, scored = time.perf_counter(), []
             for position, (expected, batch) in islice(loaded, size):
-                values = _in_precision(trainer, partial(score_batch, batch, expected, function))
+                values = _run(trainer, module, partial(score_batch, batch, expected, function))
                 if position < own:
                     scored.append(values)
                     bar.update()
@@ -210,9 +210,21 @@ def _checked(loader: Any, owner: Any, name: str) -> DataLoader[Any]:
     return loader
 
 
-def _in_precision(trainer: Trainer, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _run(trainer: Trainer, module: LightningModule, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Call a function that runs the module, in the Trainer's precision.
+
+    FSDP and DeepSpeed gather parameters in the forward of the module's wrapper; so the call goes through that, as
+    Lightning's call of `training_step` does.
+    """
+    strategy: Any = trainer.strategy
     with trainer.precision_plugin.forward_context():
-        return function()
+        if not strategy.restore_checkpoint_after_setup or strategy.model is module:
+            return function()
+        module.scored_by_wrapper = function  # type: ignore[assignment]
+        try:
+            return strategy._forward_redirection(strategy.model, module, "scored_by_wrapper")  # type: ignore[no-any-return]
+        finally:
+            del module.scored_by_wrapper
 
 
 @contextmanager
