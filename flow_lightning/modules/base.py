@@ -141,8 +141,9 @@ class WeightedLossModule(LightningModule):
         """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
         assert self.sample_weights is not None
         weights = self.sample_weights.lookup(batch_index(batch))
-        # By place, as `on_train_batch_start` has set it, but not the numbers that dropout gets.
-        drawn = draw(weights, torch.Generator().manual_seed(torch.initial_seed() ^ 1))
+        # A stream of its own, by place: other streams do not notice, and a resumed fit draws the same.
+        place = (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
+        drawn = draw(weights, torch.Generator().manual_seed(hash(place)))
         if drawn.numel() == 0:  # every rank must take part in the backward pass
             drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
             loss = self.sample_losses(select(batch, drawn)).sum() * 0

@@ -26,7 +26,7 @@ def shard(module: LightningModule, root: nn.Module, blocks: Iterable[nn.Module],
     Returns:
         Whether the model is in shards now.
     """
-    if not isinstance(module.trainer.strategy, ModelParallelStrategy):
+    if module._trainer is None or not isinstance(module.trainer.strategy, ModelParallelStrategy):
         return False
     if isinstance(root, FSDPModule):  # by an earlier fit or test
         return True

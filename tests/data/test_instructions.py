@@ -417,7 +417,7 @@ def test_several_processes_share_the_training_samples(tmp_path):
     for rank in range(2):
         data = data_module(tmp_path, 20, batch_size=3, test=test)
         data.setup()
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=None)
         shares.append([i for batch in data.train_dataloader() for i in batch["index"].tolist()])
         assert data.test_dataloader().batch_size == 3
     assert sorted(shares[0] + shares[1]) == list(range(20)) and len(shares[0]) == len(shares[1])
