@@ -24,5 +24,6 @@ def launch(function: Callable[..., Any], *args: Any, processes: int = 2) -> None
 def _in_environment(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    address["OMP_NUM_THREADS"] = "1"  # as torchrun sets it; more threads than before the fork would wait for ever
     os.environ.update({name: str(value) for name, value in (ranks | address).items()})
     function(*args)
