@@ -116,15 +116,23 @@ class FlowCLI(LightningCLI):
         shared = {key: value for key, value in config.items() if key not in ("config", "methods", "seeds", "output")}
         base.write_text(yaml.safe_dump(shared, sort_keys=False))
         runs: dict[str, list[dict[str, Any]]] = {Path(method).stem: [] for method in methods}
+        diverged: list[str] = []
         for seed in seeds or (None,):
             for method in methods:
                 name = Path(method).stem
                 where = folder / name / ("default" if seed is None else f"seed-{seed}")
                 args = ["fit", f"--config={base}", f"--config={method}", f"--trainer.default_root_dir={where}"]
-                cli = main(args + ([] if seed is None else [f"--seed_everything={seed}"]))
+                try:
+                    cli = main(args + ([] if seed is None else [f"--seed_everything={seed}"]))
+                except FloatingPointError as error:  # the other runs are worth having
+                    diverged.append(f"{where}: {error}")
+                    runs[name].append({})
+                    continue
                 metrics = Path(cli.trainer.log_dir or where) / "metrics.json"
                 runs[name].append(read_metrics(metrics) if metrics.exists() else {})  # a run need not measure anything
         report_comparison(runs, folder)
+        if diverged:
+            raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
 
 
 def learning_rate_of(learning_rate: float | dict[str, float], method: str) -> float:

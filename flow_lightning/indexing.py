@@ -67,11 +67,17 @@ def batch_index(batch: Any) -> Tensor:
     Raises:
         KeyError: If the batch carries none; the message names the fix.
     """
-    index = batch.get("index") if isinstance(batch, Mapping) else getattr(batch, "index", None)
-    if not isinstance(index, Tensor):
+    index = find_index(batch)
+    if index is None:
         found = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise KeyError(f"This batch ({found}) has no 'index', so the weights of its samples cannot be found. {_FIX}")
     return index
+
+
+def find_index(batch: Any) -> Tensor | None:
+    """Return the sample indices of a batch, `[B]`, or None if it carries none."""
+    index = batch.get("index") if isinstance(batch, Mapping) else getattr(batch, "index", None)
+    return index if isinstance(index, Tensor) else None
 
 
 def select(batch: Any, positions: Tensor) -> Any:

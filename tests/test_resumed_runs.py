@@ -1,21 +1,24 @@
 """Whatever kills a run and wherever: the rerun ends as the unbroken one, to the last bit."""
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
+import threading
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 
 import flow_lightning as fl
+from flow_lightning import files
 from flow_lightning.callbacks import sweep as sweep_module
 from tests.examples import make_trainer
 from tests.images import tiny_module
@@ -101,68 +104,106 @@ def test_gradient_accumulation_is_resumed(tmp_path):
     assert_equal(run(vision, ckpt_path="ckpt/last.ckpt", accumulate_grad_batches=2), expected)
 
 
-def main(folder: str) -> None:
-    """The run that is killed: goes on from its last checkpoint, if it has one."""
+def main(folder: str, make, place: str = "", call: int = 0, share: float = 0.0) -> None:
+    """The run that is killed in the given call of a place; goes on from its last checkpoint, if it has one."""
     os.chdir(folder)
     torch.set_num_threads(1)
     sweep_module._SECONDS_PER_BLOCK = 0.0
+    for name, (owner, attribute) in CALLS.items():
+        setattr(owner, attribute, killing(getattr(owner, attribute), name, call * (name == place), share))
+    files._replacing = killing_writes(files._replacing, place, call, share)
     last = Path("ckpt/last.ckpt")
-    found = run(slow_vision, ckpt_path=str(last) if last.exists() else None)
-    fl.AtomicCheckpointIO().save_checkpoint({"weights": found[0], "parameters": found[1]}, "done.pt")
+    found = run(make, ckpt_path=str(last) if last.exists() else None)
+    torch.save({"weights": found[0], "parameters": found[1]}, "done.pt")
 
 
-def slow_vision():
-    """Enough time in each part to be killed there."""
-    module, data, callbacks = vision()
-    for name, seconds in (("features", 0.15), ("training_step", 0.15)):
-        setattr(module, name, delayed(getattr(module, name), seconds))
-    return module, data, callbacks
+#: None of these is in the key of the cache, which would change with the call to die in.
+CALLS = {
+    "scoring": (sweep_module, "score_batch"),
+    "probing": (torch.optim.LBFGS, "step"),
+    "training": (SingleDeviceStrategy, "training_step"),
+}
+WRITES = {"weights": "flow_weights.safetensors", "checkpoint": "last.ckpt"}
 
 
-def delayed(function, seconds):
-    def slow(*args, **kwargs):
-        time.sleep(seconds)
+def log(name: str) -> int:
+    """Write down a call and return how many there were in this process."""
+    with open("calls", "a") as file:
+        file.write(f"{name}\n")
+    counts[name] += 1
+    return counts[name]
+
+
+counts: Counter[str] = Counter()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killing(function, name, call, share):
+    """Die a part of 10 ms after the begin of one call: in it, or soon after it."""
+
+    def wrapped(*args, **kwargs):
+        if log(name) == call:
+            threading.Timer(0.01 * share, kill).start()
         return function(*args, **kwargs)
 
-    return slow
+    return wrapped
 
 
-def started(folder: Path) -> subprocess.Popen:
+def killing_writes(function, place, call, share):
+    """Die when a part of a file has been written, or all of it, before it gets its name or after."""
+
+    @contextmanager
+    def wrapped(path):
+        dies = False
+        with function(path) as file:
+            yield file
+            for name in (name for name, file_name in WRITES.items() if file_name == path.name):
+                dies = log(name) == call and name == place
+            if dies and share < 0.8:
+                file.flush()
+                os.truncate(file.fileno(), int(file.tell() * share / 0.6) if share < 0.6 else file.tell())
+                kill()
+        if dies:
+            kill()
+
+    return wrapped
+
+
+def started(folder: Path, make, *killed) -> int:
+    """Run `main` in a process of its own and return its exit status."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FLOW_LIGHTNING_CACHE": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"from tests.test_resumed_runs import main; main({json.dumps(str(folder))})"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ", ".join([repr(str(folder)), f"runs.{make.__name__}", *map(repr, killed)])
+    command = [sys.executable, "-c", f"from tests import test_resumed_runs as runs; runs.main({arguments})"]
+    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=300).returncode
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_kills_at_random_points(tmp_path):
-    """kill -9 while it scores, solves the probe, trains, or writes; each rerun goes on, and the end is the same."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        pictures(folder / "pictures", count=40)
-    begin = time.monotonic()
-    assert started(whole).wait(timeout=600) == 0
-    length = time.monotonic() - begin
-    expected = torch.load(whole / "done.pt", weights_only=True)
-    generator, kills, rounds, phases = random.Random(1), 0, 0, set()
-    while kills < 20:
-        process = started(broken)
-        try:
-            assert process.wait(timeout=generator.uniform(0.3, 1.1) * length) == 0
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            phases.add("training" if any(broken.glob("ckpt/*")) else "scoring" if any(broken.glob("cache/*/*")) else "")
-            continue
-        found = torch.load(broken / "done.pt", weights_only=True)
+@pytest.mark.parametrize("make, rounds", [(vision, 4), (language, 2)])
+def test_kills_at_random_points_of_each_part(make, rounds, tmp_path):
+    """kill -9 while it scores, probes, writes weights, trains, writes a checkpoint: 20 times for vision."""
+    generator = random.Random(1)
+    for folder in ("whole", *map(str, range(rounds))):
+        pictures(tmp_path / folder / "pictures", count=40)
+    assert started(tmp_path / "whole", make) == 0
+    expected = torch.load("whole/done.pt", weights_only=True)
+    whole = Counter(Path("whole/calls").read_text().split())
+    for folder in map(str, range(rounds)):
+        left = whole["training"]
+        for place in ("scoring", "probing", "weights", "training", "checkpoint"):
+            if whole[place] == 0:
+                continue  # language models are not probed
+            most = {"weights": 1, "training": left - 1, "checkpoint": left}.get(place, whole[place])
+            call = generator.randint(1, most)
+            assert started(tmp_path / folder, make, place, call, generator.random()) == -signal.SIGKILL
+            left -= call if place == "training" else 0
+        assert started(tmp_path / folder, make) == 0
+        found = torch.load(f"{folder}/done.pt", weights_only=True)
         assert torch.equal(found["weights"], expected["weights"])
         assert all(torch.equal(found["parameters"][name], value) for name, value in expected["parameters"].items())
-        rounds += 1
-        for name in ("cache", "ckpt", "run"):  # from the beginning again
-            subprocess.run(["rm", "-rf", str(broken / name)], check=True)
-        (broken / "done.pt").unlink()
-    assert started(broken).wait(timeout=600) == 0
-    found = torch.load(broken / "done.pt", weights_only=True)
-    assert all(torch.equal(found["parameters"][name], value) for name, value in expected["parameters"].items())
-    assert rounds > 0 and phases >= {"scoring", "training"}
+        calls = Counter(Path(folder, "calls").read_text().split())
+        assert calls["scoring"] <= whole["scoring"] + 1  # none twice but the one that it died in
+        assert calls["training"] <= whole["training"] + 2 and calls["weights"] >= 2

@@ -37,8 +37,8 @@ class ResumableSampler(DistributedSampler[int]):
         order, start = self.order(), self.start
         self.start = 0
         # Repeated samples come last, so that the steps before are those of one process with the joined batch.
-        order = order[torch.arange(self.total_size) % len(order)]
-        return iter(order[self.rank :: self.num_replicas][start:].tolist())
+        mine = torch.arange(self.rank, self.total_size, self.num_replicas)[start:] % len(order)
+        return iter(order[mine].tolist())
 
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler and data set which epoch it is: random transforms may depend on it."""

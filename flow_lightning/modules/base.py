@@ -7,7 +7,7 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flow_lightning.indexing import batch_index, select
+from flow_lightning.indexing import batch_index, find_index, select
 from flow_lightning.modules.finite_losses import FiniteLosses
 from flow_lightning.modules.step_denominator import StepDenominator, spans_batches
 from flow_lightning.objective import Reduction, denominator, draw, weighted_loss
@@ -118,8 +118,9 @@ class WeightedLossModule(LightningModule):
         self.finite_losses.check()
 
     def _note(self, batch: Any, losses: Tensor) -> None:
-        if self.training and torch.is_grad_enabled() and self.is_attached and self.sample_weights is not None:
-            self.finite_losses.note(self.trainer.fit_loop.total_batch_idx, batch_index(batch), losses)
+        index = find_index(batch)  # plain training needs none
+        if index is not None and self.training and torch.is_grad_enabled() and self.is_attached:
+            self.finite_losses.note(self.trainer.fit_loop.total_batch_idx, index, losses)
 
     def _over_the_step(self, loss: Tensor, size: Tensor | float) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and self._trainer_spans_batches()):

@@ -2,10 +2,14 @@
 
     python tests/benchmarks/scale.py weights
     python tests/benchmarks/scale.py resume
+    python tests/benchmarks/scale.py order --samples 100000000
+    python tests/benchmarks/scale.py workers
 
 `weights` gathers losses that are there already, in blocks as scoring does, and then computes temperature and weights;
 it prints seconds and the memory of rank 0 above what it had before. `resume` compares the start of a resumed fit, from
-its beginning to its first batch, with and without the callback, in alternation.
+its beginning to its first batch, with and without the callback, in alternation. `order` computes, as one of 64
+processes, median, weights and the order of an epoch; `workers` compares the first batch of a loader with one worker for
+many samples and for a thousand.
 """
 
 import argparse
@@ -14,7 +18,9 @@ import os
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 from lightning import Callback, LightningModule
@@ -26,6 +32,7 @@ os.environ.setdefault("FLOW_LIGHTNING_CACHE", "")
 
 import flow_lightning as fl  # noqa: E402
 from flow_lightning.callbacks.sweep import _joined  # noqa: E402
+from flow_lightning.data.resuming import ResumableSampler  # noqa: E402
 from tests.examples import make_trainer  # noqa: E402
 from tests.processes import launch  # noqa: E402
 
@@ -136,14 +143,48 @@ def resume(samples: int, rounds: int) -> None:
               f"({min(later):.2f} to {max(later):.2f})")  # fmt: skip
 
 
+def alone(count: int, processes: int = 64) -> None:
+    """What each rank does by itself, once it has all losses."""
+    torch.set_num_threads(1)
+    losses = torch.rand(count)
+    for what, function in (
+        ("median and weights", lambda: fl.SampleWeights.from_losses(losses)),
+        ("order of an epoch", lambda: list(ResumableSampler(range(count), processes))),
+    ):
+        Path("/proc/self/clear_refs").write_text("5")
+        before, started = memory("VmRSS"), time.perf_counter()
+        kept = function()
+        seconds = time.perf_counter() - started
+        print(f"{count:,} samples, {what}: {seconds:.2f} s, peak {memory('VmHWM') - before:.0f} MB", flush=True)
+        del kept
+
+
+def workers(count: int, rounds: int) -> None:
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for method, samples in product(("fork", "spawn"), (1000, count)):
+            dataset = fl.IndexedDataset(Samples(samples))
+            loader = DataLoader(dataset, batch_size=32, num_workers=1, multiprocessing_context=method)
+            started = time.perf_counter()
+            next(iter(loader))
+            found.setdefault((method, samples), []).append(time.perf_counter() - started)
+    for (method, samples), seconds in found.items():
+        print(f"{method}, {samples:,} samples: first batch after {median(seconds):.2f} s "
+              f"({min(seconds):.2f} to {max(seconds):.2f})")  # fmt: skip
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["weights", "resume"])
+    parser.add_argument("what", choices=["weights", "resume", "order", "workers"])
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--block", type=int, default=100_000, help="samples per rank and block")
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
     if args.what == "weights":
         launch(gather, args.samples, args.block)
-    else:
+    elif args.what == "resume":
         resume(args.samples, args.rounds)
+    elif args.what == "order":
+        alone(args.samples)
+    else:
+        workers(args.samples, args.rounds)

@@ -30,6 +30,11 @@ def test_a_broken_loss_stops_training_with_step_and_samples(batch):
     assert named == ", ".join(map(str, module.seen[batch].tolist()))
 
 
+def test_plain_training_stops_too():
+    with pytest.raises(FloatingPointError, match="at batch 3, for the samples"):
+        fit(module=Breaking(range(23), 3))
+
+
 def test_only_the_broken_samples_are_named():
     with pytest.raises(FloatingPointError, match="for the samples 17 of the training set"):
         fit(fl.FlowWeightingCallback(), module=Breaking([17], -1))
