@@ -96,6 +96,17 @@ def test_a_resumed_run_ends_as_the_unbroken_one(make, after, tmp_path):
     assert_equal(run(make, ckpt_path="ckpt/last.ckpt"), expected)
 
 
+@pytest.mark.parametrize(("make", "first"), [(vision, 6), (language, 7)])
+def test_a_run_is_resumed_at_the_end_of_an_epoch_and_then_in_the_next_one(make, first, tmp_path):
+    pictures(Path("pictures"))
+    expected = run(make)
+    Path("ckpt/last.ckpt").unlink()
+    for after in (first, first + 2, first + 3):
+        last = "ckpt/last.ckpt" if Path("ckpt/last.ckpt").exists() else None
+        assert run(make, after, ckpt_path=last) is None
+    assert_equal(run(make, ckpt_path="ckpt/last.ckpt"), expected)
+
+
 def test_gradient_accumulation_is_resumed(tmp_path):
     pictures(Path("pictures"))
     expected = run(vision, accumulate_grad_batches=2)

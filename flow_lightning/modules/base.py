@@ -101,7 +101,13 @@ class WeightedLossModule(LightningModule):
         """Remember the run's seed, and let a resumed run's loader know where it was."""
         self._seed = torch.initial_seed()
         # Lightning does this when it asks for the loader, but forgets it where configure_optimizers has asked before.
-        self.trainer.fit_loop._load_combined_loader_states()
+        fit_loop = self.trainer.fit_loop
+        fit_loop._load_combined_loader_states()
+        # A checkpoint of an epoch's last batch: Lightning counts that epoch as finished, but does not count the next as
+        # begun, so that a second resumed run, in the middle of that one, would start it anew.
+        epoch = fit_loop.epoch_progress.current
+        if fit_loop.restarted_mid_epoch and epoch.processed == epoch.started:
+            fit_loop.reset_restart_stage()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of seed, epoch, batch and rank: a resumed run draws what an unbroken one does."""
