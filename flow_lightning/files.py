@@ -28,14 +28,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises:
         OSError: If the folder cannot be written to or the disk is full; an older file at `path` is then untouched.
     """
-    with _replacing(Path(path)) as file:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: another run may write the same file at the same time.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _replacing(path, handle, temporary) as file:
         file.write(content)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _replacing(path: Path, handle: int, temporary: str | Path) -> Iterator[BinaryIO]:
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -60,7 +62,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with _replacing(Path(path)) as file:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A fixed name: the rerun of a killed run replaces what that left, and no part of a model stays on the disk.
+        temporary = path.with_name(f".{path.name}.part")
+        handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        with _replacing(path, handle, temporary) as file:
             torch.save(checkpoint, file)
 
 

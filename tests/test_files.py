@@ -5,8 +5,9 @@ import resource
 import signal
 
 import pytest
+import torch
 
-from flow_lightning.files import check_writable, write_bytes
+from flow_lightning.files import AtomicCheckpointIO, check_writable, write_bytes
 
 
 def test_content_and_folders_are_made(tmp_path):
@@ -27,6 +28,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_bytes(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    io, path = AtomicCheckpointIO(), tmp_path / "new" / "a.ckpt"
+    io.save_checkpoint({"a": torch.ones(2)}, path)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        io.save_checkpoint({"a": torch.zeros(2)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
+    (tmp_path / "new" / ".a.ckpt.part").write_bytes(bytes(10_000))  # what a killed run leaves
+    io.save_checkpoint({"a": torch.zeros(2)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.zeros(2))
+    assert [file.name for file in path.parent.iterdir()] == ["a.ckpt"]
 
 
 def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):

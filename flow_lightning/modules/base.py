@@ -105,7 +105,7 @@ class WeightedLossModule(LightningModule):
         fit_loop._load_combined_loader_states()
         # A checkpoint of an epoch's last batch: Lightning counts that epoch as finished, but does not count the next as
         # begun, so that a second resumed run, in the middle of that one, would start it anew.
-        epoch = fit_loop.epoch_progress.current
+        epoch: Any = fit_loop.epoch_progress.current
         if fit_loop.restarted_mid_epoch and epoch.processed == epoch.started:
             fit_loop.reset_restart_stage()
 
