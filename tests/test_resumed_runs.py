@@ -23,6 +23,7 @@ from flow_lightning.callbacks import sweep as sweep_module
 from tests.examples import make_trainer
 from tests.images import tiny_module
 from tests.modules.test_causal_language import language_data, language_module
+from tests.processes import launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,6 +113,26 @@ def test_gradient_accumulation_is_resumed(tmp_path):
     Path("ckpt/last.ckpt").unlink()
     assert run(vision, 2, accumulate_grad_batches=2) is None
     assert_equal(run(vision, ckpt_path="ckpt/last.ckpt", accumulate_grad_batches=2), expected)
+
+
+def in_two_processes(make, after, ckpt_path) -> None:
+    found = run(make, after, ckpt_path=ckpt_path, devices=2, strategy="ddp")
+    if found is not None and os.environ["RANK"] == "0":
+        torch.save({"weights": found[0], "parameters": found[1]}, "done.pt")
+
+
+@pytest.mark.parametrize(("make", "after"), [(vision, 2), (language, 5)])
+def test_two_processes_are_resumed(make, after, tmp_path):
+    pictures(Path("pictures"))
+    launch(in_two_processes, make, None, None)
+    expected = torch.load("done.pt", weights_only=True)
+    Path("ckpt/last.ckpt").unlink()
+    Path("done.pt").unlink()
+    launch(in_two_processes, make, after, None)
+    assert Path("ckpt/last.ckpt").exists() and not Path("done.pt").exists()
+    launch(in_two_processes, make, None, "last")
+    found = torch.load("done.pt", weights_only=True)
+    assert_equal((found["weights"], found["parameters"]), (expected["weights"], expected["parameters"]))
 
 
 def main(folder: str, make, place: str = "", call: int = 0, share: float = 0.0) -> None:
@@ -211,8 +232,7 @@ def test_kills_at_random_points_of_each_part(make, rounds, tmp_path):
             left -= call if place == "training" else 0
         assert started(tmp_path / folder, make) == 0
         found = torch.load(f"{folder}/done.pt", weights_only=True)
-        assert torch.equal(found["weights"], expected["weights"])
-        assert all(torch.equal(found["parameters"][name], value) for name, value in expected["parameters"].items())
+        assert_equal((found["weights"], found["parameters"]), (expected["weights"], expected["parameters"]))
         calls = Counter(Path(folder, "calls").read_text().split())
         assert calls["scoring"] <= whole["scoring"] + 1  # none twice but the one that it died in
         assert calls["training"] <= whole["training"] + 2 and calls["weights"] >= 2
