@@ -205,6 +205,8 @@ class _Walk:
             return _digest("enum", kind, value.name.encode())
         if isinstance(value, Trainer):
             return _digest("trainer")
+        if type(value).__module__.startswith("transformers.") and type(value).__name__ == "GenerationConfig":
+            return _digest("generation", kind)  # no part of a loss, and it holds a hash() that no other process has
         if isinstance(value, LightningDataModule):  # holds its Trainer, too
             return _digest("data", kind, self.hash({k: v for k, v in vars(value).items() if _is_plain(v)}))
         if isinstance(value, nn.Module):

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 import flow_lightning as fl
 from flow_lightning.identity import UnidentifiableError, checksums, identity, model_identity
+from tests.modules.test_causal_language import language_data, language_module
 
 ROOT = Path(__file__).parents[1]
 FACTOR = 2
@@ -78,21 +79,35 @@ def test_what_differs_has_another_identity(name):
     assert identity([one]) != identity([other])
 
 
-def test_it_is_the_same_in_another_process():
+def identities_of_language_models() -> None:
+    """Print identities of models, and of data with a collate function, as a process of its own sees them."""
+    data = language_data(Path.cwd())
+    data.setup("fit")
+    loader = data.scoring_dataloader()
+    print(identity(loader.dataset, loader.collate_fn))
+    for tune in ("full", "lora"):
+        module = language_module(tune=tune)
+        print(model_identity(module, tuple(module.new_parts)))
+
+
+@pytest.mark.parametrize(
+    ("printed", "count"),
+    [
+        ("t.identity([v for k, (v, _) in t.DIFFERENT.items()]), t.model_identity(t.Net())", 2),
+        ("t.identities_of_language_models() or ''", 3),
+    ],
+)
+def test_it_is_the_same_in_another_process(printed, count):
     """Order of sets, addresses and the seed of hashes are not."""
-    code = (
-        "import sys; sys.path.insert(0, '.')\n"
-        "from tests import test_identity as t\n"
-        "print(t.identity([v for k, (v, _) in t.DIFFERENT.items()]), t.model_identity(t.Net()))\n"
-    )
     ran = [
         subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            [sys.executable, "-c", f"from tests import test_identity as t; print({printed})"],
+            capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
         ).stdout
         for seed in ("1", "2")
     ]  # fmt: skip
-    assert ran[0] == ran[1] and len(ran[0].split()) == 2
+    assert ran[0] == ran[1] and len(ran[0].split()) == count
 
 
 def test_code_that_a_function_uses_counts(monkeypatch):

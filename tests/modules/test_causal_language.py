@@ -26,7 +26,9 @@ def language_module(**settings):
 
 def language_data(tmp_path, n=13, **settings):
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in instructions(n)))
+    content = "".join(json.dumps(record) + "\n" for record in instructions(n))
+    if not path.exists() or path.read_text() != content:  # a rewritten file is another one for the cache
+        path.write_text(content)
     return fl.InstructionDataModule(str(path), template="Q: {instruction} A: ", tokenizer=TOKENIZER, **settings)
 
 
