@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _INSTALLED = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 #: Attributes of every torch module that are no settings: tensors are seen by their values, hooks by no one.
 _OF_TORCH = frozenset(vars(nn.Module()))
-_BLOCK = 2**22
+#: Rows and columns of a block whose bits are summed.
+_SIDE = 2**11
 
 
 class UnidentifiableError(TypeError):
@@ -58,7 +60,8 @@ def model_identity(module: nn.Module, exclude: tuple[str, ...] = ()) -> str:
     """Hash a model as it computes: all elements of parameters and buffers, settings and code of all submodules.
 
     Args:
-        module: A module. Its attributes named in `not_in_losses`, such as the learning rate, do not count.
+        module: A module. Its attributes named in `not_in_losses`, such as the learning rate, do not count. Parameters
+            in shards are gathered, one after the other, for which all ranks must call.
         exclude: Prefixes of the parameters and buffers that do not count.
 
     Returns:
@@ -71,24 +74,28 @@ def model_identity(module: nn.Module, exclude: tuple[str, ...] = ()) -> str:
 
 
 def checksums(tensor: Tensor) -> Tensor:
-    """Add up the bits of a tensor, block by block: whichever element changes, a sum changes.
+    """Add up the bits of a tensor along the rows and the columns of large blocks of it.
+
+    Whichever element changes, two sums change, and so they do if elements change places.
 
     Args:
-        tensor: Any shape, type and device; of a sharded one the part that is here.
+        tensor: Any shape, type and device. One in shards is gathered first, for which all ranks must call.
 
     Returns:
-        Type and shape as a hash, then one sum for each 4 million elements, `[1 + blocks]` int64, on the CPU.
+        Type and shape as a hash, then the sums, and the elements that are too few for a row, `[K]` int64, on the CPU.
     """
     head = int.from_bytes(
         hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=7).digest(), "big"
     )
-    local = tensor.detach()
-    local = local.to_local() if hasattr(local, "to_local") else local
-    if local.is_complex():
-        local = torch.view_as_real(local)
-    bits = local.flatten() if local.dtype == torch.bool else local.flatten().view(_integers(local))
-    sums = [block.sum(dtype=torch.int64).cpu() for block in bits.split(_BLOCK)]
-    return torch.stack([torch.tensor(head), *sums])
+    whole = tensor.detach()
+    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+    if whole.is_complex():
+        whole = torch.view_as_real(whole)
+    bits = whole.flatten() if whole.dtype == torch.bool else whole.flatten().view(_integers(whole))
+    in_rows = bits.numel() // _SIDE * _SIDE
+    blocks = bits[:in_rows].view(-1, _SIDE).split(_SIDE)
+    sums = [block.sum(dim, dtype=torch.int64) for block in blocks for dim in (0, 1)]
+    return torch.cat([torch.tensor([head]), torch.cat([*sums, bits[in_rows:].long()]).cpu()])
 
 
 def _integers(tensor: Tensor) -> torch.dtype:
@@ -203,14 +210,14 @@ class _Walk:
             return _digest("own", kind, str(own()).encode())
         if isinstance(value, Enum):
             return _digest("enum", kind, value.name.encode())
-        if isinstance(value, Trainer):
-            return _digest("trainer")
         if type(value).__module__.startswith("transformers.") and type(value).__name__ == "GenerationConfig":
             return _digest("generation", kind)  # no part of a loss, and it holds a hash() that no other process has
         if isinstance(value, LightningDataModule):  # holds its Trainer, too
             return _digest("data", kind, self.hash({k: v for k, v in vars(value).items() if _is_plain(v)}))
         if isinstance(value, nn.Module):
             return self.model(value)
+        if isinstance(value, Trainer) or type(value).__module__.startswith("torch.distributed."):
+            return _digest("run", kind)  # how the run is spread over processes is no part of a loss
         if isinstance(value, torch.Generator):
             return _digest("generator", self.hash(value.get_state()))
         if type(value).__module__.startswith("datasets.") and hasattr(value, "_fingerprint"):

@@ -202,6 +202,20 @@ def test_checksums_see_every_element(dtype):
     assert torch.equal(checksums(values), checksums(values.clone()))
 
 
+def swapped(values, one, other):
+    values = values.clone()
+    values[[one, other]] = values[[other, one]]
+    return values
+
+
+@pytest.mark.parametrize("places", [(0, 1), (5, 4_100_000), (2**22 + 3, 9_000_000), (0, 2**22)])
+def test_checksums_see_elements_that_change_places(places):
+    """In one row of a block, across rows, across blocks, in the rest that fills no row."""
+    values = torch.arange(9_000_001, dtype=torch.float32)
+    assert not torch.equal(checksums(values), checksums(swapped(values, *places)))
+    assert not torch.equal(checksums(values[:9]), checksums(swapped(values[:9], 2, 7)))
+
+
 def test_a_data_module_counts_by_code_and_plain_settings():
     class Data(LightningDataModule):
         def __init__(self, size):

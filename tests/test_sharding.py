@@ -70,7 +70,7 @@ def regression(callback, **settings):
 def pictures(callback, **settings):
     module, data = tiny_module("test_vit.r160_in1k"), PicturesInOrder(n=21)
     fit(
-        fl.LinearProbeCallback(),
+        fl.LinearProbeCallback(cache=callback.cache),
         callback,
         module=module,
         data=data,
@@ -90,8 +90,9 @@ def lora(callback, **settings):
     language(callback, tune="lora", **settings)
 
 
-def in_shards(function, per, size):
-    function(Record(per=per), devices=2, strategy=ModelParallelStrategy(*size, save_distributed_checkpoint=False))
+def in_shards(function, per, size, **settings):
+    strategy = ModelParallelStrategy(*size, save_distributed_checkpoint=False)
+    function(Record(per=per, **settings), devices=2, strategy=strategy)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,45 @@ def test_a_model_in_shards_has_the_weights_and_the_steps_of_a_whole_one(function
     torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
     for name, value in expected["parameters"].items():
         torch.testing.assert_close(found[0]["parameters"][name], value, rtol=1e-4, atol=tolerance, msg=name)
+
+
+def cached() -> dict[str, int]:
+    """Return the files of the cache and when they were written."""
+    return {str(path): path.stat().st_mtime_ns for path in Path("cache").glob("*/*")}
+
+
+def kept(function, per="sample"):
+    launch(in_shards_with_cache, function, per)
+    return cached()
+
+
+def in_shards_with_cache(function, per):
+    in_shards(function, per, (2, 1), cache="cache")
+
+
+@pytest.mark.parametrize(
+    ("function", "per"), [(regression, "sample"), (pictures, "sample"), (language, "token"), (lora, "sample")]
+)
+def test_scores_of_a_model_in_shards_are_found_again(function, per):
+    first = kept(function, per)
+    assert len(first) == 1
+    weights = torch.load("found0.pt", weights_only=True)["weights"]
+    assert kept(function, per) == first
+    assert torch.equal(torch.load("found1.pt", weights_only=True)["weights"], weights)
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_scores_are_made_anew_whichever_shard_changed(row, monkeypatch):
+    first = kept(regression)
+    original = Regression.__init__
+
+    def changed(self):
+        original(self)
+        with torch.no_grad():
+            self.body[0].weight[row, 0] += 1e-3
+
+    monkeypatch.setattr(Regression, "__init__", changed)
+    assert len(kept(regression)) == len(first) + 1
 
 
 def resumed(ckpt_path, max_epochs):
@@ -180,3 +220,13 @@ def test_scoring_goes_through_a_wrapper_that_holds_the_parameters():
     fit(found, module=module, strategy=WrappingStrategy("cpu"), max_steps=1)
     assert torch.equal(found.weights.weights, expected.weights.weights)
     assert not hasattr(module, "scored_by_wrapper")
+
+
+def test_nothing_is_cached_of_a_model_that_cannot_be_seen_whole(caplog):
+    """Outside of the wrapper's forward all models look the same."""
+    for seed in (0, 1):
+        expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback(cache="cache")
+        fit(expected, module=LinearRegression(seed=seed))
+        fit(found, module=LinearRegression(seed=seed), strategy=WrappingStrategy("cpu"), max_steps=1)
+        assert torch.equal(found.weights.weights, expected.weights.weights)
+    assert not cached() and "no rank sees the parameters" in caplog.text

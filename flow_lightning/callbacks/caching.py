@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from flow_lightning.files import check_writable
 from flow_lightning.fingerprint import is_random
 from flow_lightning.identity import UnidentifiableError, identity, model_identity
+from flow_lightning.modules.sharding import in_wrapper
 from flow_lightning.score_store import ScoreStore, default_cache
 from flow_lightning.scoring import FixedBatches, evaluation
 
@@ -48,10 +49,17 @@ def open_store(
     folder = (default_cache() if cache else None) if isinstance(cache, bool) else Path(cache)
     if folder is None:
         return None
-    found: Any = None
-    if trainer.is_global_zero:
-        found = _key_or_reason(trainer, module, loader, purpose, folder, exclude)
-    key, reason = trainer.strategy.broadcast(found)
+    if in_wrapper(trainer, module):
+        rank_zero_info(
+            f"Scores are not kept in the cache: under {type(trainer.strategy).__name__} no rank sees the parameters of "
+            "the model whole, so it cannot be told whether it is the same next time. ModelParallelStrategy (FSDP2) can."
+        )
+        return None
+    with evaluation(module):
+        found: Any = _model_or_reason(module, exclude)  # on every rank: what is in shards is gathered
+        if trainer.is_global_zero and found is not None:
+            found = _key_or_reason(trainer, module, loader, (purpose, found), folder)
+    key, reason = trainer.strategy.broadcast(found) or ("", None)
     if reason is not None:
         if cache is not True:
             raise OSError(reason)
@@ -80,39 +88,44 @@ def remembered(
     return computed
 
 
+def _model_or_reason(module: LightningModule, exclude: tuple[str, ...]) -> str | None:
+    try:
+        return model_identity(module, exclude)
+    except UnidentifiableError as error:
+        _say_unidentifiable(error)
+        return None
+
+
 def _key_or_reason(
-    trainer: Trainer,
-    module: LightningModule,
-    loader: DataLoader[Any],
-    purpose: Any,
-    folder: Path,
-    exclude: tuple[str, ...],
+    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], purpose: Any, folder: Path
 ) -> tuple[str, str | None]:
-    with evaluation(module):
-        if is_random(loader.dataset):
-            return "", None
-        try:
-            key = identity(
-                purpose,
-                model_identity(module, exclude),
-                loader.dataset,
-                loader.collate_fn,
-                _batching(loader),
-                [_hooks(owner) for owner in (trainer.datamodule, module) if owner is not None],  # type: ignore[attr-defined]
-                (type(trainer.precision_plugin).__qualname__, trainer.precision, trainer.strategy.root_device.type),
-                torch.get_float32_matmul_precision(),
-            )
-        except UnidentifiableError as error:
-            rank_zero_info(
-                f"Scores are not kept in the cache: they depend on {error}, of which it cannot be told whether it is "
-                "the same next time. A data set may define identity() -> str."
-            )
-            return "", None
+    if is_random(loader.dataset):
+        return "", None
+    try:
+        key = identity(
+            purpose,
+            loader.dataset,
+            loader.collate_fn,
+            _batching(loader),
+            [_hooks(owner) for owner in (trainer.datamodule, module) if owner is not None],  # type: ignore[attr-defined]
+            (type(trainer.precision_plugin).__qualname__, trainer.precision, trainer.strategy.root_device.type),
+            torch.get_float32_matmul_precision(),
+        )
+    except UnidentifiableError as error:
+        _say_unidentifiable(error)
+        return "", None
     try:
         check_writable(folder)
     except OSError as error:
         return "", f"The cache cannot be used: {error} Set FLOW_LIGHTNING_CACHE, or pass cache=False."
     return key, None
+
+
+def _say_unidentifiable(error: UnidentifiableError) -> None:
+    rank_zero_info(
+        f"Scores are not kept in the cache: they depend on {error}, of which it cannot be told whether it is the same "
+        "next time. A data set may define identity() -> str."
+    )
 
 
 def _batching(loader: DataLoader[Any]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.files import check_writable, lock_folder
-from flow_lightning.modules.sharding import data_rank, drop_gathered
+from flow_lightning.modules.sharding import data_rank, drop_gathered, in_wrapper
 from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation, loader_like, progress, score_batch, scoring_batches
 from flow_lightning.token_weighting import token_positions
@@ -218,7 +218,7 @@ def _run(trainer: Trainer, module: LightningModule, function: Callable[[], tuple
     """
     strategy: Any = trainer.strategy
     with trainer.precision_plugin.forward_context():
-        if not strategy.restore_checkpoint_after_setup or strategy.model is module:
+        if not in_wrapper(trainer, module):
             return function()
         module.scored_by_wrapper = function  # type: ignore[assignment]
         try:

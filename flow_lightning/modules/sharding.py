@@ -54,6 +54,11 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_rank, trainer.world_size
 
 
+def in_wrapper(trainer: Trainer, module: LightningModule) -> bool:
+    """Tell whether the parameters are whole only in the forward of a wrapper of the module, as FSDP and DeepSpeed do."""
+    return trainer.strategy.restore_checkpoint_after_setup and trainer.strategy.model is not module
+
+
 def drop_gathered(module: nn.Module) -> None:
     """Drop the parameters that a forward has gathered, so that what is written into parameters goes to the shards."""
     for part in module.modules():
