@@ -2,7 +2,6 @@
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 Reduction = Literal["batch", "weights", "sampling"]
@@ -65,7 +64,7 @@ def denominator(losses: Tensor, weights: Tensor | None, reduction: Reduction) ->
     return weights.sum() if weights is not None and reduction == "weights" else float(losses.numel())
 
 
-def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+def draw(weights: Tensor, index: Tensor, seed: int) -> Tensor:
     """Draw samples with probability equal to their weight.
 
     The sum of the drawn samples' losses has the expectation `sum(w l)`, and so has its gradient, at the cost of
@@ -73,14 +72,46 @@ def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         weights: Weights in `[0, 1]`, `[B]`.
-        generator: Source of the draws, on the CPU, so that they are the same on every device.
+        index: Indices of the samples, `[B]`, on the same device.
+        seed: A seed of this epoch. Whether a sample is drawn depends on seed and index alone, so that it does not
+            matter how the samples are put into batches and shared by processes.
 
     Returns:
         Positions of the drawn samples in ascending order, on the device of the weights; possibly none.
 
     Example:
-        >>> draw(torch.tensor([1.0, 0.0, 1.0]), torch.Generator().manual_seed(0))
+        >>> import torch
+        >>> draw(torch.tensor([1.0, 0.0, 1.0]), torch.arange(3), seed=0)
         tensor([0, 2])
     """
-    uniform = torch.rand(weights.shape, generator=generator)
-    return (uniform.to(weights.device) < weights).nonzero().squeeze(1)
+    return (uniform(index, seed) < weights).nonzero().squeeze(1)
+
+
+def uniform(index: Tensor, seed: int) -> Tensor:
+    """Return a random number in `[0, 1)` for each index, from seed and index alone, the same on every device.
+
+    It is output `index` of the generator SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014), which can be computed without those before it; its upper 24 bits.
+
+    Args:
+        index: Integers from 0, any shape.
+        seed: A 64-bit integer.
+
+    Returns:
+        float32, of the shape of `index`.
+    """
+    bits = (index.long() + 1) * _signed(0x9E3779B97F4A7C15) + _signed(seed)  # all of this wraps at 64 bits
+    bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
+    bits = _shifted(bits ^ _shifted(bits, 31), 40)
+    return bits.float() * 2.0**-24
+
+
+def _signed(number: int) -> int:
+    """Return the integer whose lowest 64 bits, read with a sign, are those of `number`."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Shift int64 to the right with zeros coming in, where `>>` would repeat the sign."""
+    return (bits >> by).bitwise_and(2 ** (64 - by) - 1)

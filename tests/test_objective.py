@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from flow_lightning.objective import draw, weighted_loss
+from flow_lightning.objective import draw, uniform, weighted_loss
 
 
 @pytest.mark.parametrize("reduction", ["batch", "weights"])
@@ -51,12 +52,38 @@ def test_bad_arguments_are_errors():
         weighted_loss(torch.ones(3), None, "sum")  # type: ignore[arg-type]
 
 
-def test_drawn_gradients_have_the_weighted_gradient_as_their_mean():
-    """20,000 draws; each mean within 5 of its own standard errors, sqrt(w (1 - w) / n)."""
-    weights = torch.tensor([1.0, 0.7, 0.3, 0.01, 0.0])
-    generator, counts, n = torch.Generator().manual_seed(0), torch.zeros(5), 20_000
-    for _ in range(n):
-        counts[draw(weights, generator)] += 1
+def test_samples_are_drawn_as_often_as_they_weigh():
+    """20,000 seeds; each share within 5 of its own standard errors, sqrt(w (1 - w) / n)."""
+    weights, index = torch.tensor([1.0, 0.7, 0.3, 0.01, 0.0]), torch.tensor([3, 0, 99, 7, 1])
+    counts, n = torch.zeros(5), 20_000
+    for seed in range(n):
+        counts[draw(weights, index, hash((seed, 0)))] += 1
     error = (counts / n - weights).abs()
     assert (error <= 5 * (weights * (1 - weights) / n).sqrt()).all()
     assert counts[0] == n and counts[4] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1234567, 2**63 - 1, -(2**63), -5])
+def test_random_numbers_are_those_of_splitmix64(seed):
+    """Against Python's integers; the first outputs for seed 1234567 are those of the generator's published test."""
+    state, expected, mask = seed % 2**64, [], 2**64 - 1
+    for _ in range(1000):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        expected.append(z ^ (z >> 31))
+    if seed == 1234567:
+        assert expected[:2] == [6457827717110365317, 3203168211198807973]
+    found = uniform(torch.arange(1000), seed)
+    assert found.dtype == torch.float32
+    assert found.double().tolist() == [(z >> 40) / 2**24 for z in expected]
+    assert scipy.stats.kstest(found.double().numpy(), "uniform").pvalue > 1e-4
+
+
+def test_a_draw_does_not_depend_on_batch_and_place():
+    weights, index = torch.rand(64, generator=torch.Generator().manual_seed(0)), torch.arange(64)
+    drawn = set(draw(weights, index, 5).tolist())
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    parts = order.split([10, 1, 53])
+    assert {i for part in parts for i in part[draw(weights[part], part, 5)].tolist()} == drawn
+    assert set(draw(weights, index, 6).tolist()) != drawn

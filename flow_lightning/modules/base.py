@@ -90,7 +90,7 @@ class WeightedLossModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted loss of a batch and log it."""
         if self.reduction == "sampling" and self.sample_weights is not None:
-            loss, size = self._drawn_loss(batch, batch_idx), batch_index(batch).numel()
+            loss, size = self._drawn_loss(batch), batch_index(batch).numel()
         else:
             losses = self.training_losses(batch)
             loss, size = self.weighted_loss(batch, losses), losses.numel()
@@ -98,8 +98,8 @@ class WeightedLossModule(LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Remember the run's seed, and let a resumed run's loader know where it was."""
-        self._seed = torch.initial_seed()
+        """Remember the run's seed, that of rank 0, and let a resumed run's loader know where it was."""
+        self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         # Lightning does this when it asks for the loader, but forgets it where configure_optimizers has asked before.
         fit_loop = self.trainer.fit_loop
         fit_loop._load_combined_loader_states()
@@ -144,13 +144,13 @@ class WeightedLossModule(LightningModule):
         except RuntimeError:  # how LightningModule says that there is none
             return False
 
-    def _drawn_loss(self, batch: Any, batch_idx: int) -> Tensor:
+    def _drawn_loss(self, batch: Any) -> Tensor:
         """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
         assert self.sample_weights is not None
-        weights = self.sample_weights.lookup(batch_index(batch))
-        # A stream of its own, by place: other streams do not notice, and a resumed fit draws the same.
-        place = (torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
-        drawn = draw(weights, torch.Generator().manual_seed(hash(place)))
+        index = batch_index(batch)
+        weights = self.sample_weights.lookup(index)
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        drawn = draw(weights, index, hash((seed, self.current_epoch)))
         if drawn.numel() == 0:  # every rank must take part in the backward pass
             drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
             loss = self.sample_losses(select(batch, drawn)).sum() * 0

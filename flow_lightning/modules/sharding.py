@@ -55,7 +55,7 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
 
 
 def in_wrapper(trainer: Trainer, module: LightningModule) -> bool:
-    """Tell whether the parameters are whole only in the forward of a wrapper of the module, as FSDP and DeepSpeed do."""
+    """Tell whether parameters are whole only in the forward of a wrapper of the module, as FSDP and DeepSpeed do."""
     return trainer.strategy.restore_checkpoint_after_setup and trainer.strategy.model is not module
 
 

@@ -56,9 +56,10 @@ def test_the_readmes_example_runs(tmp_path):
     assert (tmp_path / "lightning_logs").exists() or list(tmp_path.rglob("flow_weights.safetensors"))
 
 
-def drawn_gradient(module, batch, batch_idx):
+def drawn_gradient(module, batch, seed):
+    torch.manual_seed(seed)
     module.zero_grad()
-    loss = fl.WeightedLossModule.training_step(module, batch, batch_idx)
+    loss = fl.WeightedLossModule.training_step(module, batch, 0)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
@@ -84,16 +85,25 @@ def test_sampling_has_the_gradient_of_the_weighted_loss_on_average():
     assert work == pytest.approx(module.sample_weights.weights.mean().item(), abs=0.01)
 
 
-def test_sampling_draws_by_place_and_leaves_other_streams_alone():
+def test_sampling_leaves_the_stream_of_random_numbers_alone():
     module, batch = sampling_module(torch.rand(23, generator=torch.Generator().manual_seed(0)) + 0.1)
     module.reduction = "sampling"
-    torch.manual_seed(3)
-    first = drawn_gradient(module, batch, 5)
+    first = drawn_gradient(module, batch, 3)
     following = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(following, torch.rand(3))
-    assert torch.equal(first, drawn_gradient(module, batch, 5))
-    assert not torch.equal(first, drawn_gradient(module, batch, 6))
+    assert torch.equal(first, drawn_gradient(module, batch, 3))
+    assert not torch.equal(first, drawn_gradient(module, batch, 4))
+
+
+def test_each_epoch_draws_other_samples():
+    module = sampling_regression()
+    drawn = []
+    module.sample_losses = lambda batch: drawn.append(batch.index.tolist()) or losses(batch)
+    losses = LinearRegression.sample_losses.__get__(module)
+    fit(fl.FlowWeightingCallback(), module=module, data=RegressionData(batch_size=23, shuffle=False), max_epochs=2)
+    scored, first, second = drawn[0], *drawn[-2:]
+    assert len(scored) == 23 and first != second
 
 
 def test_sampling_that_draws_nothing_is_a_step_of_zero():

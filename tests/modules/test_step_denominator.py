@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
@@ -35,7 +35,7 @@ def whole(batch):
 class Linear(fl.WeightedLossModule):
     def __init__(self, reduction, n):
         super().__init__(reduction)
-        torch.manual_seed(0)
+        seed_everything(0, verbose=False)  # of forked processes, too
         self.linear = torch.nn.Linear(4, 1)
         self.sample_weights = fl.SampleWeights.from_losses(torch.rand(n, generator=torch.Generator().manual_seed(1)))
         self.gradients: list[torch.Tensor] = []
@@ -58,7 +58,7 @@ def gradients(reduction, sizes, **settings):
     return module.gradients
 
 
-@pytest.mark.parametrize("reduction", ["batch", "weights"])
+@pytest.mark.parametrize("reduction", ["batch", "weights", "sampling"])
 def test_accumulated_micro_batches_are_one_big_batch(reduction):
     """Windows of 4 and 2 micro-batches of different sizes, against two batches of 10 and 6."""
     accumulated = gradients(reduction, SIZES, accumulate_grad_batches=4)
@@ -103,7 +103,7 @@ def test_clipping_sees_the_normalised_gradient():
         torch.testing.assert_close(gradient, plain * min(1.0, 0.25 / plain.norm().item()), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["batch", "weights"])
+@pytest.mark.parametrize("reduction", ["batch", "weights", "sampling"])
 def test_two_processes_are_one_big_batch(reduction, tmp_path):
     """Rank r takes micro-batches r, r + 2, ...; steps of 3+1, 4+2 and 5+1 rows."""
     module = TwoRanks(reduction, sum(SIZES), str(tmp_path))
