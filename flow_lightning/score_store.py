@@ -6,13 +6,11 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from flow_lightning.files import write_bytes
+from flow_lightning.tensor_files import load_tensors, save_tensors
 
-_FORMAT = "flow_lightning.ScoreStore/1"
+_FORMAT = "flow_lightning.ScoreStore/2"
 _WHOLE = "whole.safetensors"
 
 
@@ -93,18 +91,16 @@ class ScoreStore:
         return self.folder / f"part-{start:010d}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_bytes(path, save(contiguous, {"format": _FORMAT, "key": self.key}))
+        save_tensors(path, _FORMAT, tensors, {"key": self.key})
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         try:
-            with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
-                if (found.get("format"), found.get("key")) != (_FORMAT, self.key):
-                    raise ValueError(f"it says {found}, not format {_FORMAT!r} and key {self.key!r}")
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
+            tensors, metadata = load_tensors(path, _FORMAT)
+            if metadata != {"key": self.key}:
+                raise ValueError(f"it says {metadata}, not the key {self.key!r}")
+        except ValueError as error:
             raise self._error(path, str(error)) from error
+        return tensors
 
     @staticmethod
     def _error(path: Path, why: str) -> ValueError:

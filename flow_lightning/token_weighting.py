@@ -4,20 +4,17 @@ Source: Sanyal et al., ICML 2025 (arXiv 2502.02797), token-wise FLOW: `w_it = ex
 losses of all supervised tokens.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from flow_lightning.files import write_bytes
+from flow_lightning.tensor_files import checksum, load_tensors, save_tensors
 from flow_lightning.weighting import check_losses, summarise, temperature, weighting_rule
 
-_FORMAT = "flow_lightning.TokenWeights/1"
+_FORMAT = "flow_lightning.TokenWeights/2"
 #: Half precision is used where it moves no weight by more than this.
 _TOLERANCE = 1e-3
 
@@ -82,21 +79,20 @@ class TokenWeights:
         return summarise(self.weights, self.temperature)
 
     def digest(self) -> str:
-        """Hash losses and offsets, so that a checkpoint can tell whether it found its file."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (self.losses, self.offsets):
-            digest.update(part.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Hash losses, temperature and all else, so that a checkpoint can tell whether it found its file."""
+        return checksum(*self._content())
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part."""
+        save_tensors(path, _FORMAT, *self._content())
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = {
-            "format": _FORMAT,
             "temperature": repr(self.temperature),
-            "fingerprint": json.dumps(self.fingerprint),
+            "fingerprint": json.dumps(self.fingerprint, sort_keys=True),
             "weighting": self.weighting,
         }
-        write_bytes(path, save({"losses": self.losses.cpu(), "offsets": self.offsets.cpu()}, metadata))
+        return {"losses": self.losses.cpu(), "offsets": self.offsets.cpu()}, metadata
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenWeights":
@@ -111,19 +107,16 @@ class TokenWeights:
                 f"No weights file at {path}. A fit with FlowWeightingCallback(per='token') writes one."
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                loaded = cls(
-                    file.get_tensor("losses"),
-                    file.get_tensor("offsets"),
-                    float(metadata["temperature"]),
-                    dict(json.loads(metadata["fingerprint"])),
-                    metadata["weighting"],
-                )
+            tensors, metadata = load_tensors(path, _FORMAT)
+            loaded = cls(
+                tensors["losses"],
+                tensors["offsets"],
+                float(metadata["temperature"]),
+                dict(json.loads(metadata["fingerprint"])),
+                metadata["weighting"],
+            )
             loaded.verify()
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a usable token weights file: {error}. Delete it and score again."
             ) from error

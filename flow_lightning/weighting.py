@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from flow_lightning.files import write_bytes
+from flow_lightning.tensor_files import load_tensors, save_tensors
 
-_FORMAT = "flow_lightning.SampleWeights/1"
+_FORMAT = "flow_lightning.SampleWeights/2"
 _BLOCK = 2**20
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -231,14 +229,12 @@ class SampleWeights:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part."""
-        state = self.state_dict()
         metadata = {
-            "format": _FORMAT,
             "temperature": repr(self.temperature),
             "fingerprint": json.dumps(self.fingerprint),
             "weighting": self.weighting,
         }
-        write_bytes(path, save({"losses": state["losses"], "weights": state["weights"]}, metadata))
+        save_tensors(path, _FORMAT, {"losses": self.losses, "weights": self.weights}, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "SampleWeights":
@@ -253,19 +249,16 @@ class SampleWeights:
                 f"No weights file at {path}. `main.py score` or a fit with FlowWeightingCallback writes one."
             )
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                loaded = cls(
-                    file.get_tensor("losses"),
-                    float(metadata["temperature"]),
-                    file.get_tensor("weights"),
-                    dict(json.loads(metadata["fingerprint"])),
-                    metadata.get("weighting", "flow"),
-                )
+            tensors, metadata = load_tensors(path, _FORMAT)
+            loaded = cls(
+                tensors["losses"],
+                float(metadata["temperature"]),
+                tensors["weights"],
+                dict(json.loads(metadata["fingerprint"])),
+                metadata["weighting"],
+            )
             loaded.verify()
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a usable weights file: {error}. Delete it and score again.") from error
         return loaded
 

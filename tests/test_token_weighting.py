@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from flow_lightning.tensor_files import save_tensors
 from flow_lightning.token_weighting import TokenWeights, token_positions
 from flow_lightning.weighting import WEIGHTINGS, SampleWeights, keep_below
 
@@ -97,16 +97,20 @@ def test_a_file_holds_all_and_nothing_twice(tmp_path):
         ({"losses": torch.ones(3)}, "offsets"),
     ],
 )
-def test_a_damaged_file_is_refused(tensors, message, tmp_path):
-    metadata = {
-        "format": "flow_lightning.TokenWeights/1",
-        "temperature": "1.0",
-        "fingerprint": "{}",
-        "weighting": "flow",
-    }
-    save_file(tensors, tmp_path / "w.safetensors", metadata)
+def test_a_file_whose_content_does_not_fit_is_refused(tensors, message, tmp_path):
+    metadata = {"temperature": "1.0", "fingerprint": "{}", "weighting": "flow"}
+    save_tensors(tmp_path / "w.safetensors", "flow_lightning.TokenWeights/2", tensors, metadata)
     with pytest.raises(ValueError, match=message):
         TokenWeights.load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 2.0}, {"weighting": "threshold"}, {"fingerprint": {"dataset": "e"}}]
+)
+def test_the_digest_tells_what_the_weights_depend_on(settings):
+    weights = TokenWeights.from_losses(losses(), OFFSETS)
+    assert weights.digest() == TokenWeights.from_losses(losses(), OFFSETS).digest()
+    assert weights.digest() != TokenWeights.from_losses(losses(), OFFSETS, **settings).digest()
 
 
 def test_files_of_sequences_and_of_tokens_are_not_mixed_up(tmp_path):
