@@ -1,6 +1,8 @@
 """Files that are either whole or absent."""
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-_BLOCK = 2**22
+#: How much is written to see whether a folder takes it.
+_WRITTEN = 2**23
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -72,11 +75,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_writable(folder: str | Path, size: int = 0) -> None:
-    """Write a temporary file of zeros and remove it, so that a full disk or a read-only folder shows at once.
+    """Write a temporary file and remove it, so that a full disk or a read-only folder shows at once.
 
     Args:
         folder: Where to write; missing folders are made.
-        size: How many bytes must fit.
+        size: How many bytes must be free; up to 8 MiB of them are written.
 
     Raises:
         OSError: If that is not possible; the message names the folder.
@@ -84,10 +87,12 @@ def check_writable(folder: str | Path, size: int = 0) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            for start in range(0, size, _BLOCK):
-                file.write(bytes(min(_BLOCK, size - start)))
+            file.write(bytes(min(size, _WRITTEN)))
             file.flush()
             os.fsync(file.fileno())
+            free = shutil.disk_usage(folder).free + _WRITTEN
+            if free < size:
+                raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free")
     except OSError as error:
         raise OSError(
             f"{Path(folder).absolute()} cannot take the {size / 2**20:.0f} MiB that this run writes ({error}). Make "
@@ -95,8 +100,15 @@ def check_writable(folder: str | Path, size: int = 0) -> None:
         ) from error
 
 
+def unlock(file: BinaryIO) -> None:
+    """Give back a folder that `lock_folder` has claimed, for processes that were forked meanwhile, too."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
+
+
 def lock_folder(folder: str | Path) -> BinaryIO | None:
-    """Claim a folder for this process, until the returned file is closed or the process ends, however it ends.
+    """Claim a folder for this process, until `unlock`, or until the process ends, however it ends.
 
     Args:
         folder: Which one; it must exist.

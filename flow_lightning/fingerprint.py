@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 _SAMPLES = 32
 _ELEMENTS = 1024
@@ -29,7 +30,8 @@ def model_fingerprint(state: Mapping[str, Tensor], exclude: tuple[str, ...] = ()
     for name, value in sorted(state.items()):
         if not isinstance(value, Tensor) or name.startswith(exclude or ("\0",)):
             continue
-        flat = value.detach().flatten()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks must call for that
+        flat = whole.detach().flatten()
         positions = torch.linspace(
             0, max(flat.numel() - 1, 0), min(_ELEMENTS, flat.numel()), dtype=torch.float64
         ).long()
@@ -62,22 +64,33 @@ def sample_fingerprint(sample: Any) -> str:
 
 
 def is_random(dataset: Any) -> bool:
-    """Tell whether two readings of one sample differ: transforms are random then."""
-    return len(dataset) > 0 and sample_fingerprint(dataset[0]) != sample_fingerprint(dataset[0])
+    """Tell whether two readings of some sample differ: transforms are random then.
+
+    Looks at up to 16 samples, so that a flip of one half goes unseen in one of 65,536 cases.
+    """
+    length = len(dataset)
+    some = sorted({round(i * (length - 1) / 15) for i in range(16)} if length else ())
+    return any(sample_fingerprint(dataset[index]) != sample_fingerprint(dataset[index]) for index in some)
 
 
 def _targets(dataset: Any) -> Any:
     while not hasattr(dataset, "targets") and hasattr(dataset, "dataset") and not hasattr(dataset, "indices"):
         dataset = dataset.dataset
     targets = getattr(dataset, "targets", None)
-    return np.asarray(targets) if targets is not None else None
+    try:
+        numbers = np.asarray(targets)
+    except ValueError:  # lists of different lengths
+        return targets
+    return targets if numbers.dtype == object else numbers
 
 
 def _update(digest: hashlib.blake2b, value: Any) -> None:
     if isinstance(value, Tensor):
         array = value.detach().cpu()
         _update(digest, (array.float() if array.dtype == torch.bfloat16 else array).numpy())
-    elif isinstance(value, np.ndarray) and value.dtype != object:
+    elif isinstance(value, np.ndarray) and value.dtype == object:
+        _update(digest, value.tolist())
+    elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):

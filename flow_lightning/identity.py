@@ -7,13 +7,11 @@ files. If it changes without need, the work is done once more; it must never sta
 
 import functools
 import hashlib
-import inspect
+import logging
 import os
 import stat
-import sys
-import sysconfig
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,29 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchmetrics import Metric
 
-_INSTALLED = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+from flow_lightning.used_code import (
+    function_of,
+    is_installed,
+    is_of_python,
+    used_attributes,
+    used_globals,
+    version,
+)
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 #: Attributes of every torch module that are no settings: tensors are seen by their values, hooks by no one.
 _OF_TORCH = frozenset(vars(nn.Module()))
-#: Rows and columns of a block whose bits are summed.
-_SIDE = 2**11
+#: Attributes of every LightningModule that belong to its run.
+_OF_LIGHTNING = frozenset(vars(LightningModule())) | {
+    "_hparams",
+    "_hparams_initial",
+    "_hparams_name",
+    "_log_hyperparams",
+}
+#: Columns in which the bits of a tensor are summed, and rows of a block that is summed at once.
+_COLUMNS, _ROWS = 2**11, 2**9
 
 
 class UnidentifiableError(TypeError):
@@ -74,9 +88,9 @@ def model_identity(module: nn.Module, exclude: tuple[str, ...] = ()) -> str:
 
 
 def checksums(tensor: Tensor) -> Tensor:
-    """Add up the bits of a tensor along the rows and the columns of large blocks of it.
+    """Add up the bits of a tensor, row by row, each column times an odd number of its own.
 
-    Whichever element changes, two sums change, and so they do if elements change places.
+    Whichever element changes, a sum changes, and so it does if elements change places.
 
     Args:
         tensor: Any shape, type and device. One in shards is gathered first, for which all ranks must call.
@@ -92,9 +106,10 @@ def checksums(tensor: Tensor) -> Tensor:
     if whole.is_complex():
         whole = torch.view_as_real(whole)
     bits = whole.flatten() if whole.dtype == torch.bool else whole.flatten().view(_integers(whole))
-    in_rows = bits.numel() // _SIDE * _SIDE
-    blocks = bits[:in_rows].view(-1, _SIDE).split(_SIDE)
-    sums = [block.sum(dim, dtype=torch.int64) for block in blocks for dim in (0, 1)]
+    in_rows = bits.numel() // _COLUMNS * _COLUMNS
+    blocks = bits[:in_rows].view(-1, _COLUMNS).split(_ROWS)
+    factors = torch.randint(2**62, (_COLUMNS,), generator=torch.Generator().manual_seed(0)).to(bits.device) * 2 + 1
+    sums = [(block * factors).sum(1) for block in blocks]  # wraps at 64 bits
     return torch.cat([torch.tensor([head]), torch.cat([*sums, bits[in_rows:].long()]).cpu()])
 
 
@@ -107,11 +122,12 @@ class _Walk:
 
     def __init__(self) -> None:
         self.above: dict[int, int] = {}  # objects that contain the one looked at: a cycle ends there
-        self.classes: dict[int, bytes] = {}
+        self.code: dict[int, tuple[Any, bytes]] = {}  # classes and functions that were looked into
+        self.folders: list[str] = [""]  # that the objects above name, the working directory first
 
     def hash(self, value: Any) -> bytes:
         if _is_plain(value):
-            return _digest("plain", repr(value).encode(), *_file_states(value))
+            return _digest("plain", repr(value).encode(), *_file_states(value, self.folders))
         if id(value) in self.above:
             return _digest("above", str(len(self.above) - self.above[id(value)]).encode())
         self.above[id(value)] = len(self.above)
@@ -123,33 +139,34 @@ class _Walk:
     def model(self, module: nn.Module, exclude: tuple[str, ...] = ()) -> bytes:
         tensors = {
             name: checksums(value)
-            for name, value in module.state_dict(keep_vars=True).items()
+            for name, value in (dict(module.named_buffers()) | module.state_dict(keep_vars=True)).items()
             if isinstance(value, Tensor) and not name.startswith(exclude or ("\0",))
         }
         parts = [_digest("part", name.encode(), self._settings(part)) for name, part in module.named_modules()]
         return _digest("model", self.hash(tensors), *parts)
 
     def _settings(self, module: nn.Module) -> bytes:
-        """Hash code and settings of one module, without its tensors and submodules."""
-        skipped = _OF_TORCH | frozenset(getattr(module, "not_in_losses", ()))
-        private = isinstance(module, LightningModule)  # holds its Trainer, loggers and more there
-        settings = {
-            name: value
-            for name, value in vars(module).items()
-            if name not in skipped and not isinstance(value, Tensor) and not (private and name.startswith("_"))
-        }
+        """Hash code and settings of one module, without its parameters, buffers and submodules."""
+        if isinstance(module, Metric):
+            return _digest("metric", self._of_class(type(module)))  # counts what it has seen
+        skipped = frozenset(getattr(module, "not_in_losses", ()))
+        settings = {name: value for name, value in vars(module).items() if name not in skipped | _OF_TORCH}
+        if isinstance(module, LightningModule):
+            own = {name: value for name, value in module.hparams.items() if name not in skipped}
+            settings = {name: value for name, value in settings.items() if name not in _OF_LIGHTNING} | {"hparams": own}
         return _digest("module", self._of_class(type(module)), self.hash(settings))
 
     def _look_into(self, value: Any) -> bytes:
         if isinstance(value, Tensor):
+            value = value.full_tensor() if isinstance(value, DTensor) else value
             return (
                 self._array(value.detach().cpu().contiguous().view(torch.uint8).numpy(), value.dtype, value.shape)
                 if value.ndim
                 else _digest("number", f"{value.dtype}{value.item()!r}".encode())
             )
         if isinstance(value, np.memmap):
-            where = str(value.filename)
-            return _digest("memmap", f"{where}{value.offset}{value.dtype}{value.shape}".encode(), *_file_states(where))
+            where = [str(value.filename), value.offset, _distance(value), str(value.dtype), value.shape, value.strides]
+            return _digest("memmap", repr(where).encode(), *_file_states(where, self.folders))
         if isinstance(value, np.ndarray) and value.dtype != object:
             return self._array(np.ascontiguousarray(value), value.dtype, value.shape)
         if isinstance(value, np.ndarray | list | tuple):
@@ -159,7 +176,7 @@ class _Walk:
         if isinstance(value, Mapping):
             return _digest("mapping", *sorted(_digest("item", self.hash(k), self.hash(v)) for k, v in value.items()))
         if isinstance(value, Path):
-            return _digest("path", str(value).encode(), *_file_states(str(value)))
+            return _digest("path", str(value).encode(), *_file_states(str(value), self.folders))
         if isinstance(value, type):
             return self._of_class(value)
         if callable(value) and (code := self._of_function(value)) is not None:
@@ -171,37 +188,49 @@ class _Walk:
 
     def _of_class(self, value: type) -> bytes:
         """Hash the code of a class and those that it derives from; of installed ones the version of their package."""
-        if id(value) in self.classes:
-            return self.classes[id(value)]
+        return self._once(value, self._look_into_class)
+
+    def _once(self, value: Any, look: Callable[[Any], bytes]) -> bytes:
+        """Look into code that may be used in many places, or by itself, once."""
+        if id(value) not in self.code:
+            self.code[id(value)] = value, b"above"
+            self.code[id(value)] = value, look(value)
+        return self.code[id(value)][1]
+
+    def _look_into_class(self, value: type) -> bytes:
         parts: list[bytes] = []
         for cls in value.__mro__:
             parts.append(f"{cls.__module__}.{cls.__qualname__}".encode())
-            if _is_installed(cls):
-                parts.append(_version(cls.__module__))
+            if is_installed(cls):
+                parts.append(version(cls.__module__))
                 continue
-            for name, member in sorted(vars(cls).items()):
-                member = getattr(member, "__func__", getattr(member, "fget", member))  # of a method or property
-                if isinstance(member, types.FunctionType) or (_is_plain(member) and not name.startswith("__")):
+            members = {name: function_of(member) for name, member in vars(cls).items()}
+            for name, member in sorted(members.items(), key=lambda item: item[0]):
+                if isinstance(member, types.FunctionType) or not (name.startswith("__") or is_of_python(member)):
                     parts += [name.encode(), self.hash(member)]
-        self.classes[id(value)] = _digest("class", *parts)
-        return self.classes[id(value)]
+        return _digest("class", *parts)
 
     def _of_function(self, value: Any) -> bytes | None:
         if isinstance(value, functools.partial):
             return _digest("partial", self.hash(value.func), self.hash(value.args), self.hash(value.keywords))
         if isinstance(value, types.MethodType):
-            return _digest("method", self.hash(value.__func__), self.hash(value.__self__))
+            owner = value.__self__
+            used = used_attributes(owner, value.__func__) if isinstance(owner, LightningDataModule) else None
+            return _digest("method", self.hash(value.__func__), self.hash(owner), self.hash(used))
         if isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.MethodWrapperType):
             return _digest("builtin", f"{value.__module__}.{value.__qualname__}".encode())
-        if not isinstance(value, types.FunctionType):
-            return None
+        if isinstance(value, types.FunctionType):
+            return self._once(value, self._look_into_function)
+        if callable(wrapped := getattr(value, "__wrapped__", None)):  # by functools.cache, say
+            return _digest("wrapped", self.hash(wrapped))
+        return None
+
+    def _look_into_function(self, value: types.FunctionType) -> bytes:
         name = f"{value.__module__}.{value.__qualname__}".encode()
-        if _is_installed(value):
-            return _digest("function", name, _version(value.__module__))
-        used = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
-        ours = {k: v for k, v in used.items() if _is_plain(v) or (inspect.isroutine(v) and not _is_installed(v))}
-        rest = (value.__defaults__, value.__kwdefaults__, list(map(_content, value.__closure__ or ())), ours)
-        return _digest("function", name, _code(value.__code__), self.hash(rest))
+        if is_installed(value):
+            return _digest("function", name, version(value.__module__))
+        rest = (value.__defaults__, value.__kwdefaults__, list(map(_content, value.__closure__ or ())))
+        return _digest("function", name, _code(value.__code__), self.hash(rest), self.hash(used_globals(value)))
 
     def _of_object(self, value: Any) -> bytes:
         kind = self._of_class(type(value))
@@ -212,7 +241,9 @@ class _Walk:
             return _digest("enum", kind, value.name.encode())
         if type(value).__module__.startswith("transformers.") and type(value).__name__ == "GenerationConfig":
             return _digest("generation", kind)  # no part of a loss, and it holds a hash() that no other process has
-        if isinstance(value, LightningDataModule):  # holds its Trainer, too
+        if isinstance(value, logging.Logger):
+            return _digest("logger")
+        if isinstance(value, LightningDataModule):  # holds its Trainer, too; see `_used_attributes`
             return _digest("data", kind, self.hash({k: v for k, v in vars(value).items() if _is_plain(v)}))
         if isinstance(value, nn.Module):
             return self.model(value)
@@ -226,11 +257,13 @@ class _Walk:
             made = value.__reduce_ex__(2)
         except Exception as error:
             raise UnidentifiableError(f"a {type(value).__module__}.{type(value).__qualname__} ({error})") from error
-        return _digest(
-            "object",
-            kind,
-            self.hash(made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))]),
-        )
+        folders = [str(item) for item in getattr(value, "__dict__", {}).values() if _is_folder(item)]
+        self.folders += folders
+        try:
+            content = self.hash(made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))])
+        finally:
+            del self.folders[len(self.folders) - len(folders) :]
+        return _digest("object", kind, content)
 
 
 def _code(code: types.CodeType) -> bytes:
@@ -265,29 +298,28 @@ def _is_plain(value: Any, depth: int = 5) -> bool:
     return type(value) in _PLAIN
 
 
-def _file_states(value: Any) -> list[bytes]:
-    """Return size and time of change of all files that are named in a plain value."""
+def _file_states(value: Any, folders: Sequence[str]) -> list[bytes]:
+    """Return size and time of change of all files that are named in a plain value, by themselves or in a folder."""
     if isinstance(value, list | tuple):
-        return [state for item in value for state in _file_states(item)]
-    if not isinstance(value, str) or os.sep not in value or len(value) > 4096 or "\n" in value or "\0" in value:
+        return [state for item in value for state in _file_states(item, folders)]
+    if not isinstance(value, str) or not ("." in value or os.sep in value) or len(value) > 4096 or "\n" in value:
         return []
-    try:
-        found = os.stat(value)
-    except OSError:
-        return []
-    return [f"{found.st_size} {found.st_mtime_ns}".encode()] if stat.S_ISREG(found.st_mode) else []
+    for folder in folders:
+        try:
+            found = os.stat(os.path.join(folder, value))
+        except (OSError, ValueError):  # no such file, or no name of a file
+            continue
+        return [f"{found.st_size} {found.st_mtime_ns}".encode()] if stat.S_ISREG(found.st_mode) else []
+    return []
 
 
-def _is_installed(value: Any) -> bool:
-    """Tell whether a function or class comes with Python or an installed package, which has a version."""
-    module = sys.modules.get(getattr(value, "__module__", None) or "")
-    file = getattr(module, "__file__", None)
-    if module is None or module.__name__ == "__main__":
-        return False
-    return file is None or file.startswith(_INSTALLED)
+def _is_folder(value: Any) -> bool:
+    return isinstance(value, str | Path) and 0 < len(str(value)) <= 4096 and os.path.isdir(value)
 
 
-@functools.cache
-def _version(module: str | None) -> bytes:
-    package = sys.modules.get((module or "").partition(".")[0])
-    return str(getattr(package, "__version__", sys.version)).encode()
+def _distance(array: Any) -> int:
+    """Return how many bytes a part of a memory-mapped array starts behind the whole of it."""
+    whole = array
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    return int(array.ctypes.data - whole.ctypes.data)

@@ -1,6 +1,7 @@
 """Results of scoring on disk: block by block while it runs, whole when it is done."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -36,11 +37,14 @@ class ScoreStore:
     Args:
         folder: The cache folder.
         key: What the results depend on, as a hash.
+        optional: Whether to go on without it, with a warning, once it cannot be written to.
     """
 
-    def __init__(self, folder: str | Path, key: str) -> None:
+    def __init__(self, folder: str | Path, key: str, optional: bool = False) -> None:
         self.folder = Path(folder) / key
         self.key = key
+        self.optional = optional
+        self._usable = True
 
     def whole(self) -> dict[str, Tensor] | None:
         """Read the results of a finished sweep; None if there are none.
@@ -91,7 +95,16 @@ class ScoreStore:
         return self.folder / f"part-{start:010d}.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        save_tensors(path, _FORMAT, tensors, {"key": self.key})
+        if not self._usable:
+            return
+        try:
+            save_tensors(path, _FORMAT, tensors, {"key": self.key})
+        except OSError as error:
+            message = f"The cache cannot be written to: {path.absolute()} ({error}). Make room, or pass cache=False."
+            if not self.optional:
+                raise OSError(message) from error
+            warnings.warn(message, stacklevel=2)
+            self._usable = False
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         try:

@@ -70,7 +70,9 @@ def scoring_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
     return [range(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def loader_like(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+def loader_like(
+    loader: DataLoader[Any], batches: Sequence[Sequence[int]], workers: int | None = None
+) -> DataLoader[Any]:
     """Make a loader over `batches`, in order, with the data set, collate function and workers of another loader.
 
     The other loader is never iterated, so neither its order nor its persistent workers notice.
@@ -78,8 +80,9 @@ def loader_like(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> Da
     Args:
         loader: Where the data set comes from.
         batches: Positions in the data set, by batch.
+        workers: Number of its processes; by default as many as the other loader has.
     """
-    workers = loader.num_workers
+    workers = loader.num_workers if workers is None else workers
     return DataLoader(
         loader.dataset,
         batch_sampler=FixedBatches(batches),

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from flow_lightning.fingerprint import dataset_fingerprint, model_fingerprint, sample_fingerprint
+from flow_lightning.fingerprint import dataset_fingerprint, is_random, model_fingerprint, sample_fingerprint
 from flow_lightning.indexing import IndexedDataset
 
 
@@ -61,3 +61,33 @@ def test_samples_of_all_kinds_can_be_hashed():
     assert sample_fingerprint(sample) == sample_fingerprint({**sample, "c": object()})
     assert sample_fingerprint(sample) != sample_fingerprint({**sample, "b": [2, "x", None, (2.0, b"y")]})
     assert sample_fingerprint([[1], [2]]) != sample_fingerprint([[1, 2]])
+
+
+class Detection(TensorDataset):
+    """Targets that are dictionaries, or lists of different lengths."""
+
+    def __init__(self, boxes=(1, 2), ragged=False):
+        super().__init__(torch.zeros(2))
+        self.targets = [[0], [*boxes]] if ragged else [{"boxes": torch.tensor([box]), "label": "a"} for box in boxes]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_targets_that_are_no_numbers_count_by_their_content(ragged):
+    assert dataset_fingerprint(Detection(ragged=ragged)) == dataset_fingerprint(Detection(ragged=ragged))
+    assert dataset_fingerprint(Detection(ragged=ragged)) != dataset_fingerprint(Detection((1, 3), ragged=ragged))
+
+
+class Flipped(TensorDataset):
+    """Each second reading differs, by chance."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] * (1 if torch.rand(()) < 0.5 else -1)
+
+
+def test_a_random_flip_is_noticed():
+    noticed = []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        noticed.append(is_random(Flipped(torch.ones(20))))
+    assert all(noticed)
+    assert not is_random(data()) and not is_random([])

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import flow_lightning as fl
+from flow_lightning import used_code
 from flow_lightning.identity import UnidentifiableError, checksums, identity, model_identity
 from tests.modules.test_causal_language import language_data, language_module
 
@@ -69,6 +71,86 @@ DIFFERENT = {
     "concatenation": (ConcatDataset([[1], [2]]), ConcatDataset([[1], [3]])),
     "range": (range(3), range(4)),
 }
+
+
+SETTINGS = {"factor": 1}
+RESIZE = v2.Resize(8)
+elsewhere = types.ModuleType("elsewhere")  # a module of the user's own
+elsewhere.__file__ = "/home/user/elsewhere.py"
+
+
+def resized(x):
+    return RESIZE(x)
+
+
+def with_settings(x):
+    return [SETTINGS["factor"] * helper(y) for y in x]  # in a comprehension, which is a function of its own
+
+
+def through_a_module(x):
+    return elsewhere.crop(x)
+
+
+@functools.cache
+def remembered(x):
+    return helper(x) * FACTOR
+
+
+class Classwide:
+    sizes = {"a": [1]}
+
+    @functools.cache  # noqa: B019
+    def get(self, x):
+        return with_settings(x)
+
+
+USERS = {
+    "a global dictionary": (with_settings, lambda patch: patch.setitem(SETTINGS, "factor", 2)),
+    "a global transform": (resized, lambda patch: patch.setattr(sys.modules[__name__], "RESIZE", v2.Resize(9))),
+    "a global number, in a cached function": (remembered, lambda p: p.setattr(sys.modules[__name__], "FACTOR", 3)),
+    "a function used in a comprehension": (with_settings, lambda p: p.setattr(sys.modules[__name__], "helper", scaled)),
+    "a function of another module": (through_a_module, lambda patch: patch.setattr(elsewhere, "crop", len)),
+    "a container of a class": (Classwide, lambda patch: patch.setitem(Classwide.sizes, "a", [2])),
+    "what a cached method uses": (Classwide, lambda patch: patch.setitem(SETTINGS, "factor", 2)),
+}
+
+
+@pytest.mark.parametrize("change", USERS)
+def test_all_that_code_uses_counts(change, monkeypatch):
+    elsewhere.crop = helper
+    user, make_change = USERS[change]
+    before = identity(user)
+    assert identity(user) == before
+    make_change(monkeypatch)
+    assert identity(user) != before
+    monkeypatch.undo()
+    assert identity(user) == before
+
+
+def test_the_names_of_attributes_are_no_names_of_globals(monkeypatch):
+    before = identity(uses_an_attribute)
+    monkeypatch.setitem(SETTINGS, "factor", 2)
+    assert identity(uses_an_attribute) == before
+
+
+def uses_an_attribute(x):
+    return x.SETTINGS
+
+
+def test_a_package_without_a_version_counts_by_its_file(monkeypatch, tmp_path):
+    package = types.ModuleType("unversioned")
+    file = tmp_path / "unversioned.py"
+    file.write_text("def crop(x): return x")
+    package.__file__ = str(file)
+    exec(file.read_text(), package.__dict__)
+    monkeypatch.setitem(sys.modules, "unversioned", package)
+    monkeypatch.setattr(used_code, "_INSTALLED", (str(tmp_path),))
+    used_code.version.cache_clear()
+    before = identity(package.crop)
+    file.write_text("def crop(x): return 2 * x")
+    used_code.version.cache_clear()
+    assert identity(package.crop) != before
+    used_code.version.cache_clear()
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -152,6 +234,12 @@ class OtherCode(Net):
         return self.body(batch).mean(1)
 
 
+class WithHparams(Net):
+    def __init__(self, margin, learning_rate=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+
+
 def changed(change):
     net = Net()
     with torch.no_grad():
@@ -170,6 +258,13 @@ def test_a_model_counts_with_all_that_its_losses_depend_on():
         changed(lambda net: setattr(net, "scale", 2.0)),
         changed(lambda net: setattr(net.body[2], "eps", 1e-3)),
         changed(lambda net: setattr(net, "loss", nn.HuberLoss(delta=2.0))),
+        changed(lambda net: setattr(net, "_margin", 2.0)),
+        changed(lambda net: setattr(net, "class_weights", torch.ones(3))),
+        changed(lambda net: setattr(net, "class_weights", torch.tensor([1.0, 1.0, 2.0]))),
+        changed(lambda net: net.register_buffer("mean", torch.zeros(1), persistent=False)),
+        changed(lambda net: net.register_buffer("mean", torch.ones(1), persistent=False)),
+        model_identity(WithHparams(margin=1.0)),
+        model_identity(WithHparams(margin=2.0)),
     ]
     assert len(set(identities)) == len(identities)
     assert model_identity(Net()) == identities[0]
@@ -179,6 +274,7 @@ def test_a_model_counts_without_what_its_losses_do_not_depend_on():
     before = model_identity(Net())
     assert model_identity(Net(learning_rate=1.0)) == before
     assert changed(lambda net: setattr(net, "reduction", "weights")) == before
+    assert model_identity(WithHparams(1.0)) == model_identity(WithHparams(1.0, learning_rate=1.0))
     assert changed(lambda net: net.eval()) == before
     assert changed(lambda net: net.requires_grad_(False)) == before
 
@@ -208,6 +304,12 @@ def swapped(values, one, other):
     return values
 
 
+def test_checksums_see_rows_that_change_places():
+    """All rows, and all columns, of this one have the same sum."""
+    values = torch.eye(2048)
+    assert not torch.equal(checksums(values), checksums(values.roll(1, 0)))
+
+
 @pytest.mark.parametrize("places", [(0, 1), (5, 4_100_000), (2**22 + 3, 9_000_000), (0, 2**22)])
 def test_checksums_see_elements_that_change_places(places):
     """In one row of a block, across rows, across blocks, in the rest that fills no row."""
@@ -227,6 +329,47 @@ def test_a_data_module_counts_by_code_and_plain_settings():
 
     assert identity(Data(1)) == identity(Data(1)) != identity(Data(2))
     assert identity(Data(1).on_after_batch_transfer) != identity(Data(2).on_after_batch_transfer)
+
+
+def test_a_method_of_a_data_module_counts_with_what_it_uses():
+    class Data(LightningDataModule):
+        def __init__(self, mean):
+            super().__init__()
+            self.normalize, self.lock = v2.Normalize([mean], [1.0]), open(os.devnull)  # noqa: SIM115
+
+        def normalized(self, batch):
+            return self.normalize(batch)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return self.normalized(batch)
+
+    hooks = [identity(Data(mean).on_after_batch_transfer) for mean in (0.0, 0.0, 0.5)]
+    assert hooks[0] == hooks[1] != hooks[2]
+
+
+class Files:
+    def __init__(self, root, names):
+        self.root, self.names = root, names
+
+
+@pytest.mark.parametrize(("root", "name"), [("pictures", "3.npy"), (None, "3.npy"), (None, "pictures/3.npy")])
+def test_a_file_counts_however_it_is_named(root, name, tmp_path):
+    """In a folder that the object names, or from the working directory."""
+    path = tmp_path / (root or ".") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    before = identity(Files(root, ["absent.npy", name]))
+    assert identity(Files(root, ["absent.npy", name])) == before
+    path.write_bytes(b"newer")
+    assert identity(Files(root, ["absent.npy", name])) != before
+
+
+def test_parts_of_one_memory_mapped_file_differ(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(40.0))
+    array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    parts = [array[:20], array[20:], array[:40:2], array[1:21]]
+    assert len(set(map(identity, parts))) == 4
+    assert identity(np.load(tmp_path / "a.npy", mmap_mode="r")[20:]) == identity(array[20:])
 
 
 def test_a_data_set_can_name_itself():

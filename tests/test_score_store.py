@@ -189,3 +189,18 @@ def test_weights_that_do_not_follow_from_the_losses_are_refused(tmp_path):
     weights.save(tmp_path / "w")
     with pytest.raises(ValueError, match="not exp"):
         SampleWeights.load(tmp_path / "w")
+
+
+def test_a_full_disk_is_an_error_or_where_the_cache_is_optional_a_warning(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flow_lightning.tensor_files.write_bytes", full)
+    with pytest.raises(OSError, match=rf"cache cannot be written to: {tmp_path}/key/part.*No space"):
+        filled(tmp_path)
+    store = ScoreStore(tmp_path, "key", optional=True)
+    with pytest.warns(UserWarning, match=rf"cache cannot be written to: {tmp_path}/key/part.*No space") as warned:
+        store.add(0, 1, (torch.tensor([2, 1]),))
+        store.add(1, 2, (torch.tensor([0, 4]),))
+        store.finish({"losses": torch.zeros(5)})
+    assert len(warned) == 1 and store.whole() is None

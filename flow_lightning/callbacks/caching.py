@@ -13,12 +13,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flow_lightning.callbacks.run_directory import from_rank_zero, on_rank_zero
+from flow_lightning.callbacks.sweep import evaluation_stage, on_device
 from flow_lightning.files import check_writable
-from flow_lightning.fingerprint import is_random
+from flow_lightning.fingerprint import dataset_fingerprint, is_random, sample_fingerprint
 from flow_lightning.identity import UnidentifiableError, identity, model_identity
 from flow_lightning.modules.sharding import in_wrapper
 from flow_lightning.score_store import ScoreStore, default_cache
-from flow_lightning.scoring import FixedBatches, evaluation
+from flow_lightning.scoring import FixedBatches, evaluation, loader_like, scoring_batches
 
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -55,20 +57,20 @@ def open_store(
             "the model whole, so it cannot be told whether it is the same next time. ModelParallelStrategy (FSDP2) can."
         )
         return None
-    with evaluation(module):
-        found: Any = _model_or_reason(module, exclude)  # on every rank: what is in shards is gathered
-        if trainer.is_global_zero and found is not None:
-            found = _key_or_reason(trainer, module, loader, (purpose, found), folder)
-    key, reason = trainer.strategy.broadcast(found) or ("", None)
+    with evaluation(module), evaluation_stage(trainer):
+        model = _model_or_reason(module, exclude)  # on every rank: what is in shards is gathered
+        key, reason = from_rank_zero(
+            trainer, lambda: _key_or_reason(trainer, module, loader, (purpose, model), folder) if model else ("", None)
+        )
     if reason is not None:
         if cache is not True:
             raise OSError(reason)
         rank_zero_warn(reason)
     if not key:
         return None
-    store = ScoreStore(folder, key)
-    if force and trainer.is_global_zero:
-        store.clear()
+    store = ScoreStore(folder, key, optional=cache is True)
+    if force:
+        on_rank_zero(trainer, store.clear)
     return store
 
 
@@ -78,13 +80,12 @@ def remembered(
     """Return what an earlier run has computed, or compute and keep it; the same on every rank."""
     if store is None:
         return compute()
-    found: dict[str, Tensor] | None = trainer.strategy.broadcast(store.whole() if trainer.is_global_zero else None)
+    found = from_rank_zero(trainer, store.whole)
     if found is not None:
         rank_zero_info(f"{description}: taken from the cache, {store.folder} (--force computes anew).")
         return found
     computed = compute()
-    if trainer.is_global_zero:
-        store.finish(computed)
+    on_rank_zero(trainer, lambda: store.finish(computed))
     return computed
 
 
@@ -105,8 +106,10 @@ def _key_or_reason(
         key = identity(
             purpose,
             loader.dataset,
+            dataset_fingerprint(loader.dataset),  # what a file holds may change behind all that has been looked into
             loader.collate_fn,
             _batching(loader),
+            _small_batch(trainer, module, loader),
             [_hooks(owner) for owner in (trainer.datamodule, module) if owner is not None],  # type: ignore[attr-defined]
             (type(trainer.precision_plugin).__qualname__, trainer.precision, trainer.strategy.root_device.type),
             torch.get_float32_matmul_precision(),
@@ -136,7 +139,15 @@ def _batching(loader: DataLoader[Any]) -> Any:
     return torch.tensor([len(batch) for batch in batches]), torch.tensor(list(chain.from_iterable(batches)))
 
 
+def _small_batch(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> str:
+    """Return the fingerprint of two samples as they come to the device: collated, and through all hooks."""
+    few = loader_like(loader, [scoring_batches(loader)[0][:2]], workers=0)
+    return sample_fingerprint(next(on_device(trainer, module, few)))
+
+
 def _hooks(owner: Any) -> Any:
     """Return what a data module or module does to its batches on their way to the device."""
-    own = [inspect.getattr_static(type(owner), hook) for hook in _HOOKS if is_overridden(hook, owner)]
-    return [own, owner if own and isinstance(owner, LightningDataModule) else None]
+    own = [hook for hook in _HOOKS if is_overridden(hook, owner)]
+    if isinstance(owner, LightningDataModule):
+        return [getattr(owner, hook) for hook in own]
+    return [inspect.getattr_static(type(owner), hook) for hook in own]  # the module is part of the key anyway

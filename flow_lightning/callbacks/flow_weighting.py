@@ -4,7 +4,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -14,15 +14,16 @@ from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.caching import open_store, remembered
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback, head_names
-from flow_lightning.callbacks.sweep import (
-    claim_places,
-    forget_older_metrics,
+from flow_lightning.callbacks.run_directory import (
+    begin_run,
+    claim_run,
+    from_rank_zero,
     is_trained,
-    ragged_sweep,
+    on_rank_zero,
+    release_run,
     run_directory,
-    scoring_dataloader,
-    sweep,
 )
+from flow_lightning.callbacks.sweep import ragged_sweep, scoring_dataloader, sweep
 from flow_lightning.fingerprint import dataset_fingerprint, is_random, model_fingerprint
 from flow_lightning.indexing import check_map_style
 from flow_lightning.pictures import plot_weights
@@ -30,7 +31,7 @@ from flow_lightning.report import write_metrics
 from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation
 from flow_lightning.token_weighting import TokenWeights
-from flow_lightning.weighting import SampleWeights, weighting_rule
+from flow_lightning.weighting import SampleWeights, check_losses, weighting_rule
 
 _FILE = "flow_weights.safetensors"
 #: Where a checkpoint of a FLOW run says which reference its weights came from.
@@ -44,9 +45,10 @@ class _State:
     weights: SampleWeights | TokenWeights | None = None
     written: dict[str, Any] | None = None  # what a checkpoint says of token weights, which are in a file beside it
     resumed: bool = False  # the model is fine-tuned already
+    settled: bool = False  # the weights are those to train with, and written down
     reference: str = ""  # fingerprint of the model as it was built, before any checkpoint was restored
     checkpoint: str = ""  # fingerprint of the model in the checkpoint of a resumed fit
-    lock: BinaryIO | None = None  # of the run's directory
+    seconds: float = 0.0  # that scoring took
 
 
 class FlowWeightingCallback(Callback):
@@ -124,17 +126,19 @@ class FlowWeightingCallback(Callback):
                 "weighted. Use CausalLanguageModule, or per='sample'."
             )
         _check_order(trainer, self)
-        forget_older_metrics(trainer)
+        claim_run(trainer, pl_module)
         self._state = _State()
-        self._state.reference = model_fingerprint(pl_module.state_dict(), _new_parts(trainer, pl_module))
+        self._state.reference = _reference(trainer, pl_module)
         _warn_if_fine_tuned(pl_module, self._state.reference)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the weights, or take them from the checkpoint, and hand them to the module."""
-        self._state.lock = claim_places(trainer)
+        begin_run(trainer, self._state.resumed)
         if self._state.resumed:
             self._resume(trainer, pl_module)
             return
+        if not self._state.reference:  # its parts were made in configure_model
+            self._state.reference = _reference(trainer, pl_module)
         loader = self._loader(trainer, pl_module)
         check_map_style(loader.dataset)
         started = time.perf_counter()
@@ -142,15 +146,21 @@ class FlowWeightingCallback(Callback):
             _warn_if_random(loader.dataset)
         fingerprint = self._fingerprint(trainer, pl_module)
         if self.weights_file is not None:
-            weights = _verified(self._load(self.weights_file), fingerprint, f"The file {self.weights_file}")
+            weights = self._of_file(trainer, fingerprint)
         else:
             weights = self._score(trainer, pl_module, loader, fingerprint)
-        self._take(trainer, pl_module, weights, {"time/scoring_s": time.perf_counter() - started})
+        self._state.seconds = time.perf_counter() - started
+        self._take(pl_module, weights)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._settle(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take restored weights under strategies that restore late, and check that they fit the data trained on."""
-        if self._state.weights is None or getattr(pl_module, "sample_weights", None) is not self._state.weights:
-            self._resume(trainer, pl_module)
+        if not self._state.settled:
+            if self._state.resumed:
+                self._resume(trainer, pl_module)
+            else:
+                self._settle(trainer)
         weights: Any = pl_module.sample_weights
         _check_length(trainer, len(weights))
         weights.lookups = 0
@@ -169,17 +179,15 @@ class FlowWeightingCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the weights back: a later fit without this callback is plain training."""
         if stage == "fit":
-            pl_module.sample_weights = None  # type: ignore[assignment]
-            self._unlock()
+            self._give_back(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the run's directory back."""
-        self._unlock()
+        """Do the same when the fit has failed."""
+        self._give_back(trainer, pl_module)
 
-    def _unlock(self) -> None:
-        if self._state.lock is not None:
-            self._state.lock.close()
-            self._state.lock = None
+    def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
+        module.sample_weights = None  # type: ignore[assignment]
+        release_run(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the reference, so that the fine-tuned model cannot be mistaken for it later."""
@@ -200,7 +208,7 @@ class FlowWeightingCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the weights of a checkpoint, or remember where they are."""
         if "digest" in state_dict:
-            self._state.written = state_dict
+            self._state.written, self._state.weights = state_dict, None
         elif state_dict:
             self._state.weights = SampleWeights(**state_dict)
 
@@ -212,8 +220,10 @@ class FlowWeightingCallback(Callback):
             dataset = dataset_fingerprint(self._loader(trainer, module).dataset)
         return {"dataset": dataset, "reference": self._state.reference}
 
-    def _load(self, path: str | Path) -> SampleWeights | TokenWeights:
-        return (TokenWeights if self.per == "token" else SampleWeights).load(path)
+    def _of_file(self, trainer: Trainer, expected: dict[str, str]) -> SampleWeights | TokenWeights:
+        path = Path(str(self.weights_file))
+        load = TokenWeights.load if self.per == "token" else SampleWeights.load
+        return _verified(from_rank_zero(trainer, lambda: load(path)), expected, f"The file {path}")
 
     def _score(
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], fingerprint: dict[str, str]
@@ -234,32 +244,34 @@ class FlowWeightingCallback(Callback):
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
         where, weights = f"The checkpoint {trainer.ckpt_path}", self._state.weights
-        if weights is None and self._state.written is not None:
-            weights = _beside(trainer, self._state.written, self.weights_file)
-        if weights is None and self.weights_file is not None:
-            where, weights = f"The file {self.weights_file}", self._load(self.weights_file)
+        expected = self._fingerprint(trainer, module)
+        if not self._state.reference or self._state.reference == self._state.checkpoint:
+            del expected["reference"]  # made in configure_model, or by load_from_checkpoint: no pre-trained one is here
+        written, given = self._state.written, self.weights_file
+        if weights is None and written is not None:
+            weights = from_rank_zero(trainer, lambda: _beside(trainer, written, given))
+        if weights is None and given is not None:
+            weights = self._of_file(trainer, expected)
         if weights is None:
             raise RuntimeError(
                 f"{where} holds no FLOW weights, and its model is not the pre-trained one, so they cannot be computed "
                 "from it. Resume a run that had FlowWeightingCallback, or pass "
                 "FlowWeightingCallback(weights_file=...)."
             )
-        expected = self._fingerprint(trainer, module)
-        if self._state.reference == self._state.checkpoint:  # built by load_from_checkpoint
-            del expected["reference"]
-        self._take(trainer, module, _verified(weights, expected, where))
+        self._take(module, _verified(weights, expected, where))
+        self._settle(trainer)
 
-    def _take(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        weights: SampleWeights | TokenWeights,
-        times: dict[str, float] | None = None,
-    ) -> None:
-        """Hand the weights to the module, and report them."""
+    def _take(self, module: LightningModule, weights: SampleWeights | TokenWeights) -> None:
+        """Hand the weights to the module."""
         self._state.weights = weights
         module.sample_weights = weights  # type: ignore[assignment]
-        summary = weights.summary()
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Say and write down which weights the fit trains with."""
+        state, directory = self._state, run_directory(trainer)
+        state.settled = True
+        weights: Any = state.weights
+        summary: dict[str, float] = weights.summary()
         unit = "samples" if isinstance(weights, SampleWeights) else "sequences, weighted by token"
         rank_zero_info(
             f"FLOW: {len(weights)} {unit}, temperature {weights.temperature:.4g}, "
@@ -267,15 +279,25 @@ class FlowWeightingCallback(Callback):
             f"effective sample size {summary['flow/effective_sample_size']:.0f} "
             f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
         )
-        directory = run_directory(trainer)
         if isinstance(weights, TokenWeights):
-            self._state.written = {"file": str((directory / _FILE).absolute()), "digest": weights.digest()}
-        if trainer.is_global_zero:
+            state.written = {"file": str((directory / _FILE).absolute()), "digest": weights.digest()}
+
+        def write() -> None:
             weights.save(directory / _FILE)
-            write_metrics(directory / "metrics.json", summary | (times or {}))
-            if not self._state.resumed:  # the picture would be the same
+            write_metrics(
+                directory / "metrics.json", summary | ({} if state.resumed else {"time/scoring_s": state.seconds})
+            )
+            if not state.resumed:  # the picture would be the same
                 plot_weights(*_some(weights), weights.temperature, directory / "flow_weights.png")
                 _log(trainer, weights, summary, directory / "flow_weights.png")
+
+        on_rank_zero(trainer, write)
+
+
+def _reference(trainer: Trainer, module: LightningModule) -> str:
+    """Return the fingerprint of the pre-trained model; none of a module whose parts are made in configure_model."""
+    state = module.state_dict()
+    return model_fingerprint(state, _new_parts(trainer, module)) if state else ""
 
 
 def _losses(
@@ -292,6 +314,7 @@ def _losses(
 
     with _frozen_reference(module):
         (losses,) = sweep(trainer, module, loader, look, "FLOW: scoring", store=store)
+    check_losses(losses)  # before they are kept
     return {"losses": losses}
 
 
@@ -303,6 +326,7 @@ def _token_losses(
 
     with _frozen_reference(module):
         losses, offsets = ragged_sweep(trainer, module, loader, look, "FLOW: scoring tokens", store)
+    check_losses(losses)
     return {"losses": losses, "offsets": offsets}
 
 

@@ -5,7 +5,7 @@ import time
 from lightning import Callback, LightningModule, Trainer
 
 from flow_lightning.callbacks.linear_probe import check_probeable, fit_head
-from flow_lightning.callbacks.sweep import run_directory
+from flow_lightning.callbacks.run_directory import run_directory
 from flow_lightning.report import write_metrics
 
 

@@ -20,7 +20,7 @@ from flow_lightning.callbacks.language_tasks import (
     target_loss,
 )
 from flow_lightning.callbacks.measuring import is_language_model, log_metrics, report
-from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained
+from flow_lightning.callbacks.run_directory import begin_run, claim_run, is_trained, release_run
 from flow_lightning.callbacks.tasks import target_dataloader
 from flow_lightning.data.instructions import InstructionDataModule, collate
 from flow_lightning.data.texts import TextWindows, read_texts
@@ -110,11 +110,12 @@ class LanguageRetentionCallback(Callback):
                 f"{type(pl_module).__name__} has no token_losses(batch), so it is no language model. Use "
                 "CausalLanguageModule, or RetentionCallback for images."
             )
-        forget_older_metrics(trainer)
+        claim_run(trainer, pl_module)
         self.state = LanguageRetentionState()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the pre-trained model, unless the fit goes on from a checkpoint."""
+        begin_run(trainer, self.state.resumed)
         started = time.perf_counter()
         with isolate_rng():
             self._find_data(trainer, pl_module)
@@ -148,6 +149,14 @@ class LanguageRetentionCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, whose model is fine-tuned already."""
         self.state.resumed |= is_trained(checkpoint)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the run's directory back."""
+        release_run(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the run's directory back."""
+        release_run(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: primitives only."""

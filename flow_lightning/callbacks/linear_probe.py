@@ -1,6 +1,7 @@
 """The new head, fitted on the frozen body before training."""
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,8 +15,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow_lightning.callbacks.caching import open_store, remembered
-from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, run_directory, scoring_dataloader, sweep
-from flow_lightning.modules.sharding import fill
+from flow_lightning.callbacks.run_directory import (
+    begin_run,
+    claim_run,
+    from_rank_zero,
+    is_trained,
+    on_rank_zero,
+    release_run,
+    run_directory,
+)
+from flow_lightning.callbacks.sweep import scoring_dataloader, sweep
+from flow_lightning.modules.sharding import fill, whole_parameters
 from flow_lightning.probing import STRENGTHS, Probe, fit_probe
 from flow_lightning.report import write_metrics
 from flow_lightning.score_store import ScoreStore
@@ -50,7 +60,7 @@ class LinearProbeCallback(Callback):
         """Forget an earlier fit."""
         if stage == "fit":
             self.probe, self._resumed = None, False
-            forget_older_metrics(trainer)
+            claim_run(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, which has its head already."""
@@ -59,6 +69,7 @@ class LinearProbeCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head; a resumed fit finds the head in its checkpoint."""
         check_probeable(pl_module)
+        begin_run(trainer, self._resumed)
         if self._resumed:
             return
         started = time.perf_counter()
@@ -78,9 +89,16 @@ class LinearProbeCallback(Callback):
             "probe/mean_loss": float(self.probe.losses.double().mean()),
             "time/probe_s": time.perf_counter() - started,
         }
-        directory = run_directory(trainer)
-        if trainer.is_global_zero:
-            write_metrics(directory / "metrics.json", metrics)
+        file = run_directory(trainer) / "metrics.json"
+        on_rank_zero(trainer, lambda: write_metrics(file, metrics))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the run's directory back."""
+        release_run(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the run's directory back."""
+        release_run(trainer)
 
 
 def fit_head(
@@ -98,7 +116,8 @@ def fit_head(
     """
     found = remembered(trainer, store, description, lambda: _fit(trainer, module, folds, budget, description, store))
     probe = Probe.from_tensors(found)
-    _install(module, probe)
+    with whole_parameters(trainer, module):
+        _install(module, probe)
     rank_zero_info(
         f"{description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
         f"mean {'out-of-fold' if folds else 'training'} loss {probe.losses.mean():.4f}."
@@ -120,16 +139,16 @@ def _fit(
 
     with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
         loader, allocate = scoring_dataloader(trainer, module), _allocator(budget, Path(folder))
-        features, targets = sweep(trainer, module, loader, look, f"{description}: features", allocate, store)
-        solved: Any = None
-        if trainer.is_global_zero:
-            quiet = trainer.progress_bar_callback is None
+        found = sweep(trainer, module, loader, look, f"{description}: features", allocate, store, everywhere=False)
+        quiet, classes = trainer.progress_bar_callback is None, module.head.out_features  # type: ignore[union-attr]
+
+        def solve() -> dict[str, Tensor]:
             steps = len(STRENGTHS) + folds + 1
             with tqdm(total=steps, desc=f"{description}: solving", unit="fit", leave=False, disable=quiet) as bar:
-                classes = module.head.out_features  # type: ignore[union-attr]
-                probe = fit_probe(features, targets, classes, folds, device=module.device, on_step=bar.update)  # type: ignore[arg-type]
-                solved = probe.tensors()
-        return trainer.strategy.broadcast(solved)
+                features, targets = found
+                return fit_probe(features, targets, classes, folds, device=module.device, on_step=bar.update).tensors()  # type: ignore[arg-type]
+
+        return from_rank_zero(trainer, solve)
 
 
 def check_probeable(module: LightningModule) -> None:
@@ -171,7 +190,26 @@ def _allocator(budget: float, folder: Path) -> Callable[..., Tensor]:
         count = math.prod(size)
         if count * dtype.itemsize <= budget * 2**30:
             return torch.zeros(size, dtype=dtype)
-        file = tempfile.mkstemp(dir=folder)[1]
-        return torch.from_file(file, shared=True, size=count, dtype=dtype).view(size)
+        return torch.from_file(_file_of(folder, count * dtype.itemsize), shared=True, size=count, dtype=dtype).view(
+            size
+        )
 
     return allocate
+
+
+def _file_of(folder: Path, size: int) -> str:
+    """Make a file of zeros whose room on the disk is taken at once: a memory-mapped file that finds none is fatal."""
+    handle, name = tempfile.mkstemp(dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.truncate(handle, size)
+    except OSError as error:
+        raise OSError(
+            f"The features of the training samples take {size / 2**30:.1f} GiB, and {folder.parent} cannot take them "
+            f"({error}). Set TMPDIR to a folder with room, or raise memory_budget to keep them in memory."
+        ) from error
+    finally:
+        os.close(handle)
+    return name

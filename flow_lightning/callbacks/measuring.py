@@ -6,7 +6,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from rich.console import Console
 
-from flow_lightning.callbacks.sweep import run_directory
+from flow_lightning.callbacks.run_directory import run_directory
 from flow_lightning.report import metrics_table, plot_retention, read_metrics, write_metrics
 
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
 from flow_lightning.callbacks.measuring import is_language_model, log_metrics, report
-from flow_lightning.callbacks.sweep import forget_older_metrics, is_trained, sweep
+from flow_lightning.callbacks.run_directory import begin_run, claim_run, is_trained, release_run
+from flow_lightning.callbacks.sweep import sweep
 from flow_lightning.callbacks.tasks import (
     agreement_and_kl,
     log_probabilities,
@@ -111,7 +112,7 @@ class RetentionCallback(Callback):
         """Forget an earlier fit and check the order of the callbacks."""
         if stage != "fit":
             return
-        forget_older_metrics(trainer)
+        claim_run(trainer, pl_module)
         self.state = RetentionState()
         later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
         if any(isinstance(callback, HeadRefitCallback) for callback in later):
@@ -123,6 +124,7 @@ class RetentionCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the pre-trained model, unless the fit goes on from a checkpoint."""
+        begin_run(trainer, self.state.resumed)
         if is_language_model(pl_module):
             return
         started = time.perf_counter()
@@ -170,6 +172,14 @@ class RetentionCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, whose model is fine-tuned already."""
         self.state.resumed |= is_trained(checkpoint)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the run's directory back."""
+        release_run(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the run's directory back."""
+        release_run(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: tensors and primitives only."""

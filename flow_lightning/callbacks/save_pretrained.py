@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from flow_lightning.callbacks.sweep import run_directory
+from flow_lightning.callbacks.run_directory import run_directory
 
 
 class SavePretrainedCallback(Callback):

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.files import check_writable, lock_folder
+from flow_lightning.callbacks.run_directory import from_rank_zero, on_rank_zero
 from flow_lightning.modules.sharding import data_rank, drop_gathered, in_wrapper
 from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation, loader_like, progress, score_batch, scoring_batches
@@ -22,8 +21,6 @@ from flow_lightning.token_weighting import token_positions
 
 #: What is lost at most when scoring is killed.
 _SECONDS_PER_BLOCK = 10.0
-#: What a run needs beside its checkpoints: weights, pictures, tables.
-_LEAST_ROOM = 8 * 2**20
 _HOW = (
     "Give the Trainer a data module (or a module) with `scoring_dataloader()`, which returns the training samples with "
     "deterministic transforms, or with `train_dataloader()`; or pass FlowWeightingCallback(dataloader=...)."
@@ -38,6 +35,7 @@ def sweep(
     description: str,
     allocate: Callable[..., Tensor] = torch.zeros,
     store: ScoreStore | None = None,
+    everywhere: bool = True,
 ) -> tuple[Tensor, ...]:
     """Apply a function of a batch to every sample of a loader's data set, once, in evaluation mode, over all ranks.
 
@@ -52,13 +50,17 @@ def sweep(
         description: What the progress bar says.
         allocate: Makes the tensors for the results, called with `size, dtype=`.
         store: Where finished batches are written to, and those of an interrupted sweep are found.
+        everywhere: Whether every rank needs the results, or rank 0 alone, which saves the others the memory.
 
     Returns:
-        For each tensor of the function one `[n, ...]` tensor on the CPU, by sample index, the same on every rank.
+        For each tensor of the function one `[n, ...]` tensor on the CPU, by sample index, the same on every rank; none
+        on ranks that need none.
     """
     length = len(loader.dataset)  # type: ignore[arg-type]
     results: tuple[Tensor, ...] = ()
     for index, *values in _blocks(trainer, module, loader, function, description, store):
+        if not (everywhere or trainer.is_global_zero):
+            continue
         results = results or tuple(allocate((length, *value.shape[1:]), dtype=value.dtype) for value in values)
         for result, value in zip(results, values):
             result[index] = value
@@ -122,7 +124,7 @@ def _blocks(
     with (
         progress(None, before + own, description, show, before) as bar,
         evaluation(module),
-        _evaluation_stage(trainer),
+        evaluation_stage(trainer),
     ):
         size = 1
         while done < len(batches):
@@ -135,8 +137,8 @@ def _blocks(
             seconds = time.perf_counter() - started
             end = min(done + size * world, len(batches))
             block, size = _joined(trainer, scored, max(1, round(size * _SECONDS_PER_BLOCK / seconds)))
-            if store is not None and trainer.is_global_zero:
-                store.add(done, end, block)
+            if store is not None and all(torch.isfinite(value).all() for value in block):
+                on_rank_zero(trainer, partial(store.add, done, end, block))
             done = end
             yield block
     drop_gathered(module)
@@ -146,9 +148,9 @@ def _found(
     trainer: Trainer, batches: Sequence[Sequence[int]], store: ScoreStore | None
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Yield what an interrupted sweep has left in the store of rank 0: number of batches done so far, and a block."""
-    parts = store.parts(batches) if store is not None and trainer.is_global_zero else iter(())
+    parts = store.parts(batches) if store is not None else iter(())
     while store is not None:
-        part = trainer.strategy.broadcast(next(parts, None))
+        part = from_rank_zero(trainer, lambda: next(parts, None))
         if part is None:
             return
         yield part
@@ -178,12 +180,12 @@ def _joined(trainer: Trainer, scored: list[tuple[Tensor, ...]], size: int) -> tu
 
 def on_device(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
     """Yield the batches of a loader as the Trainer would: through the transfer hooks, on the device."""
-    hooks = [owner for owner in (trainer.datamodule, module) if owner is not None]  # type: ignore[attr-defined]
+    hook = "on_before_batch_transfer"
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
     for batch in loader:
         batch = trainer.precision_plugin.convert_input(batch)
-        for owner in hooks:
-            batch = owner.on_before_batch_transfer(batch, 0)
-        yield trainer.strategy.batch_to_device(batch)
+        yield trainer.strategy.batch_to_device(owner.on_before_batch_transfer(batch, 0))
 
 
 def scoring_dataloader(trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
@@ -228,7 +230,7 @@ def _run(trainer: Trainer, module: LightningModule, function: Callable[[], tuple
 
 
 @contextmanager
-def _evaluation_stage(trainer: Trainer) -> Iterator[None]:
+def evaluation_stage(trainer: Trainer) -> Iterator[None]:
     """Let hooks that augment `if self.trainer.training` see that this is no training."""
     before = trainer.training
     trainer.validating = True
@@ -236,56 +238,3 @@ def _evaluation_stage(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.training = before
-
-
-def run_directory(trainer: Trainer) -> Path:
-    """Return the directory of this run: the logger's, or `default_root_dir` without a logger.
-
-    To be called on every rank: rank 0 tells the others.
-    """
-    return Path(trainer.log_dir or trainer.default_root_dir)
-
-
-def claim_places(trainer: Trainer) -> BinaryIO | None:
-    """Claim the run's directory, and check that it and the folders of checkpoints can be written to.
-
-    To be called on every rank.
-
-    Returns:
-        On rank 0 the lock of the directory, see `lock_folder`.
-
-    Raises:
-        OSError: If one of them is read-only, full or used by another run: before scoring and training, not after.
-    """
-    directory = run_directory(trainer)
-    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    lock, problem = None, None
-    if trainer.is_global_zero:
-        try:
-            for folder in filter(None, [directory, *folders]):
-                check_writable(folder, _LEAST_ROOM)
-            lock = lock_folder(directory)
-        except OSError as error:
-            problem = str(error)
-    problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise OSError(problem)
-    return lock
-
-
-def forget_older_metrics(trainer: Trainer) -> None:
-    """Remove the `metrics.json` that an older run left in this run's directory; to be called in `setup`, on every rank.
-
-    Callbacks add their numbers to that file one by one, so numbers of an older run would stay among them.
-    """
-    file = run_directory(trainer) / "metrics.json"
-    if trainer.is_global_zero:
-        file.unlink(missing_ok=True)
-
-
-def is_trained(checkpoint: dict[str, Any]) -> bool:
-    """Tell whether the model in a checkpoint has been trained, so that it is no longer the pre-trained one.
-
-    Tuners save and load a checkpoint of step 0, and leave its path in `trainer.ckpt_path`: that is no resumed fit.
-    """
-    return bool(checkpoint.get("global_step", 0) > 0)

@@ -1,13 +1,14 @@
 """FSDP2: a model larger than one device, in shards, under Lightning's ModelParallelStrategy."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -57,6 +58,26 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
 def in_wrapper(trainer: Trainer, module: LightningModule) -> bool:
     """Tell whether parameters are whole only in the forward of a wrapper of the module, as FSDP and DeepSpeed do."""
     return trainer.strategy.restore_checkpoint_after_setup and trainer.strategy.model is not module
+
+
+@contextmanager
+def whole_parameters(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Make the parameters of a module in a wrapper whole, and keep what is written into them.
+
+    Raises:
+        TypeError: If the strategy has no way to do so.
+    """
+    wrapper = trainer.strategy.model
+    if isinstance(wrapper, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapper):
+            yield
+    elif in_wrapper(trainer, module):
+        raise TypeError(
+            f"Under {type(trainer.strategy).__name__} a fitted head cannot be put into the model. Use ddp, "
+            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback and HeadRefitCallback out."
+        )
+    else:
+        yield
 
 
 def drop_gathered(module: nn.Module) -> None:

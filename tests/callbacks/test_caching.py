@@ -4,7 +4,6 @@ import json
 import os
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,15 +154,15 @@ class Watch(fl.LinearProbeCallback):
     """Counts the samples that the body looks at while the head is fitted."""
 
     def on_fit_start(self, trainer, pl_module):
-        self.looked = 0
-        features = pl_module.features
+        looked, features = [], pl_module.features
 
         def counted(batch):
-            self.looked += len(batch["index"])
+            looked.extend(batch["index"])
             return features(batch)
 
         pl_module.features = counted
         super().on_fit_start(trainer, pl_module)
+        self.looked = len(looked)
         del pl_module.features
 
 
@@ -200,14 +199,11 @@ class Killed(KeyboardInterrupt):
     pass
 
 
-DEATH = SimpleNamespace(after=None)
-
-
 class Interrupted(LinearRegression):
     """Dies in the middle of scoring."""
 
     def sample_losses(self, batch):
-        if not self.training and self.scored == DEATH.after:
+        if not self.training and str(self.scored) == os.environ.get("DIES_AFTER"):  # no part of the cache's key
             raise Killed
         return super().sample_losses(batch)
 
@@ -217,12 +213,12 @@ def test_interrupted_scoring_goes_on_without_a_second_look(dies_at, monkeypatch)
     monkeypatch.setattr(sweep_module, "_SECONDS_PER_BLOCK", 0.0)  # each batch is a block
     whole = fl.FlowWeightingCallback(cache=False)
     scored(Interrupted(), flow=whole)
-    monkeypatch.setattr(DEATH, "after", dies_at)
+    monkeypatch.setenv("DIES_AFTER", str(dies_at))
     broken = Interrupted()
     with pytest.raises(BaseException, match="") as info:
         scored(broken)
     assert isinstance(info.value, Killed | SystemExit) and broken.scored == dies_at
-    monkeypatch.setattr(DEATH, "after", None)
+    monkeypatch.delenv("DIES_AFTER")
     flow = fl.FlowWeightingCallback(cache="cache")
     assert scored(Interrupted(), flow=flow) == 23 - dies_at
     assert torch.equal(flow.weights.losses, whole.weights.losses)
@@ -231,10 +227,10 @@ def test_interrupted_scoring_goes_on_without_a_second_look(dies_at, monkeypatch)
 
 def test_two_processes_go_on_where_one_stopped(monkeypatch):
     monkeypatch.setattr(sweep_module, "_SECONDS_PER_BLOCK", 0.0)
-    monkeypatch.setattr(DEATH, "after", 12)
+    monkeypatch.setenv("DIES_AFTER", "12")
     with pytest.raises(BaseException, match=""):
         scored(Interrupted())
-    monkeypatch.setattr(DEATH, "after", None)
+    monkeypatch.delenv("DIES_AFTER")
     fit(Record(cache="cache"), module=Interrupted(), devices=2, strategy="ddp_fork")
     counts = [json.loads(Path(f"scored{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(counts) == 11

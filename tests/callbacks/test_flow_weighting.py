@@ -1,5 +1,6 @@
 """FlowWeightingCallback on a user's own module: what it computes, that it leaves no trace, resume, errors."""
 
+import os
 import random
 import warnings
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, random_split
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, random_split
 
 import flow_lightning as fl
+from flow_lightning.callbacks import sweep as sweep_module
 from flow_lightning.files import lock_folder
 from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
+from tests.modules.test_causal_language import language_data, language_module
 
 
 def expected_losses(dataset) -> np.ndarray:
@@ -506,3 +510,119 @@ def test_two_runs_do_not_write_into_one_directory():
 class Perfect(LinearRegression):
     def sample_losses(self, batch):
         return super().sample_losses(batch) * 0
+
+
+class Boom(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError("out of memory")
+
+
+def test_a_fit_that_failed_leaves_no_weights_in_the_module():
+    module = LinearRegression()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(fl.FlowWeightingCallback(), Boom(), module=module)
+    assert module.sample_weights is None
+
+
+class NanOnce(LinearRegression):
+    def sample_losses(self, batch):
+        losses = super().sample_losses(batch)
+        if os.environ.get("BROKEN") and not self.training:
+            losses = losses.where(batch.index != 7, torch.nan)
+        return losses
+
+
+def test_losses_that_are_no_numbers_are_not_kept(monkeypatch):
+    monkeypatch.setenv("BROKEN", "1")
+    monkeypatch.setattr(sweep_module, "_SECONDS_PER_BLOCK", 0.0)
+    with pytest.raises(ValueError, match="1 of 23 losses are NaN or infinite: samples 7"):
+        fit(fl.FlowWeightingCallback(cache="cache"), module=NanOnce())
+    monkeypatch.delenv("BROKEN")
+    module, flow = NanOnce(), fl.FlowWeightingCallback(cache="cache")
+    fit(flow, module=module)
+    assert module.scored == 23 - 4 and torch.isfinite(flow.weights.losses).all()  # the first batch was kept
+
+
+class ModuleHook(LinearRegression):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        raise AssertionError("Lightning asks the data module, which has this hook, too")
+
+
+class DataHook(RegressionData):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        (x, y), index = batch
+        return fl.IndexedSample([2 * x, y], index)
+
+
+def test_of_two_hooks_that_of_the_data_module_counts():
+    flow = fl.FlowWeightingCallback()
+    fit(flow, module=ModuleHook(), data=DataHook())
+    x, y = regression_data().tensors
+    np.testing.assert_allclose(
+        flow.weights.losses.numpy(), expected_losses(TensorDataset(2 * x, y)), rtol=1e-4, atol=1e-7
+    )
+
+
+class MadeLate(LinearRegression):
+    """Its parts are made in configure_model."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed=seed)
+        self.made = {"body": self.body, "head": self.head}
+        del self.body, self.head
+
+    def configure_model(self):
+        for name, part in self.made.items():
+            setattr(self, name, part)
+
+
+def test_the_reference_of_a_module_made_in_configure_model_is_known():
+    fit(fl.FlowWeightingCallback(), module=MadeLate())
+    flow = fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors")
+    fit(flow, module=MadeLate(), default_root_dir="second")
+    with pytest.raises(ValueError, match="the pre-trained model changed"):
+        fit(flow, module=MadeLate(seed=1), default_root_dir="third")
+
+
+def test_a_module_made_in_configure_model_resumes():
+    checkpoint = ModelCheckpoint("ckpt", filename="mid", every_n_train_steps=2)
+    first, again = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
+    fit(first, checkpoint, module=MadeLate(), max_steps=2, enable_checkpointing=True)
+    module, _ = fit(again, module=MadeLate(), max_steps=3, ckpt_path="ckpt/mid.ckpt")
+    assert module.scored == 0 and torch.equal(again.weights.weights, first.weights.weights)
+
+
+class Late(SingleDeviceStrategy):
+    """Restores checkpoints after on_fit_start, as FSDP and DeepSpeed do."""
+
+    restore_checkpoint_after_setup = True
+
+
+def fit_tokens(n, strategy="auto", ckpt_path=None, max_steps=1, **flow):
+    callback = fl.FlowWeightingCallback(per="token", **flow)
+    fit(
+        callback,
+        ModelCheckpoint("ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        module=language_module(learning_rate=1e-3, schedule="constant", warmup=0.0),
+        data=language_data(Path.cwd(), n, batch_size=4, tokens_per_batch=150),
+        max_steps=max_steps,
+        enable_checkpointing=True,
+        ckpt_path=ckpt_path,
+        strategy=strategy,
+    )
+    return callback.weights
+
+
+def test_late_restored_token_weights_are_checked_and_a_refused_run_overwrites_nothing():
+    first = fit_tokens(11, Late("cpu"))
+    with pytest.raises(ValueError, match="the training data set"):
+        fit_tokens(9, Late("cpu"), "ckpt/step=1.ckpt", max_steps=2)
+    again = fit_tokens(11, Late("cpu"), "ckpt/step=1.ckpt", max_steps=2)
+    assert again.digest() == first.digest()
+
+
+def test_token_weights_of_another_experiment_are_not_taken_for_those_of_a_checkpoint():
+    fit_tokens(11, temperature=1.0)
+    fit_tokens(11, temperature=8.0, weighting="threshold")  # in the same directory
+    with pytest.raises(FileNotFoundError, match="is not the one that this checkpoint was trained with"):
+        fit_tokens(11, ckpt_path="ckpt/step=1.ckpt", max_steps=2, temperature=1.0)

@@ -110,3 +110,12 @@ def test_too_few_classes_name_the_fix():
     module = fl.ImageClassificationModule("test_resnet.r160_in1k", 2, pretrained=False)
     with pytest.raises(ValueError, match=r"Set model\.num_classes"):
         make_trainer(fl.LinearProbeCallback()).fit(module, datamodule=PictureData())
+
+
+def test_a_full_disk_for_the_features_is_an_error_and_not_a_crash(monkeypatch):
+    def full(handle, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"take .* GiB, and .* cannot take them .*No space left.*TMPDIR"):
+        make_trainer(fl.LinearProbeCallback(memory_budget=0.0)).fit(tiny_module(), datamodule=PictureData())
