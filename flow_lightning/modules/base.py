@@ -100,6 +100,7 @@ class WeightedLossModule(LightningModule):
     def on_train_start(self) -> None:
         """Remember the run's seed, that of rank 0, and let a resumed run's loader know where it was."""
         self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        self.step_denominator.reset()
         # Lightning does this when it asks for the loader, but forgets it where configure_optimizers has asked before.
         fit_loop = self.trainer.fit_loop
         fit_loop._load_combined_loader_states()
@@ -131,7 +132,7 @@ class WeightedLossModule(LightningModule):
     def _over_the_step(self, loss: Tensor, size: Tensor | float) -> Tensor:
         if not (self.training and torch.is_grad_enabled() and self._trainer_spans_batches()):
             return loss
-        return self.step_denominator.loss(loss, size)
+        return self.step_denominator.loss(loss, size, self.trainer)
 
     def _trainer_spans_batches(self) -> bool:
         return self.is_attached and self.automatic_optimization and spans_batches(self.trainer)

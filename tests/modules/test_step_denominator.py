@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from lightning import LightningModule, seed_everything
+from lightning import Callback, LightningModule, seed_everything
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
+from flow_lightning.modules.step_denominator import StepDenominator
+from flow_lightning.objective import denominator
 from tests.examples import make_trainer
 
 SIZES = [3, 1, 4, 2, 5, 1]  # rows of the micro-batches: all of different size, and a last window that is short
@@ -133,3 +136,62 @@ def test_no_trainer_is_a_plain_loss():
     loss = module.weighted_loss(batch, module.sample_losses(batch))
     loss.backward()
     assert module.step_denominator.total is None
+
+
+class Own(Linear):
+    def on_before_optimizer_step(self, optimizer):
+        """Forgets its base class."""
+
+
+def test_a_gradient_that_is_never_divided_is_an_error():
+    module = Own("batch", sum(SIZES))
+    with pytest.raises(RuntimeError, match="must call super"):
+        loader = DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole)
+        make_trainer(accumulate_grad_batches=2).fit(module, loader)
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        raise KeyError("out of memory, say")
+
+
+def test_an_unfinished_step_does_not_spoil_the_next_fit():
+    module, loader = Linear("batch", sum(SIZES)), DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole)
+    with pytest.raises(KeyError):
+        make_trainer(Stop(), accumulate_grad_batches=4).fit(module, loader)
+    module.zero_grad()
+    make_trainer(accumulate_grad_batches=4).fit(module, loader)
+    torch.testing.assert_close(module.gradients, gradients("batch", [10, 6]), rtol=1e-5, atol=1e-7)
+
+
+SCALE = 2.0**16  # where torch's GradScaler starts
+
+
+def scaled_gradient(reduction, weight, dtype, parts):
+    """Add up the gradients of some micro-batches as 16-mixed training does, and divide once."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 8, generator=generator), torch.arange(64) % 3
+    layer = torch.nn.Linear(8, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(3, 8, generator=generator))
+        layer.bias.zero_()
+    half = dtype == torch.float16
+    if not half:
+        layer, x = layer.double(), x.double()
+    trainer, step = make_trainer(accumulate_grad_batches=parts), StepDenominator()
+    for rows in torch.arange(64).split(64 // parts):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            logits = layer(x[rows])
+        losses = cross_entropy(logits.float() if half else logits, y[rows], reduction="none")
+        weights = torch.full((len(rows),), weight, dtype=losses.dtype)
+        loss = step.loss(fl.weighted_loss(losses, weights, reduction), denominator(losses, weights, reduction), trainer)
+        (SCALE * loss / parts).backward()  # Lightning divides by the number of micro-batches
+    step.normalise([layer.weight.grad], trainer)
+    return layer.weight.grad.double() / SCALE
+
+
+@pytest.mark.parametrize(("reduction", "weight"), [("batch", 1.0), ("batch", 1e-6), ("weights", 1e-10)])
+@pytest.mark.parametrize("parts", [1, 4, 32])
+def test_half_precision_loses_no_more_than_in_one_batch(reduction, weight, parts):
+    found, exact = (scaled_gradient(reduction, weight, dtype, parts) for dtype in (torch.float16, torch.float64))
+    assert (found - exact).norm() < 0.01 * exact.norm()
