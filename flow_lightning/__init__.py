@@ -4,6 +4,7 @@ from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.head_refit import HeadRefitCallback
 from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback
 from flow_lightning.data.images import ImageDataModule
@@ -29,6 +30,7 @@ __all__ = [
     "InstructionDataModule",
     "LanguageRetentionCallback",
     "LinearProbeCallback",
+    "ResumableCheckpoint",
     "RetentionCallback",
     "SampleWeights",
     "SavePretrainedCallback",

@@ -6,62 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.compare import report_comparison
-from flow_lightning.files import AtomicCheckpointIO
+from flow_lightning.files import write_bytes
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.report import read_metrics
-
-_METHODS = ["configs/methods/standard.yaml", "configs/methods/flow.yaml"]
-
-
-class FlowTrainer(Trainer):
-    """A Trainer with the two further commands of the command line."""
-
-    #: Whether callbacks that `score` adds compute anew what is in the cache.
-    force = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.strategy._checkpoint_io is None:
-            self.strategy.checkpoint_io = AtomicCheckpointIO()
-
-    def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Compute the weights of the training set, report and draw them, without training."""
-        wanted = (LinearProbeCallback, FlowWeightingCallback, ProgressBar)
-        self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[has-type]
-        if not any(isinstance(callback, FlowWeightingCallback) for callback in self.callbacks):
-            self.callbacks.append(FlowWeightingCallback(force=self.force))
-        self.num_sanity_val_steps = 0
-        self.fit_loop.max_epochs = 0
-        self.fit(model, datamodule=datamodule)
-
-    def compare(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        methods: list[str] = _METHODS,
-        seeds: list[int] | None = None,
-        output: str = "runs/compare",
-    ) -> None:
-        """Fit one configuration under several method files, one after the other: a table and a picture side by side.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            methods: Method files, each put on top of the configuration.
-            seeds: Seeds, each fitted under every method; by default the configuration's own.
-            output: Folder for the runs, `comparison.json` and `comparison.png`.
-        """
-        raise NotImplementedError(
-            "compare fits several models: call it from the command line, `python main.py compare`."
-        )
+from flow_lightning.trainer import FlowTrainer
 
 
 class FlowCLI(LightningCLI):
@@ -88,6 +44,12 @@ class FlowCLI(LightningCLI):
         )
         parser.add_lightning_class_args(RetentionCallback, "retention")
 
+    def before_instantiate_classes(self) -> None:
+        """Let `validate` validate, where a configuration leaves that out of the fit."""
+        trainer = self.config[self.subcommand].trainer if self.subcommand == "validate" else None
+        if trainer is not None and trainer.limit_val_batches == 0:
+            trainer.limit_val_batches = 1.0
+
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; `compare` builds them once for each run instead."""
         if self.subcommand != "compare":
@@ -111,10 +73,9 @@ class FlowCLI(LightningCLI):
         """Run `fit` for each method and seed, then report."""
         folder = Path(output)
         base = folder / "base.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
         config = yaml.safe_load(self.parser.dump(self.config))["compare"]
         shared = {key: value for key, value in config.items() if key not in ("config", "methods", "seeds", "output")}
-        base.write_text(yaml.safe_dump(shared, sort_keys=False))
+        write_bytes(base, yaml.safe_dump(shared, sort_keys=False).encode())
         runs: dict[str, list[dict[str, Any]]] = {Path(method).stem: [] for method in methods}
         diverged: list[str] = []
         for seed in seeds or (None,):
@@ -130,7 +91,8 @@ class FlowCLI(LightningCLI):
                     continue
                 metrics = Path(cli.trainer.log_dir or where) / "metrics.json"
                 runs[name].append(read_metrics(metrics) if metrics.exists() else {})  # a run need not measure anything
-        report_comparison(runs, folder)
+        if getattr(rank_zero_only, "rank", 0) == 0:  # under ddp every process goes through all runs
+            report_comparison(runs, folder)
         if diverged:
             raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
 

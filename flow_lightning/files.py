@@ -39,6 +39,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         file.write(content)
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give a folder its name, in the place of an older one.
+
+    Killed in between, it leaves the older one beside it: `last-before.ckpt`, which Lightning takes for `last`, too.
+    """
+    before = path.with_name(f"{path.stem}-before{path.suffix}")
+    if path.exists():
+        remove(before)
+        path.rename(before)
+    new.rename(path)
+    remove(before)
+
+
 @contextmanager
 def _replacing(path: Path, handle: int, temporary: str | Path) -> Iterator[BinaryIO]:
     try:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flow_lightning.tensor_files import load_tensors, save_tensors
 
-_FORMAT = "flow_lightning.ScoreStore/2"
+#: A part of the keys, so that files of an older format are left alone.
+FORMAT = "flow_lightning.ScoreStore/2"
 _WHOLE = "whole.safetensors"
 
 
@@ -98,7 +99,7 @@ class ScoreStore:
         if not self._usable:
             return
         try:
-            save_tensors(path, _FORMAT, tensors, {"key": self.key})
+            save_tensors(path, FORMAT, tensors, {"key": self.key})
         except OSError as error:
             message = f"The cache cannot be written to: {path.absolute()} ({error}). Make room, or pass cache=False."
             if not self.optional:
@@ -108,7 +109,7 @@ class ScoreStore:
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         try:
-            tensors, metadata = load_tensors(path, _FORMAT)
+            tensors, metadata = load_tensors(path, FORMAT)
             if metadata != {"key": self.key}:
                 raise ValueError(f"it says {metadata}, not the key {self.key!r}")
         except ValueError as error:

@@ -57,7 +57,7 @@ class RegressionData(LightningDataModule):
         return DataLoader(self.dataset, **self.loader)
 
 
-def make_trainer(*callbacks: Any, **settings: Any) -> Trainer:
+def make_trainer(*callbacks: Any, make: type[Trainer] = Trainer, **settings: Any) -> Trainer:
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
@@ -69,7 +69,7 @@ def make_trainer(*callbacks: Any, **settings: Any) -> Trainer:
         "default_root_dir": "run",
         "log_every_n_steps": 1,
     }
-    return Trainer(callbacks=list(callbacks), **(defaults | settings))
+    return make(callbacks=list(callbacks), **(defaults | settings))
 
 
 def fit(

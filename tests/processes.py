@@ -26,4 +26,5 @@ def _in_environment(rank: int, world: int, port: int, function: Callable[..., An
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     address["OMP_NUM_THREADS"] = "1"  # as torchrun sets it; more threads than before the fork would wait for ever
     os.environ.update({name: str(value) for name, value in (ranks | address).items()})
+    torch.set_num_threads(1)  # makes torch's pool anew after the fork, before several threads want to at once
     function(*args)

@@ -1,5 +1,6 @@
 """Whatever kills a run and wherever: the rerun ends as the unbroken one, to the last bit."""
 
+import math
 import os
 import random
 import signal
@@ -16,10 +17,13 @@ from lightning import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import flow_lightning as fl
 from flow_lightning import files
 from flow_lightning.callbacks import sweep as sweep_module
+from flow_lightning.report import read_metrics
+from flow_lightning.trainer import FlowTrainer
 from tests.examples import make_trainer
 from tests.images import tiny_module
 from tests.modules.test_causal_language import language_data, language_module
@@ -65,19 +69,20 @@ class Stop(Callback):
             raise SystemExit
 
 
-def run(make, after=None, every=1, ckpt_path=None, **settings):
+def run(make, after=None, ckpt_path=None, checkpoint=None, **settings):
     """Fit two epochs, or the first batches of them, and return weights and parameters."""
     seed_everything(3, verbose=False)
     module, data, callbacks = make()
-    checkpoint = ModelCheckpoint("ckpt", save_last=True, every_n_train_steps=every, save_top_k=1)
+    checkpoint = checkpoint or ModelCheckpoint("ckpt", save_last=True, every_n_train_steps=1, save_top_k=1)
     extra = [] if after is None else [Stop(after)]
     settings = {"max_epochs": 2, "enable_checkpointing": True, "deterministic": True} | settings
-    trainer = make_trainer(*callbacks, checkpoint, *extra, plugins=[fl.AtomicCheckpointIO()], **settings)
+    trainer = make_trainer(*callbacks, checkpoint, *extra, make=FlowTrainer, **settings)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     except SystemExit:
         return None
-    return callbacks[-1].weights.weights, {name: p.detach().clone() for name, p in module.state_dict().items()}
+    flow = next(callback for callback in callbacks if isinstance(callback, fl.FlowWeightingCallback))
+    return flow.weights.weights, {name: p.detach().clone() for name, p in module.state_dict().items()}
 
 
 def assert_equal(found, expected):
@@ -113,6 +118,158 @@ def test_gradient_accumulation_is_resumed(tmp_path):
     Path("ckpt/last.ckpt").unlink()
     assert run(vision, 2, accumulate_grad_batches=2) is None
     assert_equal(run(vision, ckpt_path="ckpt/last.ckpt", accumulate_grad_batches=2), expected)
+
+
+class Plateau(fl.ImageClassificationModule):
+    """A rate that falls after each epoch in which the loss has not become ten times smaller."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        scheduler = ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+def plateau():
+    _, data, callbacks = vision()
+    torch.manual_seed(0)
+    return Plateau("test_resnet.r160_in1k", 3, pretrained=False), data, callbacks
+
+
+class EpochEnds(Callback):
+    """Counts, in its checkpoints, what a run does at the end of its epochs."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append(f"validated {trainer.global_step}")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append(f"ended {trainer.current_epoch}")
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict):
+        self.seen = state_dict["seen"]
+
+
+def with_epoch_ends():
+    module, data, callbacks = vision()
+    return module, data, [*callbacks, EpochEnds()]
+
+
+STEPS = {"every_n_train_steps": 1}
+EPOCHS = {"every_n_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "when", "settings"),
+    [
+        (vision, ModelCheckpoint, STEPS, {"limit_train_batches": 4}),
+        (vision, ModelCheckpoint, EPOCHS, {"max_epochs": 3}),
+        (vision, ModelCheckpoint, EPOCHS, {"max_steps": 15, "max_epochs": -1}),
+        (vision, ModelCheckpoint, STEPS, {"max_steps": 9, "max_epochs": -1}),
+        (vision, ModelCheckpoint, STEPS, {"val_check_interval": 2}),
+        (vision, fl.ResumableCheckpoint, {"every_n_train_steps": 3}, {"limit_train_batches": 4}),
+        (plateau, ModelCheckpoint, {"every_n_train_steps": 5}, {"max_epochs": 3}),  # 5, 10 and 15 of 18
+        (with_epoch_ends, fl.ResumableCheckpoint, STEPS, {"num_sanity_val_steps": 0}),
+    ],
+)
+def test_a_run_resumes_from_each_of_its_checkpoints(make, kind, when, settings):
+    """Whenever they were written, and however long the run is to be."""
+    pictures(Path("pictures"))
+    checkpoints = kind("all", filename="{step}", save_top_k=-1, **when)
+    made = [make()]
+    expected = run(lambda: made[0], checkpoint=checkpoints, **settings)
+    paths = sorted(Path("all").glob("*.ckpt"))
+    assert len(paths) >= 3
+    for path in paths:
+        made.append(make())
+        again = kind("again", filename="{step}", save_top_k=-1, **when)
+        assert_equal(run(lambda: made[-1], ckpt_path=str(path), checkpoint=again, **settings), expected)
+        seen = [callback.seen for _, _, callbacks in (made[0], made[-1]) for callback in callbacks[2:]]
+        assert not seen or (seen[0] == seen[1] and len(seen[0]) == 4)
+
+
+def test_a_run_goes_on_for_more_epochs_than_it_was_to_have():
+    pictures(Path("pictures"))
+    run(vision, max_epochs=1)
+    rates = LearningRates()
+    module, data, callbacks = vision()
+    run(lambda: (module, data, [*callbacks, rates]), ckpt_path="ckpt/last.ckpt", max_epochs=3)
+    cosine = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 18)) for step in range(7, 18)]
+    assert rates.found[1:] == pytest.approx(cosine)
+
+
+class LearningRates(Callback):
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Die(Callback):
+    def on_train_end(self, trainer, pl_module):
+        raise SystemExit
+
+
+def ending(*others):
+    module, data, callbacks = vision()
+    return module, data, [*callbacks, *others, fl.HeadRefitCallback(), fl.RetentionCallback()]
+
+
+@pytest.mark.parametrize(
+    "when", [{"every_n_epochs": 1, "save_last": True}, {"every_n_train_steps": 3, "save_last": True}]
+)
+def test_a_run_killed_after_its_last_step_does_the_work_of_its_end(when):
+    """The head refit and the report; a rerun of a finished run does them again."""
+    pictures(Path("pictures"))
+    run(ending, checkpoint=fl.ResumableCheckpoint("whole", **when), default_root_dir="whole")
+    assert run(lambda: ending(Die()), checkpoint=fl.ResumableCheckpoint("ckpt", **when)) is None
+    assert not Path("run/checkpoints/refitted.ckpt").exists()
+    for _ in range(2):
+        run(ending, ckpt_path="last", checkpoint=fl.ResumableCheckpoint("ckpt", **when))
+        expected, found = (read_metrics(f"{name}/metrics.json") for name in ("whole", "run"))
+        assert {key for key in expected if not key.startswith("time/")} <= found.keys()
+        assert found["target/top1"] == expected["target/top1"]
+        refitted = [
+            torch.load(f"{name}/checkpoints/refitted.ckpt", weights_only=False)["state_dict"]
+            for name in ("whole", "run")
+        ]
+        assert all(torch.equal(value, refitted[1][name]) for name, value in refitted[0].items())
+        Path("run/checkpoints/refitted.ckpt").unlink()
+
+
+class Poisoned(fl.ImageClassificationModule):
+    """A loss, or the parameters after a step, that is no number."""
+
+    def __init__(self, what, where):
+        super().__init__("test_resnet.r160_in1k", 3, pretrained=False)
+        self.what, self.where = what, where
+
+    def sample_losses(self, batch):
+        losses = super().sample_losses(batch)
+        here = self.training and self.trainer.global_step == self.where
+        return losses * torch.nan if here and self.what == "loss" else losses
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        if self.what == "parameter" and self.trainer.global_step == self.where:
+            with torch.no_grad():
+                self.head.bias[0] = torch.inf
+
+
+@pytest.mark.parametrize("what", ["loss", "parameter"])
+@pytest.mark.parametrize("where", [2, 5, 8])
+def test_a_model_that_has_diverged_does_not_take_the_place_of_a_sound_checkpoint(what, where):
+    pictures(Path("pictures"))
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        run(lambda: (Poisoned(what, where), *vision()[1:]))
+    found = torch.load("ckpt/last.ckpt", weights_only=False)
+    assert found["global_step"] == where
+    assert all(torch.isfinite(value).all() for value in found["state_dict"].values())
 
 
 def in_two_processes(make, after, ckpt_path) -> None:

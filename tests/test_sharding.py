@@ -1,20 +1,27 @@
 """FSDP2 on two processes: a model in shards has the weights and the steps of a whole one."""
 
+import os
+import shutil
+import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from lightning import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, model_parallel
 from torch.distributed.fsdp import _init_utils, fully_shard, fully_sharded_data_parallel
 from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
+from flow_lightning.data.resuming import ResumableDataLoader, ResumableSampler
 from flow_lightning.losses import cross_entropy
 from flow_lightning.modules.sharding import data_rank, whole_parameters
-from tests.examples import LinearRegression, RegressionData, fit, regression_data
+from flow_lightning.trainer import FlowTrainer
+from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
 from tests.images import PictureData, tiny_module
 from tests.modules.test_causal_language import language_data, language_module
 from tests.processes import launch
@@ -179,6 +186,65 @@ def test_a_model_in_shards_resumes_with_the_weights_of_its_checkpoint():
     assert torch.equal(found["weights"], unbroken["weights"])
     for name, value in unbroken["parameters"].items():
         torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
+
+
+STEPS = {"every_n_train_steps": 1, "save_last": True, "save_top_k": 0}
+
+
+def interrupted(ckpt_path, dies_at=None):
+    """Each process fits a model in shards, and dies while it writes its second checkpoint."""
+    calls = Counter()
+
+    def dying(function, name):
+        def wrapped(*args, **kwargs):
+            calls[name] += 1
+            if dies_at == (name, calls[name]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    model_parallel._distributed_checkpoint_save = dying(model_parallel._distributed_checkpoint_save, "shards")
+    torch.save = dying(torch.save, "meta")
+    Path.rename = dying(Path.rename, "rename")
+    shutil.rmtree = dying(shutil.rmtree, "rmtree")
+    flow, checkpoint = Record(), fl.ResumableCheckpoint("ckpt", **STEPS)
+    trainer = make_trainer(
+        *(flow, checkpoint),
+        make=FlowTrainer,
+        strategy=ModelParallelStrategy(2, 1),
+        devices=2,
+        max_steps=5,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+    )
+    seed_everything(7, verbose=False)
+    trainer.fit(Regression(), datamodule=Resumable(regression_data(40)), ckpt_path=ckpt_path)
+
+
+class Resumable(RegressionData):
+    def train_dataloader(self):
+        rank, world = data_rank(self.trainer)
+        return ResumableDataLoader(self.dataset, batch_size=4, sampler=ResumableSampler(self.dataset, world, rank))
+
+
+#: The first checkpoint is written with 1 rename, the second with 2: the old one away, the new one to its place.
+DEATHS = [("meta", 1), ("shards", 2), ("meta", 2), ("rename", 3)]
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_checkpoint_of_shards_is_the_old_or_the_new_one(death):
+    launch(interrupted, None)
+    expected = torch.load("found0.pt", weights_only=True)
+    shutil.rmtree("ckpt")
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        launch(interrupted, None, death)
+    launch(interrupted, "last")
+    found = torch.load("found0.pt", weights_only=True)
+    assert torch.equal(found["weights"], expected["weights"])
+    for name, value in expected["parameters"].items():
+        torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
+    assert [path.name for path in Path("ckpt").iterdir() if path.name != ".flow_lightning.lock"] == ["last.ckpt"]
 
 
 class CpuFSDP(FSDPStrategy):

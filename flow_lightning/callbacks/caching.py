@@ -19,7 +19,7 @@ from flow_lightning.files import check_writable
 from flow_lightning.fingerprint import dataset_fingerprint, is_random, sample_fingerprint
 from flow_lightning.identity import UnidentifiableError, identity, model_identity
 from flow_lightning.modules.sharding import in_wrapper
-from flow_lightning.score_store import ScoreStore, default_cache
+from flow_lightning.score_store import FORMAT, ScoreStore, default_cache
 from flow_lightning.scoring import FixedBatches, evaluation, loader_like, scoring_batches
 
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -104,6 +104,7 @@ def _key_or_reason(
         return "", None
     try:
         key = identity(
+            FORMAT,
             purpose,
             loader.dataset,
             dataset_fingerprint(loader.dataset),  # what a file holds may change behind all that has been looked into

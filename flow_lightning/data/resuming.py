@@ -24,6 +24,7 @@ class ResumableSampler(DistributedSampler[int]):
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.start = 0  # samples of this process to leave out once, as they had their turn before
+        self.start_epoch: int | None = None  # in this epoch only, if it is known
 
     def order(self) -> Tensor:
         """Return the positions of all samples, in the order of this epoch, before processes share them: `[n]`."""
@@ -34,8 +35,8 @@ class ResumableSampler(DistributedSampler[int]):
         return torch.Generator().manual_seed(self.seed + self.epoch)
 
     def __iter__(self) -> Iterator[int]:
-        order, start = self.order(), self.start
-        self.start = 0
+        order, start = self.order(), self.start if self.start_epoch in (None, self.epoch) else 0
+        self.start, self.start_epoch = 0, None
         # Repeated samples come last, so that the steps before are those of one process with the joined batch.
         mine = torch.arange(self.rank, self.total_size, self.num_replicas)[start:] % len(order)
         return iter(order[mine].tolist())
@@ -59,21 +60,22 @@ class ResumableDataLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many batches of the epoch have been served."""
-        return {"batches": self._served % len(self)}
+        """Return how many batches of which epoch have been served."""
+        epoch = self.sampler.epoch if isinstance(self.sampler, ResumableSampler) else 0
+        return {"batches": self._served % len(self), "epoch": epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Start the next epoch after the batches that were served."""
-        self._start = state_dict["batches"] * (self.batch_size or 1)
+        """Start that epoch after the batches that were served; the next one, if it was over, at its beginning."""
+        if isinstance(self.sampler, ResumableSampler):
+            self.sampler.start = state_dict["batches"] * (self.batch_size or 1)
+            self.sampler.start_epoch = state_dict.get("epoch")
 
     @property
     def _start(self) -> int:
-        return self.sampler.start if isinstance(self.sampler, ResumableSampler) else 0
-
-    @_start.setter
-    def _start(self, samples: int) -> None:
-        if isinstance(self.sampler, ResumableSampler):
-            self.sampler.start = samples
+        sampler = self.sampler
+        if not isinstance(sampler, ResumableSampler) or sampler.start_epoch not in (None, sampler.epoch):
+            return 0
+        return sampler.start
 
 
 class EpochSeed:

@@ -101,28 +101,42 @@ class WeightedLossModule(LightningModule):
         """Remember the run's seed, that of rank 0, and let a resumed run's loader know where it was."""
         self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         self.step_denominator.reset()
-        # Lightning does this when it asks for the loader, but forgets it where configure_optimizers has asked before.
         fit_loop = self.trainer.fit_loop
+        # Lightning does this when it asks for the loader, but forgets it where configure_optimizers has asked before.
         fit_loop._load_combined_loader_states()
-        # A checkpoint of an epoch's last batch: Lightning counts that epoch as finished, but does not count the next as
-        # begun, so that a second resumed run, in the middle of that one, would start it anew.
-        epoch: Any = fit_loop.epoch_progress.current
-        if fit_loop.restarted_mid_epoch and epoch.processed == epoch.started:
+        epoch: Any = fit_loop.epoch_progress
+        if fit_loop.restarted_mid_epoch and epoch.current.processed == epoch.current.started:
+            # A checkpoint of an epoch's last batch: Lightning counts that epoch as finished, but does not count the
+            # next as begun, so that a second resumed run, in the middle of that one, would start it anew.
             fit_loop.reset_restart_stage()
+        if fit_loop.restarted_on_epoch_end:
+            # Lightning would run an epoch without batches, and count it.
+            epoch.current.completed, epoch.total.completed = epoch.current.processed, epoch.total.processed
+            fit_loop.reset_restart_stage()
+            self._end_of_restart()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of seed, epoch, batch and rank: a resumed run draws what an unbroken one does."""
         if self._seed is not None:
             torch.manual_seed(hash((self._seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        self._end_of_restart()  # else schedulers that watch a metric would miss that of this epoch
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Give the gradient the denominator of the whole step."""
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         self.step_denominator.normalise((p.grad for p in parameters if p.grad is not None), self.trainer)
 
+    def _end_of_restart(self) -> None:
+        fit_loop = self.trainer.fit_loop
+        fit_loop._restarting = fit_loop.epoch_loop.restarting = False  # the loop's own setter may say True instead
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to put a model that has diverged in the place of a sound one."""
+        self.finite_losses.check_everywhere(self.trainer, self.parameters())
+
     def on_train_epoch_end(self) -> None:
-        """Check the last losses before a checkpoint of the epoch is written."""
-        self.finite_losses.check()
+        """Check the last losses of the epoch."""
+        self.finite_losses.check_everywhere(self.trainer)
 
     def _note(self, batch: Any, losses: Tensor) -> None:
         index = find_index(batch)  # plain training needs none

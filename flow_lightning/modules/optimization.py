@@ -36,21 +36,18 @@ def configure_optimizers(
     if schedule == "constant" and warmup == 0:
         return built
     total = int(module.trainer.estimated_stepping_batches)
-    factor = LambdaLR(built, _Factor(schedule, round(warmup * total), total))
+    # A function, not an object: LambdaLR puts objects into checkpoints, and a run that goes on for more epochs than it
+    # was to have would find its old, finished schedule there.
+    factor = LambdaLR(built, lambda step: _factor(schedule, round(warmup * total), total, step))
     scheduler: Any = {"scheduler": factor, "interval": "step"}
     return {"optimizer": built, "lr_scheduler": scheduler}
 
 
-class _Factor:
-    """The learning rate at a step, as a part of the peak."""
-
-    def __init__(self, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
-        self.schedule, self.warmup_steps, self.total_steps = schedule, warmup_steps, total_steps
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+def _factor(schedule: Schedule, warmup_steps: int, total_steps: int, step: int) -> float:
+    """Return the learning rate at a step, as a part of the peak."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
