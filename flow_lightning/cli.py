@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.predictions import PredictionsCallback
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.compare import report_comparison
 from flow_lightning.files import write_bytes
@@ -55,6 +56,8 @@ class FlowCLI(LightningCLI):
         if self.subcommand != "compare":
             super().instantiate_classes()
             self._pass_on_force()
+            if self.subcommand == "predict":
+                self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
             return
         self.config_init = self.config
         self.trainer = self.trainer_class  # type: ignore[assignment]  # read for its methods, never run

@@ -1,5 +1,6 @@
 """The real command line, in-process, on every shipped configuration: no network, tiny overrides."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -173,10 +174,22 @@ def test_force_reaches_the_callbacks():
         assert found == [force, force]
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_the_other_commands(command):
-    cli = main([command, *QUICK, "--trainer.limit_test_batches=1", "--trainer.limit_predict_batches=1"])
-    assert cli.trainer.global_step == 0
+@pytest.mark.parametrize(("command", "metric"), [("validate", "val/top1"), ("test", "test/top1")])
+def test_validate_and_test_measure(command, metric):
+    """Though the quickstart leaves validation out of its fits."""
+    options = [option for option in QUICK if "limit_val" not in option]
+    cli = main([command, *options, "--trainer.limit_test_batches=1"])
+    assert cli.trainer.global_step == 0 and 0 <= cli.trainer.callback_metrics[metric] <= 1
+
+
+@pytest.mark.parametrize("processes", [[], ["--trainer.strategy=ddp_fork", "--trainer.devices=2"]])
+def test_predict_writes_a_table(processes):
+    main(["predict", *QUICK, "--trainer.logger=false", "--trainer.default_root_dir=run", *processes])
+    with open("run/predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["index"]) for row in rows] == list(range(599))
+    assert {row["name"] for row in rows} <= set("0123456789")
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("arguments", [[], ["fit"], ["score"], ["compare"]], ids=" ".join)

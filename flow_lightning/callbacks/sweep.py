@@ -136,7 +136,7 @@ def _blocks(
                     bar.update()
             seconds = time.perf_counter() - started
             end = min(done + size * world, len(batches))
-            block, size = _joined(trainer, scored, max(1, round(size * _SECONDS_PER_BLOCK / seconds)))
+            block, size = joined(trainer, scored, max(1, round(size * _SECONDS_PER_BLOCK / seconds)))
             if store is not None and all(torch.isfinite(value).all() for value in block):
                 on_rank_zero(trainer, partial(store.add, done, end, block))
             done = end
@@ -156,7 +156,7 @@ def _found(
         yield part
 
 
-def _joined(trainer: Trainer, scored: list[tuple[Tensor, ...]], size: int) -> tuple[tuple[Tensor, ...], int]:
+def joined(trainer: Trainer, scored: list[tuple[Tensor, ...]], size: int) -> tuple[tuple[Tensor, ...], int]:
     """Concatenate the values of batches, over all ranks in the order of ranks; and take the size that rank 0 wants."""
     processes_per_share = trainer.world_size // data_rank(trainer)[1]
     mine = () if trainer.global_rank % processes_per_share else tuple(map(torch.cat, zip(*scored)))

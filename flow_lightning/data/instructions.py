@@ -494,6 +494,17 @@ class InstructionDataModule(LightningDataModule):
         """Return the test samples, or no loader if there is no test set."""
         return [] if self.test is None else self.test_dataloader()
 
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Refuse: a language model that is to write is loaded from the run's `model/` with transformers.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "`predict` is for classifiers. To let a fine-tuned language model write, load the folder model/ of its run "
+            "with transformers: pipeline('text-generation', model='.../model')."
+        )
+
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test samples, the longest first.
 

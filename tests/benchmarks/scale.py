@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("FLOW_LIGHTNING_CACHE", "")
 
 import flow_lightning as fl  # noqa: E402
-from flow_lightning.callbacks.sweep import _joined  # noqa: E402
+from flow_lightning.callbacks.sweep import joined  # noqa: E402
 from flow_lightning.data.resuming import ResumableSampler  # noqa: E402
 from tests.examples import make_trainer  # noqa: E402
 from tests.processes import launch  # noqa: E402
@@ -52,13 +52,13 @@ class Gather(Callback):
     def on_fit_start(self, trainer, pl_module: LightningModule) -> None:
         rank, world = trainer.global_rank, trainer.world_size
         mine = torch.rand(self.count // world, generator=torch.Generator().manual_seed(rank))
-        _joined(trainer, [(torch.zeros(1, dtype=torch.long), torch.zeros(1))], 1)  # connect
+        joined(trainer, [(torch.zeros(1, dtype=torch.long), torch.zeros(1))], 1)  # connect
         Path("/proc/self/clear_refs").write_text("5")
         before, started = memory("VmRSS"), time.perf_counter()
         losses = torch.zeros(self.count)
         for start in range(0, len(mine), self.block):
             index = torch.arange(start, min(start + self.block, len(mine))) * world + rank
-            (index, values), _ = _joined(trainer, [(index, mine[start : start + self.block])], 1)
+            (index, values), _ = joined(trainer, [(index, mine[start : start + self.block])], 1)
             losses[index] = values
         gathered = time.perf_counter() - started
         weights = fl.SampleWeights.from_losses(losses)

@@ -450,3 +450,8 @@ def test_the_padding_is_the_tokenizers_or_else_the_end(pad_token, tmp_path):
     data = data_module(tmp_path, tokenizer=tokenizer)
     data.setup()
     assert data.train_dataloader().collate_fn.keywords == {"pad_id": expected}
+
+
+def test_predict_names_what_lets_a_language_model_write(tmp_path):
+    with pytest.raises(NotImplementedError, match="text-generation"):
+        data_module(tmp_path, 4).predict_dataloader()
