@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,16 +23,14 @@ from flow_lightning.callbacks.run_directory import (
     run_directory,
 )
 from flow_lightning.callbacks.sweep import ragged_sweep, scoring_dataloader, sweep
+from flow_lightning.callbacks.weights_on_disk import WEIGHTS_FILE, verified, weights_beside, write_weights
 from flow_lightning.fingerprint import dataset_fingerprint, is_random, model_fingerprint
 from flow_lightning.indexing import check_map_style
-from flow_lightning.pictures import plot_weights
-from flow_lightning.report import write_metrics
 from flow_lightning.score_store import ScoreStore
 from flow_lightning.scoring import evaluation
 from flow_lightning.token_weighting import TokenWeights
 from flow_lightning.weighting import SampleWeights, check_losses, weighting_rule
 
-_FILE = "flow_weights.safetensors"
 #: Where a checkpoint of a FLOW run says which reference its weights came from.
 _REFERENCE = "flow_reference"
 
@@ -223,7 +220,7 @@ class FlowWeightingCallback(Callback):
     def _of_file(self, trainer: Trainer, expected: dict[str, str]) -> SampleWeights | TokenWeights:
         path = Path(str(self.weights_file))
         load = TokenWeights.load if self.per == "token" else SampleWeights.load
-        return _verified(from_rank_zero(trainer, lambda: load(path)), expected, f"The file {path}")
+        return verified(from_rank_zero(trainer, lambda: load(path)), expected, f"The file {path}")
 
     def _score(
         self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], fingerprint: dict[str, str]
@@ -249,7 +246,7 @@ class FlowWeightingCallback(Callback):
             del expected["reference"]  # made in configure_model, or by load_from_checkpoint: no pre-trained one is here
         written, given = self._state.written, self.weights_file
         if weights is None and written is not None:
-            weights = from_rank_zero(trainer, lambda: _beside(trainer, written, given))
+            weights = from_rank_zero(trainer, lambda: weights_beside(trainer, written, given))
         if weights is None and given is not None:
             weights = self._of_file(trainer, expected)
         if weights is None:
@@ -258,7 +255,7 @@ class FlowWeightingCallback(Callback):
                 "from it. Resume a run that had FlowWeightingCallback, or pass "
                 "FlowWeightingCallback(weights_file=...)."
             )
-        self._take(module, _verified(weights, expected, where))
+        self._take(module, verified(weights, expected, where))
         self._settle(trainer)
 
     def _take(self, module: LightningModule, weights: SampleWeights | TokenWeights) -> None:
@@ -271,27 +268,10 @@ class FlowWeightingCallback(Callback):
         state, directory = self._state, run_directory(trainer)
         state.settled = True
         weights: Any = state.weights
-        summary: dict[str, float] = weights.summary()
-        unit = "samples" if isinstance(weights, SampleWeights) else "sequences, weighted by token"
-        rank_zero_info(
-            f"FLOW: {len(weights)} {unit}, temperature {weights.temperature:.4g}, "
-            f"mean weight {summary['flow/mean_weight']:.3f}, "
-            f"effective sample size {summary['flow/effective_sample_size']:.0f} "
-            f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
-        )
         if isinstance(weights, TokenWeights):
-            state.written = {"file": str((directory / _FILE).absolute()), "digest": weights.digest()}
-
-        def write() -> None:
-            weights.save(directory / _FILE)
-            write_metrics(
-                directory / "metrics.json", summary | ({} if state.resumed else {"time/scoring_s": state.seconds})
-            )
-            if not state.resumed:  # the picture would be the same
-                plot_weights(*_some(weights), weights.temperature, directory / "flow_weights.png")
-                _log(trainer, weights, summary, directory / "flow_weights.png")
-
-        on_rank_zero(trainer, write)
+            state.written = {"file": str((directory / WEIGHTS_FILE).absolute()), "digest": weights.digest()}
+        seconds = None if state.resumed else state.seconds
+        on_rank_zero(trainer, lambda: write_weights(trainer, weights, directory, seconds))
 
 
 def _reference(trainer: Trainer, module: LightningModule) -> str:
@@ -334,29 +314,6 @@ def _frozen_reference(module: Any) -> AbstractContextManager[None]:
     """Let the pre-trained model speak where the module has parts, such as adapters, that are not in it."""
     reference = getattr(module, "frozen_reference", None)
     return reference() if callable(reference) else nullcontext()
-
-
-def _beside(trainer: Trainer, written: dict[str, Any], weights_file: str | Path | None) -> TokenWeights:
-    """Find the token weights that a checkpoint belongs to: given, where they were written, or beside the checkpoint."""
-    checkpoint = Path(str(trainer.ckpt_path)).absolute()
-    places = [weights_file, written["file"], checkpoint.parent / _FILE, checkpoint.parent.parent / _FILE]
-    found = [Path(place) for place in places if place is not None and Path(place).is_file()]
-    for path in found:
-        weights = TokenWeights.load(path)
-        if weights.digest() == written["digest"]:
-            return weights
-    looked = ", ".join(str(place) for place in dict.fromkeys(map(str, filter(None, places))))
-    what = "is not the one that this checkpoint was trained with" if found else "is missing"
-    raise FileNotFoundError(
-        f"The token weights of the checkpoint {checkpoint} are in a file beside it, and that file {what}. Looked at: "
-        f"{looked}. Put {_FILE} of that run there, or pass FlowWeightingCallback(weights_file=...)."
-    )
-
-
-def _some(weights: SampleWeights | TokenWeights, most: int = 1_000_000) -> tuple[Tensor, Tensor]:
-    """Return losses and weights for a picture, evenly spaced ones if there are very many."""
-    step = -(-weights.losses.numel() // most)
-    return weights.losses[::step].float(), weights.weights[::step]
 
 
 def _new_parts(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
@@ -403,34 +360,3 @@ def _check_length(trainer: Trainer, scored: int) -> None:
             "loader must hold the same samples in the same order. Split and wrap the data set once, in setup(), not in "
             "each *_dataloader()."
         )
-
-
-def _verified(
-    weights: SampleWeights | TokenWeights, expected: dict[str, str], where: str
-) -> SampleWeights | TokenWeights:
-    what = {
-        "dataset": "the training data set (its samples, targets or transforms)",
-        "reference": "the pre-trained model",
-    }
-    changed = [what[key] for key, value in expected.items() if weights.fingerprint.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"{where} holds weights that do not belong to this run: {' and '.join(changed)} changed since they were "
-            "computed. Restore what they were computed from (a module with random parts needs the same seed), or start "
-            "a new run without it."
-        )
-    weights.verify()
-    return weights
-
-
-def _log(trainer: Trainer, weights: SampleWeights | TokenWeights, summary: dict[str, float], picture: Path) -> None:
-    """Log the numbers to every logger, and the distribution to those that draw."""
-    for logger in trainer.loggers:
-        logger.log_metrics(summary, step=0)
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, "add_histogram"):
-            losses, shown = _some(weights)
-            experiment.add_histogram("flow/weights", shown.cpu(), 0)
-            experiment.add_histogram("flow/losses", torch.log10(losses.clamp_min(1e-8)), 0)
-        elif hasattr(logger, "log_image"):
-            logger.log_image("flow/weights", [str(picture)])

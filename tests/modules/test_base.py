@@ -124,3 +124,14 @@ def sampling_regression():
     module = LinearRegression()
     module.reduction = "sampling"
     return module
+
+
+def test_a_compiled_module_has_the_weights_and_the_steps_of_a_plain_one():
+    """Traced by torch.compile; the backend that writes machine code needs a compiler."""
+    plain, compiled = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
+    expected, module = LinearRegression(), LinearRegression()
+    fit(plain, module=expected, max_epochs=2)
+    fit(compiled, module=torch.compile(module, backend="eager"), max_epochs=2)
+    assert torch.equal(compiled.weights.weights, plain.weights.weights)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
