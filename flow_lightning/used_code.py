@@ -36,10 +36,10 @@ def used_globals(function: types.FunctionType) -> dict[str, Any]:
 
 def used_attributes(owner: Any, function: Any) -> dict[str, Any]:
     """Return the attributes of an object that one of its methods uses, and the methods that this one calls."""
-    used, methods = dict[str, Any](), [function]
+    used, methods = dict[str, Any](), [inspect.unwrap(function)]
     for method in methods:
         for name in sorted(_names(method.__code__, _ATTRIBUTES)):
-            called = function_of(inspect.getattr_static(type(owner), name, None))
+            called = inspect.unwrap(function_of(inspect.getattr_static(type(owner), name, None)))
             if name in vars(owner):
                 used[name] = vars(owner)[name]
             elif isinstance(called, types.FunctionType) and not is_installed(called) and called not in methods:

@@ -337,9 +337,11 @@ def test_a_method_of_a_data_module_counts_with_what_it_uses():
             super().__init__()
             self.normalize, self.lock = v2.Normalize([mean], [1.0]), open(os.devnull)  # noqa: SIM115
 
+        @torch.no_grad()
         def normalized(self, batch):
             return self.normalize(batch)
 
+        @torch.no_grad()
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return self.normalized(batch)
 

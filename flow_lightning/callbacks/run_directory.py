@@ -50,7 +50,7 @@ def claim_run(trainer: Trainer, module: LightningModule) -> None:
     model = sum(tensor.nbytes for tensor in module.state_dict().values() if hasattr(tensor, "nbytes"))
 
     def claim() -> list[BinaryIO | None]:
-        check_writable(directory, _LEAST_ROOM)
+        check_writable(directory, _LEAST_ROOM + (model if None in checkpoints else 0))  # None: in this directory
         local = {Path(folder).absolute() for folder in checkpoints if folder is not None and "://" not in str(folder)}
         for folder in local:
             check_writable(folder, model)
