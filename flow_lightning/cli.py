@@ -14,9 +14,11 @@ from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.predictions import PredictionsCallback
 from flow_lightning.callbacks.retention import RetentionCallback
+from flow_lightning.callbacks.run_directory import run_directory
 from flow_lightning.compare import report_comparison
 from flow_lightning.files import write_bytes
 from flow_lightning.modules.base import WeightedLossModule
+from flow_lightning.modules.image_classification import ImageClassificationModule
 from flow_lightning.report import read_metrics
 from flow_lightning.trainer import FlowTrainer
 
@@ -56,7 +58,7 @@ class FlowCLI(LightningCLI):
         if self.subcommand != "compare":
             super().instantiate_classes()
             self._pass_on_force()
-            if self.subcommand == "predict":
+            if self.subcommand == "predict" and isinstance(self.model, ImageClassificationModule):
                 self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
             return
         self.config_init = self.config
@@ -92,7 +94,7 @@ class FlowCLI(LightningCLI):
                     diverged.append(f"{where}: {error}")
                     runs[name].append({})
                     continue
-                metrics = Path(cli.trainer.log_dir or where) / "metrics.json"
+                metrics = run_directory(cli.trainer) / "metrics.json"
                 runs[name].append(read_metrics(metrics) if metrics.exists() else {})  # a run need not measure anything
         if getattr(rank_zero_only, "rank", 0) == 0:  # under ddp every process goes through all runs
             report_comparison(runs, folder)

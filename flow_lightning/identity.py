@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -42,6 +44,8 @@ _OF_LIGHTNING = frozenset(vars(LightningModule())) | {
     "_hparams_name",
     "_log_hyperparams",
 }
+#: Most objects, but for numbers and words, that are looked into.
+_MOST = 3_000_000
 #: Columns in which the bits of a tensor are summed, and rows of a block that is summed at once.
 _COLUMNS, _ROWS = 2**11, 2**9
 
@@ -67,7 +71,7 @@ def identity(*values: Any) -> str:
         >>> identity([1, 2]) == identity([1, 2]), identity([1, 2]) == identity([2, 1])
         (True, False)
     """
-    return _Walk().hash(values).hex()
+    return _identified(lambda: _Walk().hash(values))
 
 
 def model_identity(module: nn.Module, exclude: tuple[str, ...] = ()) -> str:
@@ -84,7 +88,16 @@ def model_identity(module: nn.Module, exclude: tuple[str, ...] = ()) -> str:
     Raises:
         UnidentifiableError: See `identity`.
     """
-    return _Walk().model(module, exclude).hex()
+    return _identified(lambda: _Walk().model(module, exclude))
+
+
+def _identified(walk: Callable[[], bytes]) -> str:
+    try:
+        return walk().hex()
+    except UnidentifiableError:
+        raise
+    except Exception as error:  # of an object that does not bear being looked into
+        raise UnidentifiableError(f"something that cannot be read ({type(error).__name__}: {error})") from error
 
 
 def checksums(tensor: Tensor) -> Tensor:
@@ -121,20 +134,36 @@ class _Walk:
     """One walk through nested values; each value gives a digest, so that no two structures run into each other."""
 
     def __init__(self) -> None:
-        self.above: dict[int, int] = {}  # objects that contain the one looked at: a cycle ends there
+        self.above: dict[int, int] = {}  # objects that contain the one looked at, and their depth: a cycle ends there
+        self.reached = 0  # least depth of an object above that was met again
+        self.done: dict[tuple[int, tuple[str, ...]], tuple[Any, bytes]] = {}  # so that no object is looked into twice
         self.code: dict[int, tuple[Any, bytes]] = {}  # classes and functions that were looked into
-        self.folders: list[str] = [""]  # that the objects above name, the working directory first
+        self.folders: tuple[str, ...] = ("",)  # that the objects above name, the working directory first
+        self.count = 0
 
     def hash(self, value: Any) -> bytes:
         if _is_plain(value):
             return _digest("plain", repr(value).encode(), *_file_states(value, self.folders))
+        key = id(value), self.folders
+        if key in self.done:
+            return self.done[key][1]
+        depth = len(self.above)
         if id(value) in self.above:
-            return _digest("above", str(len(self.above) - self.above[id(value)]).encode())
-        self.above[id(value)] = len(self.above)
+            self.reached = min(self.reached, self.above[id(value)])
+            return _digest("above", str(depth - self.above[id(value)]).encode())
+        self.count += 1
+        if self.count > _MOST:
+            raise UnidentifiableError(f"more than {_MOST:,} objects")
+        self.above[id(value)] = depth
+        outside, self.reached = self.reached, depth
         try:
-            return self._look_into(value)
+            digest = self._look_into(value)
         finally:
             del self.above[id(value)]
+        if self.reached >= depth:  # it is the same wherever it is met
+            self.done[key] = value, digest
+        self.reached = min(outside, self.reached)
+        return digest
 
     def model(self, module: nn.Module, exclude: tuple[str, ...] = ()) -> bytes:
         tensors = {
@@ -184,7 +213,7 @@ class _Walk:
         return self._of_object(value)
 
     def _array(self, array: Any, dtype: Any, shape: Any) -> bytes:
-        return _digest("array", f"{dtype}{tuple(shape)}".encode(), memoryview(array).cast("B") if array.size else b"")
+        return _digest("array", f"{dtype}{tuple(shape)}".encode(), _bytes(array) if array.size else b"")
 
     def _of_class(self, value: type) -> bytes:
         """Hash the code of a class and those that it derives from; of installed ones the version of their package."""
@@ -218,7 +247,9 @@ class _Walk:
             used = used_attributes(owner, value.__func__) if isinstance(owner, LightningDataModule) else None
             return _digest("method", self.hash(value.__func__), self.hash(owner), self.hash(used))
         if isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.MethodWrapperType):
-            return _digest("builtin", f"{value.__module__}.{value.__qualname__}".encode())
+            owner = getattr(value, "__self__", None)  # of a bound one, as in {"cat": 0}.get
+            owner = getattr(value, "__objclass__", None) if isinstance(owner, types.ModuleType | None) else owner
+            return _digest("builtin", value.__qualname__.encode(), self.hash(owner))
         if isinstance(value, types.FunctionType):
             return self._once(value, self._look_into_function)
         if callable(wrapped := getattr(value, "__wrapped__", None)):  # by functools.cache, say
@@ -241,8 +272,10 @@ class _Walk:
             return _digest("enum", kind, value.name.encode())
         if type(value).__module__.startswith("transformers.") and type(value).__name__ == "GenerationConfig":
             return _digest("generation", kind)  # no part of a loss, and it holds a hash() that no other process has
-        if isinstance(value, logging.Logger):
-            return _digest("logger")
+        if isinstance(value, logging.Logger | weakref.ReferenceType):
+            return _digest("constant", kind)
+        if isinstance(value, torch.fx.Graph):
+            return _digest("graph", value.python_code("self").src.encode())
         if isinstance(value, LightningDataModule):  # holds its Trainer, too; see `_used_attributes`
             return _digest("data", kind, self.hash({k: v for k, v in vars(value).items() if _is_plain(v)}))
         if isinstance(value, nn.Module):
@@ -257,12 +290,12 @@ class _Walk:
             made = value.__reduce_ex__(2)
         except Exception as error:
             raise UnidentifiableError(f"a {type(value).__module__}.{type(value).__qualname__} ({error})") from error
-        folders = [str(item) for item in getattr(value, "__dict__", {}).values() if _is_folder(item)]
-        self.folders += folders
+        folders = self.folders
+        self.folders += tuple(str(item) for item in getattr(value, "__dict__", {}).values() if _is_folder(item))
         try:
             content = self.hash(made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))])
         finally:
-            del self.folders[len(self.folders) - len(folders) :]
+            self.folders = folders
         return _digest("object", kind, content)
 
 
@@ -290,6 +323,13 @@ def _digest(kind: str, *parts: Any) -> bytes:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
+
+
+def _bytes(array: Any) -> Any:
+    try:
+        return memoryview(array).cast("B")
+    except (TypeError, ValueError):  # dates have no buffer
+        return array.tobytes()
 
 
 def _is_plain(value: Any, depth: int = 5) -> bool:

@@ -2,16 +2,22 @@
 
 import dis
 import functools
+import importlib
+import importlib.util
 import inspect
 import os
 import sys
 import sysconfig
 import types
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+
 _INSTALLED = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
 _GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
 
 
 def _names(code: types.CodeType, operations: tuple[str, ...]) -> set[str]:
@@ -22,16 +28,52 @@ def _names(code: types.CodeType, operations: tuple[str, ...]) -> set[str]:
 
 
 def used_globals(function: types.FunctionType) -> dict[str, Any]:
-    """Return what a function uses of its module, and of other modules that are not installed."""
+    """Return what a function uses of its module and of others that are not installed, imported there or by itself."""
+    code, space = function.__code__, function.__globals__
+    names = {name: space[name] for name in sorted(_names(code, _GLOBALS) & space.keys())}
+    modules = {name: value for name, value in names.items() if isinstance(value, types.ModuleType)}
+    modules |= {module.__name__: module for module in _imported(code, str(space.get("__package__") or ""))}
+    used = {name: value for name, value in names.items() if name not in modules}
+    attributes = _names(code, _ATTRIBUTES)
+    for name, module in modules.items():
+        used |= _of_module(name, module, attributes)
+    return used
+
+
+def _of_module(name: str, module: types.ModuleType, attributes: set[str], depth: int = 4) -> dict[str, Any]:
+    """Return attributes of a module, and of those in it, that are not installed."""
     used = dict[str, Any]()
-    for name in sorted(_names(function.__code__, _GLOBALS) & function.__globals__.keys()):
-        value = function.__globals__[name]
-        if not isinstance(value, types.ModuleType):
-            used[name] = value
-        elif not is_installed_module(value):
-            attributes = _names(function.__code__, _ATTRIBUTES) & vars(value).keys()
-            used |= {f"{name}.{attribute}": vars(value)[attribute] for attribute in sorted(attributes)}
-    return {name: value for name, value in used.items() if not isinstance(value, types.ModuleType)}
+    if depth == 0 or is_installed_module(module):
+        return used
+    for attribute in sorted(attributes & vars(module).keys()):
+        value = vars(module)[attribute]
+        if isinstance(value, types.ModuleType):
+            used |= _of_module(f"{name}.{attribute}", value, attributes, depth - 1)
+        else:
+            used[f"{name}.{attribute}"] = value
+    return used
+
+
+def _imported(code: types.CodeType, package: str) -> list[types.ModuleType]:
+    """Return the modules that code imports by itself, those that are installed left out."""
+    found, before = list[types.ModuleType](), [0, 0]
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            module = _module_named("." * int(before[0] or 0) + step.argval, package)
+            found += [module] if module is not None else []
+        before = [before[1], step.argval]  # the level of a relative import, then the names imported
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return found + [module for constant in inner for module in _imported(constant, package)]
+
+
+def _module_named(name: str, package: str) -> types.ModuleType | None:
+    try:
+        spec = importlib.util.find_spec(name, package or None)
+        if spec is None or spec.origin is None or _is_installed_file(spec.origin):
+            return None
+        return importlib.import_module(name, package or None)
+    except Exception:  # the code will fail to import it, too
+        return None
 
 
 def used_attributes(owner: Any, function: Any) -> dict[str, Any]:
@@ -40,7 +82,9 @@ def used_attributes(owner: Any, function: Any) -> dict[str, Any]:
     for method in methods:
         for name in sorted(_names(method.__code__, _ATTRIBUTES)):
             called = inspect.unwrap(function_of(inspect.getattr_static(type(owner), name, None)))
-            if name in vars(owner):
+            if name == "hparams" and isinstance(owner, HyperparametersMixin):
+                used[name] = dict(owner.hparams)
+            elif name in vars(owner):
                 used[name] = vars(owner)[name]
             elif isinstance(called, types.FunctionType) and not is_installed(called) and called not in methods:
                 methods.append(called)
@@ -73,7 +117,12 @@ def is_installed_module(module: types.ModuleType) -> bool:
     if module.__name__ == "__main__":
         return False
     file = getattr(module, "__file__", None)
-    return file is None or file.startswith(_INSTALLED)
+    return file is None or _is_installed_file(file)
+
+
+def _is_installed_file(file: str) -> bool:
+    """Tell whether a file is in a folder of packages, of this interpreter or of another that it borrows from."""
+    return file in ("built-in", "frozen") or file.startswith(_INSTALLED) or not _PACKAGES.isdisjoint(Path(file).parts)
 
 
 @functools.cache

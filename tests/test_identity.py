@@ -16,6 +16,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
+from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 import flow_lightning as fl
@@ -60,6 +62,9 @@ DIFFERENT = {
     "closure": ((lambda y: lambda x: x + y)(1), (lambda y: lambda x: x + y)(2)),
     "partial": (functools.partial(scaled, 1), functools.partial(scaled, 2)),
     "builtin": (len, max),
+    "builtin of an object": ({"cat": 0}.get, {"cat": 1}.get),
+    "method of a type": (str.lower, str.upper),
+    "dates": (np.array(["2026-01-01"], "datetime64[D]"), np.array(["2026-01-02"], "datetime64[D]")),
     "class": (nn.ReLU, nn.GELU),
     "transform": (v2.Compose([v2.Resize(8)]), v2.Compose([v2.Resize(9)])),
     "interpolation": (v2.Resize(8, v2.InterpolationMode.BICUBIC), v2.Resize(8, v2.InterpolationMode.NEAREST)),
@@ -125,6 +130,31 @@ def test_all_that_code_uses_counts(change, monkeypatch):
     assert identity(user) != before
     monkeypatch.undo()
     assert identity(user) == before
+
+
+PACKAGE = {
+    "mylib/__init__.py": "",
+    "mylib/parts.py": "def focal(x): return x * 1\n",
+    "mylib/dotted.py": "import mylib.parts\ndef use(x): return mylib.parts.focal(x)\n",
+    "mylib/within.py": "def use(x):\n    from mylib.parts import focal\n    return focal(x)\n",
+    "mylib/relative.py": "def use(x):\n    from .parts import focal\n    return focal(x)\n",
+}
+
+
+@pytest.mark.parametrize("how", ["dotted", "within", "relative"])
+def test_code_of_ones_own_package_counts_however_it_is_imported(how, tmp_path):
+    for name, text in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = f"from flow_lightning.identity import identity; from mylib.{how} import use; print(identity(use))"
+
+    def identity_now():
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    before = identity_now().stdout
+    (tmp_path / "mylib/parts.py").write_text("def focal(x): return x * 20\n")
+    assert len(before) == 33 and identity_now().stdout != before
 
 
 def test_the_names_of_attributes_are_no_names_of_globals(monkeypatch):
@@ -349,6 +379,18 @@ def test_a_method_of_a_data_module_counts_with_what_it_uses():
     assert hooks[0] == hooks[1] != hooks[2]
 
 
+def test_a_method_of_a_data_module_counts_with_its_hyperparameters():
+    class Data(LightningDataModule):
+        def __init__(self, clip):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def collate(self, samples):
+            return torch.tensor(samples).clamp_max(self.hparams.clip)
+
+    assert identity(Data(1).collate) == identity(Data(1).collate) != identity(Data(2).collate)
+
+
 class Files:
     def __init__(self, root, names):
         self.root, self.names = root, names
@@ -395,6 +437,60 @@ def test_cycles_end():
     assert model_identity(module) == model_identity(module)
 
 
+def test_networks_of_objects_take_one_look_at_each():
+    """50 levels of two that share the next: 2 ** 50 ways through it."""
+
+    def network(bottom):
+        node = bottom
+        for _ in range(50):
+            node = SimpleNamespace(left=[node], right=(node, 1))
+        return node
+
+    assert identity(network([1])) == identity(network([1])) != identity(network([2]))
+
+
+def test_torchvisions_feature_extractors_have_an_identity():
+    def extractor(layer):
+        torch.manual_seed(0)
+        return create_feature_extractor(resnet18().eval(), [layer])
+
+    assert model_identity(extractor("layer1")) == model_identity(extractor("layer1"))
+    assert model_identity(extractor("layer1")) != model_identity(extractor("layer2"))
+
+
+def test_recurrent_models_have_an_identity():
+    assert model_identity(recurrent(3)) == model_identity(recurrent(3)) != model_identity(recurrent(4))
+
+
+def recurrent(size):
+    torch.manual_seed(0)
+    return nn.LSTM(2, size)
+
+
+def test_packages_of_another_interpreter_are_packages():
+    assert used_code._is_installed_file("/opt/python/lib/python3.9/site-packages/torch/__init__.py")
+    assert used_code._is_installed_file("/usr/lib/python3/dist-packages/numpy.py")
+    assert not used_code._is_installed_file("/home/user/project/site_packages.py")
+
+
+def test_the_folder_of_an_object_is_that_of_its_own_files(tmp_path):
+    """Two objects that share the names of their files, not the folder."""
+    names, paths = ["1.npy"], [tmp_path / folder / "1.npy" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(b"old")
+    both = [Files("a", names), Files("b", names)]
+    before = identity(both)
+    paths[1].write_bytes(b"newer")
+    assert identity(both) != before
+
+
 def test_what_cannot_be_looked_into_is_refused():
+    class Broken:
+        def __reduce_ex__(self, protocol):
+            return object, (), {"tensor": torch.eye(2).to_sparse()}
+
+    with pytest.raises(UnidentifiableError, match="cannot be read"):
+        identity(Broken())
     with open(os.devnull) as file, pytest.raises(UnidentifiableError, match="TextIOWrapper"):
         identity({"file": file})

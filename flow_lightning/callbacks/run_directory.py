@@ -7,8 +7,10 @@ from typing import Any, BinaryIO, TypeVar
 from weakref import WeakKeyDictionary
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from flow_lightning.files import check_writable, lock_folder, unlock
+from flow_lightning.report import METRICS, read_metrics
 
 T = TypeVar("T")
 #: What a run needs beside its checkpoints: weights, pictures, tables.
@@ -31,7 +33,13 @@ def run_directory(trainer: Trainer) -> Path:
 
     To be called on every rank: rank 0 tells the others.
     """
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    # Other loggers have one folder for all runs; Lightning's checkpoints go to this one in it.
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return Path(trainer.strategy.broadcast(str(place)))
 
 
 def claim_run(trainer: Trainer, module: LightningModule) -> None:
@@ -66,8 +74,13 @@ def begin_run(trainer: Trainer, resumed: bool) -> None:
     add their numbers to that file one by one, so numbers of an older run would stay among them.
     """
     claim, file = _claims[trainer], run_directory(trainer) / "metrics.json"
+
+    def forget() -> None:
+        if file.exists() and {metric.key for metric in METRICS} & read_metrics(file).keys():  # not somebody else's file
+            file.unlink()
+
     if not (claim.begun or resumed):
-        on_rank_zero(trainer, lambda: file.unlink(missing_ok=True))
+        on_rank_zero(trainer, forget)
     claim.begun = True
 
 

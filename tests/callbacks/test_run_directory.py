@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 
 import flow_lightning as fl
 from flow_lightning.callbacks.run_directory import from_rank_zero, on_rank_zero
@@ -93,3 +94,30 @@ def test_what_fails_on_rank_0_fails_on_every_rank():
     found = [torch.load(f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert found[0] == [5, {"rank": 0}, "ValueError: the disk is on fire"]
     assert found[1] == [None, {"rank": 0}, "RuntimeError: Rank 0 failed: ValueError: the disk is on fire"]
+
+
+class Shared(DummyLogger):
+    """Stands for loggers, such as Wandb's, whose runs share one folder."""
+
+    def __init__(self, version):
+        super().__init__()
+        self._version = version
+
+    save_dir, name = "all", "project"
+
+    @property
+    def version(self):
+        return self._version
+
+
+def test_runs_of_a_logger_with_one_folder_have_directories_of_their_own():
+    for version, place in (("ab12", "ab12"), (3, "version_3")):
+        fit(fl.FlowWeightingCallback(), logger=Shared(version))
+        assert (Path("all/project") / place / "flow_weights.safetensors").exists()
+
+
+def test_somebody_elses_metrics_stay():
+    Path("run").mkdir()
+    Path("run/metrics.json").write_text('{"accuracy": 0.5}')
+    fit(fl.FlowWeightingCallback())
+    assert read_metrics("run/metrics.json")["accuracy"] == 0.5
