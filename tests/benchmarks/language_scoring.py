@@ -11,6 +11,7 @@ own, and they alternate.
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import threading
@@ -24,6 +25,8 @@ from lightning import Trainer
 from torch import Tensor
 
 import flow_lightning as fl
+
+os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 
 
 def data_module(a: argparse.Namespace, tokenizer: Any) -> fl.InstructionDataModule:
