@@ -23,7 +23,7 @@ class FinishingFitLoop(_FitLoop):
     def run(self) -> None:
         """Train; of a run whose training is over, do what comes after training."""
         super().run()
-        if self.is_resuming and self.done:  # Lightning has trained nothing, and called no hook
+        if self.is_resuming and self.trainer.limit_train_batches != 0:  # it has trained nothing, and called no hook
             self.on_run_start()
             self.on_run_end()
 
