@@ -8,11 +8,9 @@ files. If it changes without need, the work is done once more; it must never sta
 import functools
 import hashlib
 import logging
-import os
-import stat
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
+from flow_lightning.checksums import checksums
 from flow_lightning.used_code import (
     function_of,
     is_installed,
@@ -33,6 +32,7 @@ from flow_lightning.used_code import (
     used_globals,
     version,
 )
+from flow_lightning.used_files import distance, file_states, is_folder
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 #: Attributes of every torch module that are no settings: tensors are seen by their values, hooks by no one.
@@ -46,8 +46,6 @@ _OF_LIGHTNING = frozenset(vars(LightningModule())) | {
 }
 #: Most objects, but for numbers and words, that are looked into.
 _MOST = 3_000_000
-#: Columns in which the bits of a tensor are summed, and rows of a block that is summed at once.
-_COLUMNS, _ROWS = 2**11, 2**9
 
 
 class UnidentifiableError(TypeError):
@@ -100,36 +98,6 @@ def _identified(walk: Callable[[], bytes]) -> str:
         raise UnidentifiableError(f"something that cannot be read ({type(error).__name__}: {error})") from error
 
 
-def checksums(tensor: Tensor) -> Tensor:
-    """Add up the bits of a tensor, row by row, each column times an odd number of its own.
-
-    Whichever element changes, a sum changes, and so it does if elements change places.
-
-    Args:
-        tensor: Any shape, type and device. One in shards is gathered first, for which all ranks must call.
-
-    Returns:
-        Type and shape as a hash, then the sums, and the elements that are too few for a row, `[K]` int64, on the CPU.
-    """
-    head = int.from_bytes(
-        hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=7).digest(), "big"
-    )
-    whole = tensor.detach()
-    whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-    if whole.is_complex():
-        whole = torch.view_as_real(whole)
-    bits = whole.flatten() if whole.dtype == torch.bool else whole.flatten().view(_integers(whole))
-    in_rows = bits.numel() // _COLUMNS * _COLUMNS
-    blocks = bits[:in_rows].view(-1, _COLUMNS).split(_ROWS)
-    factors = torch.randint(2**62, (_COLUMNS,), generator=torch.Generator().manual_seed(0)).to(bits.device) * 2 + 1
-    sums = [(block * factors).sum(1) for block in blocks]  # wraps at 64 bits
-    return torch.cat([torch.tensor([head]), torch.cat([*sums, bits[in_rows:].long()]).cpu()])
-
-
-def _integers(tensor: Tensor) -> torch.dtype:
-    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-
-
 class _Walk:
     """One walk through nested values; each value gives a digest, so that no two structures run into each other."""
 
@@ -143,7 +111,7 @@ class _Walk:
 
     def hash(self, value: Any) -> bytes:
         if _is_plain(value):
-            return _digest("plain", repr(value).encode(), *_file_states(value, self.folders))
+            return _digest("plain", repr(value).encode(), *file_states(value, self.folders))
         key = id(value), self.folders
         if key in self.done:
             return self.done[key][1]
@@ -194,8 +162,8 @@ class _Walk:
                 else _digest("number", f"{value.dtype}{value.item()!r}".encode())
             )
         if isinstance(value, np.memmap):
-            where = [str(value.filename), value.offset, _distance(value), str(value.dtype), value.shape, value.strides]
-            return _digest("memmap", repr(where).encode(), *_file_states(where, self.folders))
+            where = [str(value.filename), value.offset, distance(value), str(value.dtype), value.shape, value.strides]
+            return _digest("memmap", repr(where).encode(), *file_states(where, self.folders))
         if isinstance(value, np.ndarray) and value.dtype != object:
             return self._array(np.ascontiguousarray(value), value.dtype, value.shape)
         if isinstance(value, np.ndarray | list | tuple):
@@ -205,7 +173,7 @@ class _Walk:
         if isinstance(value, Mapping):
             return _digest("mapping", *sorted(_digest("item", self.hash(k), self.hash(v)) for k, v in value.items()))
         if isinstance(value, Path):
-            return _digest("path", str(value).encode(), *_file_states(str(value), self.folders))
+            return _digest("path", str(value).encode(), *file_states(str(value), self.folders))
         if isinstance(value, type):
             return self._of_class(value)
         if callable(value) and (code := self._of_function(value)) is not None:
@@ -291,7 +259,7 @@ class _Walk:
         except Exception as error:
             raise UnidentifiableError(f"a {type(value).__module__}.{type(value).__qualname__} ({error})") from error
         folders = self.folders
-        self.folders += tuple(str(item) for item in getattr(value, "__dict__", {}).values() if _is_folder(item))
+        self.folders += tuple(str(item) for item in getattr(value, "__dict__", {}).values() if is_folder(item))
         try:
             content = self.hash(made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))])
         finally:
@@ -336,30 +304,3 @@ def _is_plain(value: Any, depth: int = 5) -> bool:
     if type(value) in (list, tuple):
         return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
     return type(value) in _PLAIN
-
-
-def _file_states(value: Any, folders: Sequence[str]) -> list[bytes]:
-    """Return size and time of change of all files that are named in a plain value, by themselves or in a folder."""
-    if isinstance(value, list | tuple):
-        return [state for item in value for state in _file_states(item, folders)]
-    if not isinstance(value, str) or not ("." in value or os.sep in value) or len(value) > 4096 or "\n" in value:
-        return []
-    for folder in folders:
-        try:
-            found = os.stat(os.path.join(folder, value))
-        except (OSError, ValueError):  # no such file, or no name of a file
-            continue
-        return [f"{found.st_size} {found.st_mtime_ns}".encode()] if stat.S_ISREG(found.st_mode) else []
-    return []
-
-
-def _is_folder(value: Any) -> bool:
-    return isinstance(value, str | Path) and 0 < len(str(value)) <= 4096 and os.path.isdir(value)
-
-
-def _distance(array: Any) -> int:
-    """Return how many bytes a part of a memory-mapped array starts behind the whole of it."""
-    whole = array
-    while isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    return int(array.ctypes.data - whole.ctypes.data)

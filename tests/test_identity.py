@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 
 import flow_lightning as fl
 from flow_lightning import used_code
-from flow_lightning.identity import UnidentifiableError, checksums, identity, model_identity
+from flow_lightning.checksums import checksums
+from flow_lightning.identity import UnidentifiableError, identity, model_identity
 from tests.modules.test_causal_language import language_data, language_module
 
 ROOT = Path(__file__).parents[1]
