@@ -59,6 +59,8 @@ class ScoreStore:
     def finish(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the results of a finished sweep, and remove its parts."""
         self._write(self.folder / _WHOLE, tensors)
+        if not self._usable:  # the whole has found no room: the parts are still worth having
+            return
         for part in self.folder.glob("part-*.safetensors"):
             part.unlink(missing_ok=True)  # another run of the same sweep may have been quicker
 

@@ -204,3 +204,16 @@ def test_a_full_disk_is_an_error_or_where_the_cache_is_optional_a_warning(tmp_pa
         store.add(1, 2, (torch.tensor([0, 4]),))
         store.finish({"losses": torch.zeros(5)})
     assert len(warned) == 1 and store.whole() is None
+
+
+def test_parts_stay_where_the_whole_finds_no_room(tmp_path, monkeypatch):
+    filled(tmp_path)
+    store = ScoreStore(tmp_path, "key", optional=True)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flow_lightning.tensor_files.write_bytes", full)
+    with pytest.warns(UserWarning, match="No space"):
+        store.finish({"losses": torch.zeros(5)})
+    assert [done for done, _ in store.parts(BATCHES)] == [2]
