@@ -244,7 +244,7 @@ class _Walk:
             return _digest("constant", kind)
         if isinstance(value, torch.fx.Graph):
             return _digest("graph", value.python_code("self").src.encode())
-        if isinstance(value, LightningDataModule):  # holds its Trainer, too; see `_used_attributes`
+        if isinstance(value, LightningDataModule):  # holds its Trainer, too; see `used_attributes`
             return _digest("data", kind, self.hash({k: v for k, v in vars(value).items() if _is_plain(v)}))
         if isinstance(value, nn.Module):
             return self.model(value)

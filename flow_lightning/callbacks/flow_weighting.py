@@ -57,7 +57,9 @@ class FlowWeightingCallback(Callback):
     number generators and the order of the batches are as without it.
 
     It writes `flow_weights.safetensors`, `flow_weights.png` and the `flow/` keys of `metrics.json` into the run's
-    directory. A resumed fit scores nothing and trains on the weights of its checkpoint; it draws no picture.
+    directory. A resumed fit scores nothing and trains on the weights of its checkpoint; it draws no picture. Only under
+    strategies that restore a checkpoint after `on_fit_start` (sharded ones) does it take the losses from the cache, or
+    score, before it knows that checkpoint.
 
     Args:
         per: What gets a weight of its own: each `sample` (of text: each sequence, by its mean loss), or each supervised

@@ -108,7 +108,8 @@ def _blocks(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield index and values of some batches after the other, from all ranks and the same on every rank.
 
-    A block takes about `_SECONDS`, so that not much is lost if the run is killed, and is then written to the store.
+    A block takes about `_SECONDS_PER_BLOCK`, so that not much is lost if the run is killed, and is then written to the
+    store.
     """
     batches, (rank, world) = scoring_batches(loader), data_rank(trainer)
     done = 0
