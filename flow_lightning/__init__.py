@@ -1,28 +1,26 @@
 """Fine-tune without forgetting, for PyTorch Lightning."""
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
-from flow_lightning.callbacks.head_refit import HeadRefitCallback
 from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback
 from flow_lightning.data.images import ImageDataModule
+from flow_lightning.data.indexing import IndexedDataset, IndexedSample
 from flow_lightning.data.instructions import InstructionDataModule
 from flow_lightning.files import AtomicCheckpointIO
-from flow_lightning.indexing import IndexedDataset, IndexedSample
+from flow_lightning.method.flow import effective_sample_size, flow_weights, keep_below, temperature
+from flow_lightning.method.objective import weighted_loss
+from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.causal_language import CausalLanguageModule
 from flow_lightning.modules.image_classification import ImageClassificationModule
-from flow_lightning.objective import weighted_loss
-from flow_lightning.token_weighting import TokenWeights
-from flow_lightning.weighting import SampleWeights, effective_sample_size, flow_weights, keep_below, temperature
 
 __all__ = [
     "AtomicCheckpointIO",
     "CausalLanguageModule",
     "FlowWeightingCallback",
-    "HeadRefitCallback",
     "ImageClassificationModule",
     "ImageDataModule",
     "IndexedDataset",

@@ -10,16 +10,14 @@ from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
-from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.predictions import PredictionsCallback
 from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.callbacks.run_directory import run_directory
 from flow_lightning.compare import report_comparison
 from flow_lightning.files import write_bytes
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.image_classification import ImageClassificationModule
-from flow_lightning.report import read_metrics
+from flow_lightning.report.metrics import read_metrics
+from flow_lightning.run import run_directory
 from flow_lightning.trainer import FlowTrainer
 
 
@@ -42,9 +40,6 @@ class FlowCLI(LightningCLI):
             help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}.",
         )
         parser.link_arguments(("learning_rate", "method"), "model.init_args.learning_rate", compute_fn=learning_rate_of)
-        parser.add_argument(
-            "--force", action="store_true", help="Score anew, and replace what is in the cache of losses and probes."
-        )
         parser.add_lightning_class_args(RetentionCallback, "retention")
 
     def before_instantiate_classes(self) -> None:
@@ -57,22 +52,12 @@ class FlowCLI(LightningCLI):
         """Build trainer, model and data; `compare` builds them once for each run instead."""
         if self.subcommand != "compare":
             super().instantiate_classes()
-            self._pass_on_force()
             if self.subcommand == "predict" and isinstance(self.model, ImageClassificationModule):
                 self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
             return
         self.config_init = self.config
         self.trainer = self.trainer_class  # type: ignore[assignment]  # read for its methods, never run
         self.model = self.datamodule = None
-
-    def _pass_on_force(self) -> None:
-        if not self._get(self.config_init, "force", default=False):
-            return
-        trainer: Any = self.trainer
-        trainer.force = True
-        for callback in trainer.callbacks:
-            if isinstance(callback, LinearProbeCallback | FlowWeightingCallback):
-                callback.force = True
 
     def compare(self, methods: list[str], seeds: list[int] | None, output: str, **_: Any) -> None:
         """Run `fit` for each method and seed, then report."""
@@ -94,7 +79,7 @@ class FlowCLI(LightningCLI):
                     diverged.append(f"{where}: {error}")
                     runs[name].append({})
                     continue
-                metrics = run_directory(cli.trainer) / "metrics.json"
+                metrics = (run_directory(cli.trainer) or Path()) / "metrics.json"
                 runs[name].append(read_metrics(metrics) if metrics.exists() else {})  # a run need not measure anything
         if getattr(rank_zero_only, "rank", 0) == 0:  # under ddp every process goes through all runs
             report_comparison(runs, folder)

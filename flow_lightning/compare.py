@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from flow_lightning.files import write_bytes
-from flow_lightning.pictures import plot_comparison
-from flow_lightning.report import metrics_table
+from flow_lightning.report.metrics import metrics_table
+from flow_lightning.report.pictures import plot_comparison
 
 
 def report_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:

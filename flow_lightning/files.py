@@ -1,21 +1,24 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent: bytes, safetensors with a checksum, checkpoints. Never pickle.
+
+In: content and a path. Out: the file, or an error that names it. Next: `run.py`, `scoring/store.py`.
+"""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 #: How much is written to see whether a folder takes it.
 _WRITTEN = 2**23
@@ -121,37 +124,53 @@ def check_writable(folder: str | Path, size: int = 0) -> None:
         ) from error
 
 
-def unlock(file: BinaryIO) -> None:
-    """Give back a folder that `lock_folder` has claimed, for processes that were forked meanwhile, too."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_UN)
-    file.close()
-
-
-def lock_folder(folder: str | Path) -> BinaryIO | None:
-    """Claim a folder for this process, until `unlock`, or until the process ends, however it ends.
+def save_tensors(path: str | Path, file_format: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write a file, atomically: a reader sees the old file or the new one, never a part.
 
     Args:
-        folder: Which one; it must exist.
+        path: Where to write; missing folders are made.
+        file_format: What the file is, by which `load_tensors` knows it again.
+        tensors: Its content.
+        metadata: Further content, in words.
 
     Returns:
-        The open lock file; None where the file system has no locks.
+        The checksum of the content.
+    """
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    words = {"format": file_format, **metadata}
+    found = checksum(content, words)
+    write_bytes(path, save(content, {**words, "checksum": found}))
+    return found
+
+
+def load_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file that `save_tensors` wrote.
+
+    Returns:
+        Tensors and metadata.
 
     Raises:
-        OSError: If another run has claimed it.
+        ValueError: If the file is of another format, or its content is not what was written. The message says why, not
+            which file and what to do about it.
     """
-    if fcntl is None:
-        return None
-    file = open(Path(folder) / ".flow_lightning.lock", "ab")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise OSError(
-            f"Another run is writing into {Path(folder).absolute()}. Wait for it, or give this one a folder of its own "
-            "(--trainer.default_root_dir)."
-        ) from error
-    except OSError:
-        file.close()
-        return None
-    return file
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != file_format:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {file_format!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if metadata.pop("checksum", None) != checksum(tensors, metadata):
+        raise ValueError("its content has changed since it was written (the checksum is another one)")
+    del metadata["format"]
+    return tensors, metadata
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hash tensors, on the CPU, and metadata: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

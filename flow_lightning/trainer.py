@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
-from flow_lightning.callbacks.run_directory import on_rank_zero
+from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
 
 _METHODS = ["configs/methods/standard.yaml", "configs/methods/flow.yaml"]
@@ -34,9 +34,6 @@ class FlowTrainer(Trainer):
     Its checkpoints are whole or absent, those of a model in shards, too, and a resumed run whose training was over does
     what was left: head refit, measurements, the model in its final format.
     """
-
-    #: Whether callbacks that `score` adds compute anew what is in the cache.
-    force = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,7 +58,7 @@ class FlowTrainer(Trainer):
         wanted = (LinearProbeCallback, FlowWeightingCallback, ProgressBar)
         self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[has-type]
         if not any(isinstance(callback, FlowWeightingCallback) for callback in self.callbacks):
-            self.callbacks.append(FlowWeightingCallback(force=self.force))
+            self.callbacks.append(FlowWeightingCallback())
         self.num_sanity_val_steps = 0
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)

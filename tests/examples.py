@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
@@ -43,6 +44,14 @@ def regression_data(n: int = 23, seed: int = 1) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 4, generator=generator)
     return TensorDataset(x, x.sum(1) + torch.randn(n, generator=generator))
+
+
+def expected_losses(dataset) -> np.ndarray:
+    """Squared errors of the fresh model, one sample at a time, in numpy's float64."""
+    module = LinearRegression().eval()
+    with torch.no_grad():
+        predictions = [module(dataset[i][0][None]).item() for i in range(len(dataset))]
+    return (np.array(predictions) - np.array([dataset[i][1].item() for i in range(len(dataset))])) ** 2
 
 
 class RegressionData(LightningDataModule):

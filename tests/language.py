@@ -1,8 +1,12 @@
 """Tiny texts and a tiny tokenizer for tests of language models."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import flow_lightning as fl
 
 END = "<|end|>"
 
@@ -70,3 +74,18 @@ def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+TOKENIZER = tiny_tokenizer()
+
+
+def language_module(**settings):
+    torch.manual_seed(0)
+    return fl.CausalLanguageModule(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
+
+
+def language_data(tmp_path, n=13, **settings):
+    path = tmp_path / "train.jsonl"
+    content = "".join(json.dumps(record) + "\n" for record in instructions(n))
+    path.write_text(content)
+    return fl.InstructionDataModule(str(path), template="Q: {instruction} A: ", tokenizer=TOKENIZER, **settings)

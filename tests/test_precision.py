@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import flow_lightning as fl
-from flow_lightning.losses import cross_entropy
+from flow_lightning.method.losses import cross_entropy
 from tests.examples import fit
 from tests.images import PictureData, tiny_module
 

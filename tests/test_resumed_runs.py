@@ -19,12 +19,12 @@ from PIL import Image
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import flow_lightning as fl
-from flow_lightning.callbacks import sweep as sweep_module
-from flow_lightning.report import read_metrics
+from flow_lightning.report.metrics import read_metrics
+from flow_lightning.scoring import score as sweep_module
 from flow_lightning.trainer import FlowTrainer
 from tests.examples import make_trainer
 from tests.images import tiny_module
-from tests.modules.test_causal_language import language_data, language_module
+from tests.language import language_data, language_module
 from tests.processes import launch
 
 ROOT = Path(__file__).parents[1]

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
-from flow_lightning.callbacks.language_tasks import (
+from flow_lightning.data.instructions import InstructionDataModule, collate
+from flow_lightning.data.texts import TextWindows, read_texts
+from flow_lightning.measures.images import target_dataloader
+from flow_lightning.measures.text import (
     exact_match,
     harness_scores,
     padding_id,
@@ -19,11 +22,8 @@ from flow_lightning.callbacks.language_tasks import (
     split_task,
     target_loss,
 )
-from flow_lightning.callbacks.measuring import is_language_model, log_metrics, report
-from flow_lightning.callbacks.run_directory import begin_run, claim_run, is_trained, release_run
-from flow_lightning.callbacks.tasks import target_dataloader
-from flow_lightning.data.instructions import InstructionDataModule, collate
-from flow_lightning.data.texts import TextWindows, read_texts
+from flow_lightning.report.record import is_language_model, report
+from flow_lightning.run import RunCallback
 
 
 @dataclass
@@ -45,13 +45,13 @@ class LanguageRetentionState:
     started: float = 0.0
 
 
-class LanguageRetentionCallback(Callback):
+class LanguageRetentionCallback(RunCallback):
     """Measure a language model before and after training, what it learned and what it kept, and report both.
 
     Learned: the loss per token of the held-out instructions, and with `answer_tokens` the fraction of its generated
     answers whose final answer is right. Kept: the perplexity of general text and the scores of tasks of the
     lm-evaluation-harness. Writes `metrics.json` and `retention.png` into the run's directory and prints a table;
-    `flow_lightning.report.METRICS` explains every number, and `retention/after/task/<name>` is a task's score.
+    `flow_lightning.report.metrics.METRICS` explains every number, and `retention/after/task/<name>` is a task's score.
 
     Checkpoints carry what was measured before training, so that a resumed fit need not.
 
@@ -103,6 +103,7 @@ class LanguageRetentionCallback(Callback):
         Raises:
             TypeError: If the module is no language model.
         """
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         if not is_language_model(pl_module):
@@ -110,16 +111,14 @@ class LanguageRetentionCallback(Callback):
                 f"{type(pl_module).__name__} has no token_losses(batch), so it is no language model. Use "
                 "CausalLanguageModule, or RetentionCallback for images."
             )
-        claim_run(trainer, pl_module)
         self.state = LanguageRetentionState()
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the pre-trained model, unless the fit goes on from a checkpoint."""
-        begin_run(trainer, self.state.resumed)
         started = time.perf_counter()
         with isolate_rng():
             self._find_data(trainer, pl_module)
-        if not self.state.resumed:
+        if not self.run.resumed:
             with pl_module.frozen_reference():
                 self.state.before = self._sizes() | self._measure(trainer, pl_module, "before")
             self.state.before["time/before_s"] = time.perf_counter() - started
@@ -143,20 +142,7 @@ class LanguageRetentionCallback(Callback):
         metrics |= self._measure(trainer, pl_module, "after")
         metrics |= _average(metrics)
         metrics["time/after_s"] = time.perf_counter() - started
-        log_metrics(trainer, metrics)
-        report(trainer, metrics)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notice a resumed fit, whose model is fine-tuned already."""
-        self.state.resumed |= is_trained(checkpoint)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the run's directory back."""
-        release_run(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the run's directory back."""
-        release_run(trainer)
+        report(trainer, self.run, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: primitives only."""

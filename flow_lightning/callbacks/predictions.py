@@ -2,6 +2,7 @@
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from flow_lightning.callbacks.run_directory import on_rank_zero, run_directory
-from flow_lightning.callbacks.sweep import joined
+from flow_lightning.data.indexing import batch_index
+from flow_lightning.distributed import gather, on_rank_zero
 from flow_lightning.files import write_bytes
-from flow_lightning.indexing import batch_index
+from flow_lightning.run import run_directory
 
 
 class PredictionsCallback(Callback):
@@ -43,9 +44,9 @@ class PredictionsCallback(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, sample by sample, from all ranks."""
-        (index, classes, probabilities), _ = joined(trainer, self.found, 1)
+        index, classes, probabilities = gather(trainer, self.found)
         names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        path = run_directory(trainer) / "predictions.csv"
+        path = (run_directory(trainer) or Path()) / "predictions.csv"
 
         def write() -> None:
             text = io.StringIO()

@@ -6,17 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flow_lightning.callbacks.head_refit import HeadRefitCallback
-from flow_lightning.callbacks.measuring import is_language_model, log_metrics, report
-from flow_lightning.callbacks.run_directory import begin_run, claim_run, is_trained, release_run
-from flow_lightning.callbacks.sweep import sweep
-from flow_lightning.callbacks.tasks import (
+from flow_lightning.measures.images import (
     agreement_and_kl,
     log_probabilities,
     pretrained_task_images,
@@ -24,8 +20,11 @@ from flow_lightning.callbacks.tasks import (
     target_outcomes,
     top1_and_top5,
 )
-from flow_lightning.pictures import retention_key
-from flow_lightning.retention import hardest
+from flow_lightning.measures.metrics import hardest
+from flow_lightning.report.pictures import retention_key
+from flow_lightning.report.record import is_language_model, report
+from flow_lightning.run import RunCallback
+from flow_lightning.scoring.score import score_dataset
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -58,12 +57,12 @@ class RetentionState:
     resumed: bool = False
 
 
-class RetentionCallback(Callback):
+class RetentionCallback(RunCallback):
     """Measure target task and pre-trained task before and after training, and report both.
 
     The pre-trained task is measured with the original head put back, with BatchNorm as trained and with the
     original BatchNorm layers. Writes `metrics.json` and `retention.png` into the run's directory and prints a
-    table. The target task is measured on the test set; `flow_lightning.report.METRICS` explains every number.
+    table. The target task is measured on the test set; `flow_lightning.report.metrics.METRICS` explains every number.
     Put it after every callback that changes the model. It stands aside for a language model, which
     `LanguageRetentionCallback` measures.
 
@@ -110,27 +109,19 @@ class RetentionCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit and check the order of the callbacks."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        claim_run(trainer, pl_module)
         self.state = RetentionState()
-        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]  # type: ignore[attr-defined]
-        if any(isinstance(callback, HeadRefitCallback) for callback in later):
-            raise ValueError(
-                "HeadRefitCallback comes after RetentionCallback, which would measure the head from before "
-                "the refit. Put RetentionCallback last: on the command line as the key `retention`, not in "
-                "trainer.callbacks."
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the pre-trained model, unless the fit goes on from a checkpoint."""
-        begin_run(trainer, self.state.resumed)
         if is_language_model(pl_module):
             return
         started = time.perf_counter()
         with isolate_rng():
             self._find_data(trainer, pl_module)
-        if not self.state.resumed:
+        if not self.run.resumed:
             self._measure_before(trainer, pl_module)
             self.state.before["time/before_s"] = time.perf_counter() - started
         elif self.state.before:
@@ -154,7 +145,7 @@ class RetentionCallback(Callback):
             return
         kept = self._kept(trainer, pl_module)
         self.state.epochs.append({"epoch": epoch, "step": trainer.global_step, **kept})
-        log_metrics(trainer, {f"retention/epoch/{name}": value for name, value in kept.items()})
+        self.run.record(trainer, {f"retention/epoch/{name}": value for name, value in kept.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the fine-tuned model and report."""
@@ -166,20 +157,7 @@ class RetentionCallback(Callback):
         metrics |= {f"retention/after/{name}": value for name, value in self._kept(trainer, pl_module).items()}
         metrics |= _averages(metrics)
         metrics["time/after_s"] = time.perf_counter() - started
-        log_metrics(trainer, metrics)
-        report(trainer, metrics | ({"retention/epochs": self.state.epochs} if self.state.epochs else {}))
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notice a resumed fit, whose model is fine-tuned already."""
-        self.state.resumed |= is_trained(checkpoint)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the run's directory back."""
-        release_run(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the run's directory back."""
-        release_run(trainer)
+        report(trainer, self.run, metrics | ({"retention/epochs": self.state.epochs} if self.state.epochs else {}))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: tensors and primitives only."""
@@ -211,7 +189,7 @@ class RetentionCallback(Callback):
         state.before = dict(self._sizes())
         if state.target is not None:
             function = partial(target_outcomes, module)
-            losses, correct = sweep(trainer, module, state.target, function, "Target before")
+            losses, correct = score_dataset(trainer, module, state.target, function, "Target before")
             state.hard = hardest(losses, self.hard_fraction)
             state.before["target/before/top1"] = _mean(correct)
         if state.images is not None and state.labelled:
@@ -227,7 +205,7 @@ class RetentionCallback(Callback):
         if self.state.target is None:
             return {}
         function = partial(target_outcomes, module)
-        _, correct = sweep(trainer, module, self.state.target, function, "Target after")
+        _, correct = score_dataset(trainer, module, self.state.target, function, "Target after")
         measured = {"target/top1": _mean(correct)}
         if self.state.hard is not None:
             measured["target/hard_top1"] = _mean(correct[self.state.hard])
@@ -258,7 +236,7 @@ class RetentionCallback(Callback):
         description = "Pre-trained task" + (", original BatchNorm" if original_batch_norm else "")
         # The original layers come first: evaluation mode, which the sweep sets, must reach them, too.
         with module.pretrained_task(original_batch_norm=original_batch_norm):
-            return sweep(trainer, module, self.state.images, function, description)
+            return score_dataset(trainer, module, self.state.images, function, description)
 
     def _check_resumed(self) -> None:
         """Refuse measurements from other data than those of this fit."""

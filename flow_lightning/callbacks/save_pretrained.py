@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from flow_lightning.callbacks.run_directory import run_directory
+from flow_lightning.run import run_directory
 
 
 class SavePretrainedCallback(Callback):
@@ -34,7 +34,7 @@ class SavePretrainedCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the model, on rank 0."""
-        folder = Path(self.folder) if self.folder is not None else run_directory(trainer) / "model"
+        folder = Path(self.folder) if self.folder is not None else (run_directory(trainer) or Path()) / "model"
         if trainer.is_global_zero:
             unfinished = folder.with_name(f".{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)

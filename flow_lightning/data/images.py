@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
-from flow_lightning.data.resuming import EpochSeed, ResumableDataLoader, ResumableSampler
+from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.sources import ImageArrays, split_positions, targets_of
 from flow_lightning.data.transforms import RecipeName, Transform, recipe
-from flow_lightning.indexing import IndexedDataset
-from flow_lightning.modules.sharding import data_rank
+from flow_lightning.distributed import data_rank
+from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
 
 # Arrays up to this size (bytes) are cheaper to transform in place than to send through worker processes.
 _SMALL = 2**20

@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from flow_lightning.data.arithmetic import word_problems
-from flow_lightning.data.length_grouping import LengthGroupedSampler, token_budget_batches
-from flow_lightning.data.resuming import ResumableDataLoader
-from flow_lightning.indexing import IndexedDataset
-from flow_lightning.language_extra import import_language
-from flow_lightning.modules.sharding import data_rank
-from flow_lightning.scoring import FixedBatches
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.samplers import FixedBatches, LengthGroupedSampler, token_budget_batches
+from flow_lightning.distributed import data_rank
+from flow_lightning.optional import import_language
+from flow_lightning.quickstart.arithmetic import word_problems
+from flow_lightning.resume import ResumableDataLoader
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

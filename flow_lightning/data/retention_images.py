@@ -12,9 +12,9 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from flow_lightning.data.packaged_images import crop_boxes, packaged_photographs
 from flow_lightning.data.sources import IMAGE_SUFFIXES, class_folders, image_paths, read_image
 from flow_lightning.data.transforms import Transform, interpolation_mode, normalise
+from flow_lightning.quickstart.photographs import crop_boxes, packaged_photographs
 
 
 class View(NamedTuple):

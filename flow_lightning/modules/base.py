@@ -7,12 +7,11 @@ from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flow_lightning.indexing import batch_index, find_index, select
-from flow_lightning.modules.finite_losses import FiniteLosses
-from flow_lightning.modules.step_denominator import StepDenominator, spans_batches
-from flow_lightning.objective import Reduction, denominator, draw, weighted_loss
-from flow_lightning.token_weighting import TokenWeights
-from flow_lightning.weighting import SampleWeights
+from flow_lightning.callbacks.step_denominator import StepDenominator, spans_batches
+from flow_lightning.callbacks.stop_on_nan import FiniteLosses
+from flow_lightning.data.indexing import batch_index, find_index, select
+from flow_lightning.method.objective import Reduction, denominator, draw, weighted_loss
+from flow_lightning.method.weights import SampleWeights, TokenWeights
 
 
 class WeightedLossModule(LightningModule):

@@ -12,15 +12,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from flow_lightning.indexing import batch_index
-from flow_lightning.losses import linear_cross_entropy
+from flow_lightning.data.indexing import batch_index
+from flow_lightning.distributed import shard
+from flow_lightning.method.losses import linear_cross_entropy
+from flow_lightning.method.objective import Reduction
+from flow_lightning.method.weights import TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.language_models import add_lora, load_language_model, train_head_only
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
-from flow_lightning.modules.sharding import shard
-from flow_lightning.objective import Reduction
-from flow_lightning.scoring import evaluation
-from flow_lightning.token_weighting import TokenWeights
+from flow_lightning.scoring.evaluation import evaluation
 
 #: Label of a token that is not supervised.
 IGNORED = -100
@@ -135,6 +135,10 @@ class CausalLanguageModule(WeightedLossModule):
             return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="none")
         hidden = self.causal_lm.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         return self._head_losses(hidden[:, :-1][supervised], targets[supervised])
+
+    def token_counts(self, batch: dict[str, Tensor]) -> Tensor:
+        """Count the supervised tokens of each sequence, `[B]`."""
+        return supervised_counts(batch)
 
     def sample_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the mean loss of each sequence's supervised tokens, `[B]`, in nats."""

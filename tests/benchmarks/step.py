@@ -19,7 +19,7 @@ from lightning import Callback, LightningDataModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
-from flow_lightning.report import read_metrics
+from flow_lightning.report.metrics import read_metrics
 
 os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 

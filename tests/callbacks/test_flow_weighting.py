@@ -1,6 +1,5 @@
 """FlowWeightingCallback on a user's own module: what it computes, that it leaves no trace, resume, errors."""
 
-import os
 import random
 import warnings
 from pathlib import Path
@@ -15,18 +14,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, random_split
 
 import flow_lightning as fl
-from flow_lightning.callbacks import sweep as sweep_module
-from flow_lightning.files import lock_folder
-from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
-from tests.modules.test_causal_language import language_data, language_module
-
-
-def expected_losses(dataset) -> np.ndarray:
-    """Squared errors of the fresh model, one sample at a time, in numpy's float64."""
-    module = LinearRegression().eval()
-    with torch.no_grad():
-        predictions = [module(dataset[i][0][None]).item() for i in range(len(dataset))]
-    return (np.array(predictions) - np.array([dataset[i][1].item() for i in range(len(dataset))])) ** 2
+from tests.examples import LinearRegression, RegressionData, expected_losses, fit, make_trainer, regression_data
+from tests.language import language_data, language_module
 
 
 def assert_same_parameters(module, other):
@@ -122,21 +111,6 @@ def test_numbers_of_an_older_run_in_the_same_directory_are_forgotten(tmp_path):
     (tmp_path / "run" / "metrics.json").write_text('{"target/top1": 0.5}')
     fit(fl.FlowWeightingCallback())
     assert "target/top1" not in (tmp_path / "run" / "metrics.json").read_text()
-
-
-def test_weights_file_replaces_scoring():
-    first = fl.FlowWeightingCallback()
-    fit(first)
-    again = fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors")
-    module, _ = fit(again, default_root_dir="second")
-    assert module.scored == 0 and torch.equal(again.weights.weights, first.weights.weights)
-    with pytest.raises(ValueError, match=r"training data set.*changed"):
-        fit(
-            fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors"),
-            data=RegressionData(regression_data(20)),
-        )
-    with pytest.raises(ValueError, match=r"pre-trained model.*changed"):
-        fit(fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors"), module=LinearRegression(seed=1))
 
 
 # -- no trace --------------------------------------------------------------------------------------------------------
@@ -273,9 +247,10 @@ def test_a_module_of_its_own_train_dataloader_works():
     assert len(flow.weights) == 23
 
 
-def test_bare_loaders_work_with_dataloader():
+@pytest.mark.parametrize("given", [True, False])
+def test_a_bare_loader_works(given):
     loader = RegressionData().train_dataloader()
-    flow = fl.FlowWeightingCallback(dataloader=loader)
+    flow = fl.FlowWeightingCallback(dataloader=loader if given else None)
     make_trainer(flow).fit(LinearRegression(), loader)
     np.testing.assert_allclose(flow.weights.losses.numpy(), expected_losses(regression_data()), rtol=1e-5)
 
@@ -433,9 +408,10 @@ def test_an_empty_data_set_is_an_error():
         )
 
 
-def test_no_data_at_all_names_the_ways_to_give_some():
-    with pytest.raises(TypeError, match="scoring_dataloader"):
-        make_trainer(fl.FlowWeightingCallback()).fit(LinearRegression(), RegressionData().train_dataloader())
+def test_several_loaders_name_the_ways_to_give_one():
+    loaders = [RegressionData().train_dataloader(), RegressionData().train_dataloader()]
+    with pytest.raises(TypeError, match=r"one DataLoader, but found list.*scoring_dataloader"):
+        make_trainer(fl.FlowWeightingCallback()).fit(LinearRegression(), loaders)
 
 
 def test_scored_and_trained_data_of_different_length_are_refused():
@@ -495,23 +471,6 @@ def test_a_folder_that_cannot_be_written_to_stops_the_fit_before_scoring(broken)
     assert module.scored == 0
 
 
-def test_two_runs_do_not_write_into_one_directory():
-    Path("run").mkdir()
-    module = LinearRegression()
-    with lock_folder("run"), pytest.raises(OSError, match=r"Another run is writing into .*run.*default_root_dir"):
-        fit(fl.FlowWeightingCallback(), module=module)
-    assert module.scored == 0
-    fit(fl.FlowWeightingCallback())  # it is free again
-    with pytest.raises(ValueError, match="temperature is 0"):
-        fit(fl.FlowWeightingCallback(), module=Perfect())
-    fit(fl.FlowWeightingCallback())  # after an error, too
-
-
-class Perfect(LinearRegression):
-    def sample_losses(self, batch):
-        return super().sample_losses(batch) * 0
-
-
 class Boom(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         raise RuntimeError("out of memory")
@@ -522,25 +481,6 @@ def test_a_fit_that_failed_leaves_no_weights_in_the_module():
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(fl.FlowWeightingCallback(), Boom(), module=module)
     assert module.sample_weights is None
-
-
-class NanOnce(LinearRegression):
-    def sample_losses(self, batch):
-        losses = super().sample_losses(batch)
-        if os.environ.get("BROKEN") and not self.training:
-            losses = losses.where(batch.index != 7, torch.nan)
-        return losses
-
-
-def test_losses_that_are_no_numbers_are_not_kept(monkeypatch):
-    monkeypatch.setenv("BROKEN", "1")
-    monkeypatch.setattr(sweep_module, "_SECONDS_PER_BLOCK", 0.0)
-    with pytest.raises(ValueError, match="1 of 23 losses are NaN or infinite: samples 7"):
-        fit(fl.FlowWeightingCallback(cache="cache"), module=NanOnce())
-    monkeypatch.delenv("BROKEN")
-    module, flow = NanOnce(), fl.FlowWeightingCallback(cache="cache")
-    fit(flow, module=module)
-    assert module.scored == 23 - 4 and torch.isfinite(flow.weights.losses).all()  # the first batch was kept
 
 
 class ModuleHook(LinearRegression):
@@ -580,7 +520,7 @@ def test_the_reference_of_a_module_made_in_configure_model_is_known():
     fit(fl.FlowWeightingCallback(), module=MadeLate())
     flow = fl.FlowWeightingCallback(weights_file="run/flow_weights.safetensors")
     fit(flow, module=MadeLate(), default_root_dir="second")
-    with pytest.raises(ValueError, match="the pre-trained model changed"):
+    with pytest.warns(UserWarning, match="the pre-trained model changed"):
         fit(flow, module=MadeLate(seed=1), default_root_dir="third")
 
 
@@ -618,11 +558,4 @@ def test_late_restored_token_weights_are_checked_and_a_refused_run_overwrites_no
     with pytest.raises(ValueError, match="the training data set"):
         fit_tokens(9, Late("cpu"), "ckpt/step=1.ckpt", max_steps=2)
     again = fit_tokens(11, Late("cpu"), "ckpt/step=1.ckpt", max_steps=2)
-    assert again.digest() == first.digest()
-
-
-def test_token_weights_of_another_experiment_are_not_taken_for_those_of_a_checkpoint():
-    fit_tokens(11, temperature=1.0)
-    fit_tokens(11, temperature=8.0, weighting="threshold")  # in the same directory
-    with pytest.raises(FileNotFoundError, match="is not the one that this checkpoint was trained with"):
-        fit_tokens(11, ckpt_path="ckpt/step=1.ckpt", max_steps=2, temperature=1.0)
+    assert torch.equal(again.losses, first.losses) and again.temperature == first.temperature

@@ -13,11 +13,11 @@ from matplotlib import image
 
 import flow_lightning as fl
 from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
-from flow_lightning.report import METRICS, plot_comparison, plot_retention, read_metrics
-from tests.callbacks.test_language_tasks import TEXT, TOKENIZER, Answers
-from tests.callbacks.test_language_tasks import tasks as tasks  # a fixture
+from flow_lightning.report.metrics import METRICS, plot_comparison, plot_retention, read_metrics
 from tests.examples import LinearRegression, RegressionData, fit
 from tests.language import instructions, tiny_model
+from tests.measures.test_text import TEXT, TOKENIZER, Answers
+from tests.measures.test_text import tasks as tasks  # a fixture
 
 TEMPLATE = "Q: {instruction} A: "
 

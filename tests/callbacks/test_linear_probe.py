@@ -96,7 +96,7 @@ def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
     assert counter.scored == 0 and torch.equal(counter.head, saved)
 
 
-def test_the_order_of_the_callbacks_matters():
+def test_the_order_of_the_callbacks_does_not_matter():
     with pytest.raises(ValueError, match="before FlowWeightingCallback"):
         make_trainer(fl.FlowWeightingCallback(), fl.LinearProbeCallback()).fit(tiny_module(), datamodule=PictureData())
 

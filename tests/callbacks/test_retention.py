@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from flow_lightning.callbacks.head_refit import HeadRefitCallback
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -12,12 +13,11 @@ from scipy.special import rel_entr
 from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import DataLoader, Dataset
 
-from flow_lightning.callbacks.head_refit import HeadRefitCallback
 from flow_lightning.callbacks.retention import RetentionCallback
+from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.retention_images import retention_images
-from flow_lightning.indexing import IndexedDataset
 from flow_lightning.modules.image_classification import ImageClassificationModule
-from flow_lightning.report import METRICS, read_metrics
+from flow_lightning.report.metrics import METRICS, read_metrics
 
 SIZE, CLASSES, IMAGES = 32, 12, 7
 

@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from flow_lightning.data import instructions as module
+from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions import (
     ALPACA,
     InstructionDataModule,
@@ -21,10 +22,9 @@ from flow_lightning.data.instructions import (
     prompt_splitter,
     read_records,
 )
-from flow_lightning.data.length_grouping import LengthGroupedSampler
-from flow_lightning.fingerprint import dataset_fingerprint
-from flow_lightning.indexing import IndexedDataset
-from flow_lightning.language_extra import import_language
+from flow_lightning.data.samplers import LengthGroupedSampler
+from flow_lightning.optional import import_language
+from flow_lightning.scoring.fingerprint import dataset_fingerprint
 from tests.language import END, instructions, tiny_tokenizer
 
 FIELDS = ("query", "response")

@@ -1,6 +1,5 @@
 """Losses against transformers' own, LoRA, chunks, and whole fits."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemm
 import flow_lightning as fl
 from flow_lightning.modules.causal_language import supervised_counts
 from tests.examples import fit
-from tests.language import instructions, tiny_model, tiny_tokenizer
+from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = tiny_tokenizer()
-
-
-def language_module(**settings):
-    torch.manual_seed(0)
-    return fl.CausalLanguageModule(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
-
-
-def language_data(tmp_path, n=13, **settings):
-    path = tmp_path / "train.jsonl"
-    content = "".join(json.dumps(record) + "\n" for record in instructions(n))
-    if not path.exists() or path.read_text() != content:  # a rewritten file is another one for the cache
-        path.write_text(content)
-    return fl.InstructionDataModule(str(path), template="Q: {instruction} A: ", tokenizer=TOKENIZER, **settings)
 
 
 def batch_of(tmp_path, n=7):

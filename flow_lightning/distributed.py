@@ -1,0 +1,186 @@
+"""What differs between one process and several: ranks, gathering, models in shards (FSDP2).
+
+In: Trainer, module, tensors. Out: the same on every rank. Next: `run.py`, `scoring/score.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+T = TypeVar("T")
+
+
+def shard(module: LightningModule, root: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str] = ()) -> bool:
+    """Shard a model over the data-parallel ranks, for `configure_model`; does nothing under other strategies.
+
+    Each block's parameters are gathered right before it runs and dropped after it, so that a device holds its shard,
+    one block, and what is in no block.
+
+    Args:
+        module: The LightningModule.
+        root: The model; what is in no block is gathered when it runs.
+        blocks: Parts of it that run one after the other.
+        methods: Methods of `module` that run parts of `root`, not all of it: they gather what is in no block, too.
+
+    Returns:
+        Whether the model is in shards now.
+    """
+    if not is_attached(module) or not isinstance(module.trainer.strategy, ModelParallelStrategy):
+        return False
+    if isinstance(root, FSDPModule):  # by an earlier fit or test
+        return True
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    root.to(memory_format=torch.contiguous_format)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+    for name in methods:
+        alias = f"_of_lightning_module_{name}"
+        setattr(root, alias, getattr(module, name))
+        register_fsdp_forward_method(root, alias)
+        setattr(module, name, getattr(root, alias))
+    return True
+
+
+def data_rank(trainer: Trainer) -> tuple[int, int]:
+    """Return which share of the data this process takes, and the number of shares.
+
+    Processes that hold parts of one layer (tensor parallelism) take the same share; their ranks are consecutive.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        share: dict[str, Any] = trainer.strategy.distributed_sampler_kwargs
+        return share["rank"], share["num_replicas"]
+    return trainer.global_rank, trainer.world_size
+
+
+def in_wrapper(trainer: Trainer, module: LightningModule) -> bool:
+    """Tell whether parameters are whole only in the forward of a wrapper of the module, as FSDP and DeepSpeed do."""
+    return trainer.strategy.restore_checkpoint_after_setup and trainer.strategy.model is not module
+
+
+@contextmanager
+def whole_parameters(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Make the parameters of a module in a wrapper whole, and keep what is written into them.
+
+    Raises:
+        TypeError: If the strategy has no way to do so.
+    """
+    wrapper = trainer.strategy.model
+    if isinstance(wrapper, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(wrapper):
+            yield
+    elif in_wrapper(trainer, module):
+        raise TypeError(
+            f"Under {type(trainer.strategy).__name__} a fitted head cannot be put into the model. Use ddp, "
+            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback and HeadRefitCallback out."
+        )
+    else:
+        yield
+
+
+def drop_gathered(module: nn.Module) -> None:
+    """Drop the parameters that a forward has gathered, so that what is written into parameters goes to the shards."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that is on this process: all of it, if it is not in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value, the same on all processes, into a parameter, in shards or not."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def on_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T | None:
+    """Call a function on rank 0 alone; if it fails there, every rank fails, where it would wait for rank 0 for ever.
+
+    Returns:
+        What the function returned; None on the other ranks.
+
+    Raises:
+        RuntimeError: On the other ranks, with the message of rank 0's exception.
+    """
+    result, failure = None, None
+    if trainer.is_global_zero:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    message: Any = trainer.strategy.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"Rank 0 failed: {message}")
+    return result
+
+
+def from_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone and return its result on every rank; see `on_rank_zero`."""
+    result: Any = trainer.strategy.broadcast(on_rank_zero(trainer, function))
+    return result  # type: ignore[no-any-return]
+
+
+def is_attached(module: LightningModule) -> bool:
+    """Return whether a Trainer runs this module."""
+    try:
+        return module.trainer is not None
+    except RuntimeError:  # how LightningModule says that there is none
+        return False
+
+
+def gather(trainer: Trainer, values: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Concatenate tensors of all ranks, in the order of ranks; the same on every rank, on the CPU.
+
+    Args:
+        trainer: Gives the ranks. Processes that share data (tensor parallelism) count once.
+        values: The tensors of this rank, by batch; none if it had no batch. Rank 0 has at least one.
+    """
+    processes_per_share = trainer.world_size // data_rank(trainer)[1]
+    mine = () if trainer.global_rank % processes_per_share else tuple(map(torch.cat, zip(*values)))
+    if trainer.world_size == 1:
+        return mine
+    # A rank without a batch does not know the shapes: rank 0 tells it.
+    shapes = trainer.strategy.broadcast([(value.shape[1:], value.dtype) for value in mine])
+    device = trainer.strategy.root_device
+    rows = torch.zeros(trainer.world_size, len(shapes), dtype=torch.long, device=device)
+    rows[trainer.global_rank] = torch.tensor([len(value) for value in mine] or [0] * len(shapes))
+    rows = trainer.strategy.reduce(rows, reduce_op="sum").cpu()
+    joined = []
+    for position, (shape, dtype) in enumerate(shapes):
+        whole = torch.zeros(int(rows[:, position].sum()), *shape, dtype=dtype, device=device)
+        if mine:
+            start = int(rows[: trainer.global_rank, position].sum())
+            whole[start : start + len(mine[position])] = mine[position]
+        joined.append(trainer.strategy.reduce(whole, reduce_op="sum").cpu())
+    return tuple(joined)
+
+
+def in_forward(trainer: Trainer, module: LightningModule, function: Callable[[], T]) -> T:
+    """Call a function that runs the module; where parameters are whole only in its wrapper's forward, call it there.
+
+    FSDP and DeepSpeed are such wrappers. `strategy.validation_step` is Lightning's public way through them.
+    """
+    if not in_wrapper(trainer, module):
+        return function()
+    own = vars(module).get("validation_step")
+    vars(module)["validation_step"] = function
+    try:
+        return trainer.strategy.validation_step()  # type: ignore[return-value]
+    finally:
+        del vars(module)["validation_step"]
+        if own is not None:
+            vars(module)["validation_step"] = own

@@ -1,0 +1,32 @@
+"""Every private name of Lightning that this library uses, each with its reason; checked with lightning 2.5.3 and 2.6.6.
+
+In: Trainer. Out: what no public name gives. Next: `scoring/samples.py`, `resume.py`.
+"""
+
+from typing import Any
+
+from lightning import Trainer
+
+
+def training_source(trainer: Trainer) -> Any:
+    """Return what a fit trains on: the loader given to `fit`, or that of the data module's or module's own hook.
+
+    `trainer.train_dataloader` is None until after `on_fit_start`. The tuners of Lightning look here, too.
+    """
+    source = trainer.fit_loop._data_source
+    return source.dataloader() if source.is_defined() else None
+
+
+def restore_loader_state(trainer: Trainer) -> None:
+    """Give a resumed run's loader its position.
+
+    Lightning does this where it asks for the loader, but not if `configure_optimizers` has asked before
+    (`trainer.estimated_stepping_batches`).
+    """
+    trainer.fit_loop._load_combined_loader_states()
+
+
+def end_restart(trainer: Trainer) -> None:
+    """Tell the loops that the resumed run is under way; their public setter may say the contrary."""
+    fit_loop = trainer.fit_loop
+    fit_loop._restarting = fit_loop.epoch_loop.restarting = False

@@ -1,0 +1,1 @@
+"""What RetentionCallback measures, one kind of task a file."""

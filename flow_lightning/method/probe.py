@@ -1,0 +1,298 @@
+"""Room 2, for a model whose head is new: cached features of the frozen body to a linear probe and its losses.
+
+A new head is random, so its losses say nothing about the pre-trained model (all are near log C). The probe is a
+multinomial logistic regression with an L2 penalty, solved to convergence on features that are extracted once.
+Source: paper, vision protocol, step 1; the authors train the head by SGD over the images instead.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
+STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
+_ROWS = 65_536
+
+
+@dataclass
+class LinearHead:
+    """Weight `[C, D]` and bias `[C]` of a linear classifier, float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Compute logits `[n, C]` of features `[n, D]`."""
+        return F.linear(features, self.weight, self.bias)
+
+
+@dataclass
+class Probe:
+    """A fitted linear probe.
+
+    Attributes:
+        head: The head, for features as they are.
+        losses: Its cross-entropy on every sample, `[n]`: out of fold if `folds` were asked for, else in sample.
+        strength: The L2 penalty that validation chose.
+        validation: Mean loss on the held-out fifth and its standard error, in nats, by strength tried.
+    """
+
+    head: LinearHead
+    losses: Tensor
+    strength: float
+    validation: dict[float, tuple[float, float]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all of it as tensors, to be written to a file."""
+        validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
+        return {
+            "weight": self.head.weight,
+            "bias": self.head.bias,
+            "losses": self.losses,
+            "strength": torch.tensor(self.strength, dtype=torch.float64),
+            "validation": torch.tensor(validation, dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
+        """Make a probe from what `tensors` returned."""
+        validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
+        head = LinearHead(tensors["weight"], tensors["bias"])
+        return cls(head, tensors["losses"], tensors["strength"].item(), validation)
+
+
+def fit_probe(
+    features: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    folds: int = 0,
+    strengths: Sequence[float] = STRENGTHS,
+    device: torch.device | str = "cpu",
+    weights: Tensor | None = None,
+    on_step: Callable[[], Any] = lambda: None,
+) -> Probe:
+    """Choose the strength of the penalty on a held-out fifth (`strongest_within_one_error`), then solve on all samples.
+
+    Args:
+        features: `[n, D]`, in memory or memory-mapped; moved to the device in blocks.
+        targets: Class indices, `[n]`.
+        num_classes: C.
+        folds: 0 for the losses of the probe on its own training samples, as the authors take them; k > 1 for the losses
+            of k probes, each on the samples it has not seen.
+        strengths: L2 penalties to try, strongest first.
+        device: Where to solve.
+        weights: Weights of the samples in the mean losses that are minimised and held out, `[n]`; by default all 1.
+        on_step: Called after each of the `len(strengths) + folds + 1` solutions at most, for a progress bar.
+
+    Raises:
+        ValueError: If features are not finite, a target is out of range, or there are fewer samples than folds.
+    """
+    _check(features, targets, num_classes, folds)
+    weights = torch.ones(len(targets)) if weights is None else weights.float()
+    scale = _Scale(features)
+    parts = stratified_parts(targets, folds or 5)
+    validation = _held_out_losses(
+        features, targets, weights, num_classes, scale, parts == 0, strengths, device, on_step
+    )
+    strength = strongest_within_one_error(validation)
+    everything = torch.ones(len(targets), dtype=torch.bool)
+    head = _solve(features, targets, weights, num_classes, scale, everything, strength, device)
+    on_step()
+    losses = head_losses(head, features, targets, device)
+    for fold in range(folds):
+        unseen = parts == fold
+        other = _solve(features, targets, weights, num_classes, scale, ~unseen, strength, device)
+        losses[unseen] = head_losses(other, features[unseen], targets[unseen], device)
+        on_step()
+    return Probe(head, losses, strength, validation)
+
+
+def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
+    """Choose the strongest penalty whose held-out loss is within one standard error of the best (Breiman et al., 1984).
+
+    The weights of FLOW need losses that still tell easy samples from hard ones. The penalty with the lowest held-out
+    loss of all is often one at which nearly all training losses have collapsed to 0, and one that is no worse for all
+    that the held-out samples can tell keeps them apart.
+
+    Args:
+        validation: Strength to mean held-out loss and its standard error.
+
+    Example:
+        >>> strongest_within_one_error({1.0: (0.46, 0.03), 0.1: (0.26, 0.04), 0.01: (0.22, 0.05)})
+        0.1
+    """
+    best, error = min(validation.values())
+    return max(strength for strength, (loss, _) in validation.items() if loss <= best + error)
+
+
+def stratified_parts(targets: Tensor, parts: int) -> Tensor:
+    """Divide samples into parts of equal size with equal shares of each class, by index alone: the same on every run.
+
+    Args:
+        targets: Class indices, `[n]`.
+        parts: How many.
+
+    Returns:
+        The part of each sample, `[n]`, integers in `[0, parts)`.
+
+    Example:
+        >>> stratified_parts(torch.tensor([0, 1, 0, 1, 0, 1]), 3)
+        tensor([1, 2, 0, 1, 2, 0])
+    """
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    order = shuffled[targets[shuffled].argsort(stable=True)]
+    part = torch.empty(len(targets), dtype=torch.long)
+    part[order] = torch.arange(len(targets)) % parts
+    return part
+
+
+@torch.no_grad()
+def head_losses(head: LinearHead, features: Tensor, targets: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Compute the cross-entropy of a head on cached features, `[n]`, float32, on the CPU."""
+    head = LinearHead(head.weight.to(device), head.bias.to(device))
+    blocks = zip(features.split(_ROWS), targets.split(_ROWS))
+    return torch.cat(
+        [F.cross_entropy(head(x.to(device).float()), y.to(device), reduction="none").cpu() for x, y in blocks]
+    )
+
+
+class _Scale:
+    """Mean of each feature and one scale for all: the penalty then means the same for every body.
+
+    A scale for each feature would let the head lean on features that hardly vary: its large weights there send large
+    gradients into the body, and fine-tuning forgets far more.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        count, total, square = 0, 0.0, 0.0
+        for block in features.split(_ROWS):
+            block = block.double()
+            count, total, square = count + len(block), total + block.sum(0), square + block.square().sum(0)
+        self.mean = (torch.as_tensor(total) / count).float()
+        variance = torch.as_tensor(square) / count - self.mean.double().square()
+        deviation = float(variance.clamp_min(0).mean().sqrt())
+        self.std = deviation if deviation > 0 else 1.0
+
+    def to_plain(self, weight: Tensor, bias: Tensor) -> LinearHead:
+        """Turn a head for standardised features into one for features as they are."""
+        plain = weight / self.std
+        return LinearHead(plain, bias - plain @ self.mean)
+
+    def to_standardised(self, head: LinearHead) -> tuple[Tensor, Tensor]:
+        """Turn a head for features as they are into one for standardised features."""
+        return head.weight * self.std, head.bias + head.weight @ self.mean
+
+
+def _held_out_losses(
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    num_classes: int,
+    scale: _Scale,
+    held_out: Tensor,
+    strengths: Sequence[float],
+    device: torch.device | str,
+    on_step: Callable[[], None],
+) -> dict[float, tuple[float, float]]:
+    """Follow the penalties from strong to weak, each from the last solution, until held-out loss has risen twice."""
+    held_features, held_targets = features[held_out], targets[held_out]
+    found: dict[float, tuple[float, float]] = {}
+    head: LinearHead | None = None
+    for strength in strengths:
+        head = _solve(features, targets, weights, num_classes, scale, ~held_out, strength, device, head)
+        losses = head_losses(head, held_features, held_targets, device).double()
+        found[strength] = _mean_and_error(losses, weights[held_out].double())
+        on_step()
+        if sum(loss > min(found.values())[0] for loss, _ in list(found.values())[-2:]) == 2:
+            break
+    return found
+
+
+def _mean_and_error(losses: Tensor, weights: Tensor) -> tuple[float, float]:
+    """Return the weighted mean and its standard error; for weights of 1, `std / sqrt(n)`."""
+    total = weights.sum().clamp_min(1e-30)
+    mean = (weights * losses).sum() / total
+    return float(mean), float((weights * (losses - mean)).square().sum().sqrt() / total)
+
+
+def _solve(
+    features: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    num_classes: int,
+    scale: _Scale,
+    chosen: Tensor,
+    strength: float,
+    device: torch.device | str,
+    start: LinearHead | None = None,
+) -> LinearHead:
+    """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` over the chosen samples by L-BFGS, in float32."""
+    weight = torch.zeros(num_classes, features.shape[1], device=device)
+    bias = torch.zeros(num_classes, device=device)
+    if start is not None:
+        for parameter, value in zip((weight, bias), scale.to_standardised(start)):
+            parameter.copy_(value)
+    mean, std = scale.mean.to(device), scale.std
+    rows = chosen.nonzero().flatten().split(_ROWS)
+    total_weight = weights[chosen].double().sum().clamp_min(1e-30)
+    block = partial(_block, features, targets, weights / total_weight.float(), mean, std, device)
+    resident = [block(r) for r in rows] if len(rows) == 1 else None
+    optimizer = torch.optim.LBFGS(
+        [weight.requires_grad_(), bias.requires_grad_()],
+        max_iter=500,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-8,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        total = 0.5 * strength * weight.square().sum()
+        total.backward()
+        for x, y, share in resident or map(block, rows):
+            loss = (share * F.cross_entropy(F.linear(x, weight, bias), y, reduction="none")).sum()
+            loss.backward()
+            total = total + loss.detach()
+        return total.detach()
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    return scale.to_plain(weight.detach().cpu(), bias.detach().cpu())
+
+
+def _block(
+    features: Tensor,
+    targets: Tensor,
+    shares: Tensor,
+    mean: Tensor,
+    std: float,
+    device: torch.device | str,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (features[rows].to(device).float() - mean) / std, targets[rows].to(device), shares[rows].to(device)
+
+
+def _check(features: Tensor, targets: Tensor, num_classes: int, folds: int) -> None:
+    if len(features) == 0:
+        raise ValueError("There are no features: the training set is empty. Check its path and its split.")
+    for start, block in zip(range(0, len(features), _ROWS), features.split(_ROWS)):
+        wrong = ~torch.isfinite(block).all(dim=1)
+        if wrong.any():
+            shown = (wrong.nonzero().flatten()[:10] + start).tolist()
+            raise ValueError(
+                f"The features of samples {shown} are NaN or infinite. Score in 32-bit precision, or look at them."
+            )
+    if targets.min() < 0 or targets.max() >= num_classes:
+        raise ValueError(
+            f"Targets run from {int(targets.min())} to {int(targets.max())}, but num_classes is {num_classes}: "
+            f"expected targets from 0 to {num_classes - 1}. Set model.num_classes to the number of classes of the data "
+            "set."
+        )
+    if folds == 1 or folds < 0 or folds > len(targets):
+        raise ValueError(f"folds is {folds} for {len(targets)} samples; expected 0 (in sample) or 2 to {len(targets)}.")

@@ -1,0 +1,253 @@
+"""Losses of the frozen model with their weights, looked up by sample index while training.
+
+In: losses and a rule. Out: the weights of a batch, and a file. Next: `objective.py`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from flow_lightning.files import load_tensors, save_tensors
+from flow_lightning.method import flow
+
+_BLOCK = 2**20
+#: Half precision is used where it moves no weight by more than this.
+_TOLERANCE = 1e-3
+
+
+class _Stored:
+    """What weights of samples and weights of tokens have in common: summary, state, file."""
+
+    losses: Tensor
+    weights: Any
+    temperature: float
+    fingerprint: dict[str, str]
+    weighting: str
+    _tensors: ClassVar[tuple[str, ...]]
+    file_format: ClassVar[str]
+
+    def summary(self) -> dict[str, float]:
+        """Return temperature, mean weight, effective sample size and quantiles, under their keys in `metrics.json`."""
+        return flow.summarise(self.weights, self.temperature)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives only, so that `torch.load(weights_only=True)` reads them back."""
+        tensors = {name: getattr(self, name).cpu() for name in self._tensors}
+        settings = {"temperature": self.temperature, "weighting": self.weighting}
+        return {**tensors, **settings, "fingerprint": dict(self.fingerprint)}
+
+    def save(self, path: str | Path, beside: Mapping[str, Tensor] | None = None, scored: str = "") -> None:
+        """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part.
+
+        Args:
+            path: Where to write.
+            beside: Further tensors for the same file.
+            scored: What was scored, for whoever reads these tensors.
+        """
+        tensors = {name: getattr(self, name) for name in self._tensors} | dict(beside or {})
+        words = {"temperature": repr(self.temperature), "weighting": self.weighting, "scored": scored}
+        save_tensors(path, self.file_format, tensors, {**words, "fingerprint": json.dumps(self.fingerprint)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No weights file at {path}. A fit with FlowWeightingCallback writes one.")
+        try:
+            tensors, metadata = load_tensors(path, cls.file_format)
+            settings: dict[str, Any] = {
+                "temperature": float(metadata["temperature"]),
+                "fingerprint": dict(json.loads(metadata["fingerprint"])),
+                "weighting": metadata["weighting"],
+            }
+            loaded = cls(**{name: tensors[name] for name in cls._tensors}, **settings)
+            loaded.verify()
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a usable weights file: {error}. Delete it and score again.") from error
+        return loaded
+
+    def verify(self) -> None:
+        """Check that losses, temperature and weights fit together.
+
+        Raises:
+            ValueError: If shapes or types are wrong, a loss is not usable, or a weight is not what the rule gives.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class SampleWeights(_Stored):
+    """Losses of the frozen pre-trained model, temperature and weights, by sample index.
+
+    Takes 8 bytes per sample: 80 MB for 10 million.
+
+    Attributes:
+        losses: `[n]` float32.
+        temperature: tau.
+        weights: `[n]` float32, by default `exp(-losses / temperature)`.
+        fingerprint: What the losses were computed from, for example `{"dataset": "...", "reference": "..."}`.
+        weighting: Name of the rule from losses to weights, see `flow_lightning.method.flow.WEIGHTINGS`.
+        lookups: How often `lookup` was called: training that never looks up a weight is not weighted.
+    """
+
+    losses: Tensor
+    temperature: float
+    weights: Tensor
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    weighting: str = "flow"
+    lookups: int = field(default=0, compare=False)
+
+    _tensors: ClassVar[tuple[str, ...]] = ("losses", "weights")
+    file_format: ClassVar[str] = "flow_lightning.SampleWeights/2"
+
+    @classmethod
+    def from_losses(
+        cls,
+        losses: Tensor,
+        temperature: float | None = None,
+        quantile: float = 0.5,
+        fingerprint: dict[str, str] | None = None,
+        weighting: str = "flow",
+    ) -> "SampleWeights":
+        """Compute temperature (unless one is given) and weights from the losses, `[n]`."""
+        flow.check_losses(losses)
+        losses = losses.detach().float().cpu()
+        tau = flow.temperature(losses, quantile) if temperature is None else float(temperature)
+        return cls(losses, tau, flow.weighting_rule(weighting)(losses, tau), dict(fingerprint or {}), weighting)
+
+    def __len__(self) -> int:
+        return self.weights.numel()
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return the weights of a batch, `[B]`, on the device of `index`; the cost does not depend on `len(self)`."""
+        self.lookups += 1
+        if self.weights.device != index.device:
+            self.weights = self.weights.to(index.device)  # once: later batches come from the same device
+        return self.weights[index]
+
+    def verify(self) -> None:
+        """See the base class."""
+        if self.losses.ndim != 1 or self.losses.shape != self.weights.shape:
+            shapes = f"losses {tuple(self.losses.shape)} and weights {tuple(self.weights.shape)}"
+            raise ValueError(f"{shapes} are not one vector each")
+        if self.losses.dtype != torch.float32 or self.weights.dtype != torch.float32:
+            raise ValueError(f"losses are {self.losses.dtype} and weights {self.weights.dtype}, expected float32")
+        flow.check_losses(self.losses)
+        rule = flow.weighting_rule(self.weighting)
+        blocks = zip(self.losses.split(_BLOCK), self.weights.cpu().split(_BLOCK))
+        if not all(torch.allclose(w, rule(l, self.temperature), rtol=1e-5, atol=1e-30) for l, w in blocks):  # noqa: E741
+            formula = "exp(-loss / temperature)" if self.weighting == "flow" else f"those of {self.weighting!r}"
+            raise ValueError(f"its weights are not {formula}")
+
+
+@dataclass
+class TokenWeights(_Stored):
+    """Losses of the frozen pre-trained model and temperature, by sample index and supervised token.
+
+    Takes 2 bytes per supervised token and 8 per sample; weights are computed at each look-up.
+    Source: Sanyal et al., ICML 2025 (arXiv 2502.02797), token-wise FLOW: `w_it = exp(-l_it / tau)`, tau the median of
+    the losses of all supervised tokens.
+
+    Attributes:
+        losses: `[K]`, the supervised tokens of sample 0, then those of sample 1, and so on; float16, or float32 where
+            half precision would move a weight by more than 1e-3.
+        offsets: `[n + 1]` int64; sample i has the tokens `offsets[i]` to `offsets[i + 1]`.
+        temperature: tau.
+        fingerprint: What the losses were computed from, for example `{"dataset": "...", "reference": "..."}`.
+        weighting: Name of the rule from losses to weights, see `flow_lightning.method.flow.WEIGHTINGS`.
+        lookups: How often `lookup` was called.
+    """
+
+    losses: Tensor
+    offsets: Tensor
+    temperature: float
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    weighting: str = "flow"
+    lookups: int = field(default=0, compare=False)
+
+    _tensors: ClassVar[tuple[str, ...]] = ("losses", "offsets")
+    file_format: ClassVar[str] = "flow_lightning.TokenWeights/2"
+
+    @classmethod
+    def from_losses(
+        cls,
+        losses: Tensor,
+        offsets: Tensor,
+        temperature: float | None = None,
+        quantile: float = 0.5,
+        fingerprint: dict[str, str] | None = None,
+        weighting: str = "flow",
+    ) -> "TokenWeights":
+        """Compute the temperature (unless one is given) from the token losses, `[K]` and `[n + 1]`."""
+        flow.check_losses(losses)
+        losses = losses.detach().float().cpu()
+        tau = flow.temperature(losses, quantile) if temperature is None else float(temperature)
+        return cls(_halved(losses, tau, weighting), offsets.cpu(), tau, dict(fingerprint or {}), weighting)
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of all supervised tokens, `[K]` float32, computed anew at each access."""
+        return flow.weighting_rule(self.weighting)(self.losses, self.temperature)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Return the weights of the supervised tokens of samples `index`, one sample after the other, on its device."""
+        self.lookups += 1
+        if self.losses.device != index.device:  # once: later batches come from the same device
+            self.losses, self.offsets = self.losses.to(index.device), self.offsets.to(index.device)
+        positions = token_positions(self.offsets, index)
+        return flow.weighting_rule(self.weighting)(self.losses[positions], self.temperature)
+
+    def verify(self) -> None:
+        """See the base class."""
+        if self.losses.ndim != 1 or self.offsets.ndim != 1 or self.offsets.numel() < 2:
+            shapes = f"losses {tuple(self.losses.shape)} and offsets {tuple(self.offsets.shape)}"
+            raise ValueError(f"{shapes} are not vectors")
+        if self.losses.dtype not in (torch.float16, torch.float32) or self.offsets.dtype != torch.int64:
+            raise ValueError(f"losses are {self.losses.dtype} and offsets {self.offsets.dtype}")
+        ends = self.offsets[[0, -1]].tolist()
+        if ends != [0, self.losses.numel()] or (self.offsets.diff() < 0).any():
+            raise ValueError(f"offsets from {ends[0]} to {ends[1]} do not divide {self.losses.numel()} losses")
+        flow.check_losses(self.losses.float())
+        flow.weighting_rule(self.weighting)(self.losses[:1], self.temperature)
+
+
+def token_positions(offsets: Tensor, index: Tensor) -> Tensor:
+    """Return the positions of the tokens of some samples, one sample after the other.
+
+    Args:
+        offsets: `[n + 1]`; sample i has the positions `offsets[i]` to `offsets[i + 1]`.
+        index: Samples, `[B]`.
+
+    Returns:
+        Positions, `[K]`, K the number of tokens of these samples.
+
+    Example:
+        >>> token_positions(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 1, 0]))
+        tensor([2, 3, 4, 0, 1])
+    """
+    starts, counts = offsets[index], offsets[index + 1] - offsets[index]
+    ends = counts.cumsum(0)
+    within = torch.arange(int(ends[-1]) if len(ends) else 0, device=index.device)
+    return within + (starts - (ends - counts)).repeat_interleave(counts)
+
+
+def _halved(losses: Tensor, tau: float, weighting: str) -> Tensor:
+    rule, half = flow.weighting_rule(weighting), losses.half()
+    if not torch.isfinite(half).all():
+        return losses
+    moved = (rule(half, tau) - rule(losses, tau)).abs().max()
+    return half if float(moved) <= _TOLERANCE else losses

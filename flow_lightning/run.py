@@ -1,0 +1,126 @@
+"""One fit's directory and numbers, shared by the callbacks of that fit.
+
+In: Trainer and module, at `setup`. Out: `metrics.json`, and files beside it. Next: `callbacks/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from flow_lightning.distributed import on_rank_zero
+from flow_lightning.files import check_writable
+from flow_lightning.report.metrics import read_metrics, write_metrics
+from flow_lightning.scoring.scoring import Scoring
+
+#: Bytes that a run needs beside its checkpoints: weights, pictures, tables.
+_LEAST_ROOM = 8 * 2**20
+
+
+@dataclass
+class Run:
+    """What the callbacks of one fit share.
+
+    Attributes:
+        directory: Where the run writes; None if it writes nothing (see `run_directory`).
+        resumed: Whether the fit continues from a checkpoint, so that the model is no longer the pre-trained one.
+        metrics: The numbers recorded so far, by their key in `metrics.json`.
+        scoring: The frozen model over the training set.
+    """
+
+    directory: Path | None
+    resumed: bool = False
+    metrics: dict[str, Any] = field(default_factory=dict)
+    scoring: Scoring = field(default_factory=Scoring)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
+        """Weight averaging copies the module; the copy belongs to the same run."""
+        return self
+
+    def record(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+        """Add numbers to `metrics.json`, the loggers and `trainer.callback_metrics`; call it on every rank."""
+        if self.resumed and not self.metrics and self._file is not None and self._file.exists():
+            self.metrics.update(read_metrics(self._file))
+        self.metrics.update(metrics)
+        numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+        trainer.callback_metrics.update({key: torch.tensor(float(value)) for key, value in numbers.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        if (file := self._file) is not None:
+            on_rank_zero(trainer, lambda: write_metrics(file, self.metrics))
+
+    @property
+    def _file(self) -> Path | None:
+        return None if self.directory is None else self.directory / "metrics.json"
+
+
+class RunCallback(Callback):
+    """A callback that shares the fit's `Run`; subclasses that override one of these hooks call `super()`."""
+
+    run: Run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Join the run of this fit, or start it."""
+        if stage == "fit":
+            shared = getattr(pl_module, "flow_run", None)
+            self.run = shared if shared is not None else start_run(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notice a resumed fit. Tuners load a checkpoint of step 0: that is none."""
+        self.run.resumed |= checkpoint.get("global_step", 0) > 0
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the run."""
+        pl_module.flow_run = None  # type: ignore[assignment]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the run."""
+        pl_module.flow_run = None  # type: ignore[assignment]
+
+
+def start_run(trainer: Trainer, module: LightningModule) -> Run:
+    """Start the run of a fit and check that its directories can be written to; call it on every rank.
+
+    Raises:
+        OSError: If a directory is read-only or full: before scoring and training, not after.
+    """
+    run = Run(run_directory(trainer))
+    checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    model = sum(tensor.nbytes for tensor in module.state_dict().values() if hasattr(tensor, "nbytes"))
+
+    def check() -> None:
+        if run.directory is not None:
+            check_writable(run.directory, _LEAST_ROOM + (model if None in checkpoints else 0))
+        for folder in {str(folder) for folder in checkpoints if folder is not None and "://" not in str(folder)}:
+            check_writable(folder, model)
+
+    on_rank_zero(trainer, check)
+    module.flow_run = run  # type: ignore[assignment]
+    return run
+
+
+def run_directory(trainer: Trainer) -> Path | None:
+    """Return the directory of a run: the logger's; without a logger `default_root_dir`, if one was set.
+
+    Call it on every rank: rank 0 tells the others.
+
+    Returns:
+        None where the run is to leave no files: in a `fast_dev_run`, and with `logger=False` in the working directory.
+    """
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if isinstance(logger, DummyLogger):
+        return None
+    if logger is None:
+        root = Path(trainer.default_root_dir)
+        return None if root.absolute() == Path.cwd() else root
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    # Other loggers have one folder for all runs; Lightning's checkpoints go to this one in it.
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+    return Path(trainer.strategy.broadcast(str(place)))

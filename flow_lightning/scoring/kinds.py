@@ -1,0 +1,178 @@
+"""What is computed of each batch of training samples: losses of samples, losses of tokens, or features for a probe.
+
+In: module and batch. Out: values by batch, and what becomes of all of them. Next: `scoring.py`.
+"""
+
+import math
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flow_lightning.contract import module_contract
+from flow_lightning.distributed import from_rank_zero
+from flow_lightning.method.flow import check_losses
+from flow_lightning.method.probe import STRENGTHS, Probe, fit_probe
+from flow_lightning.method.weights import SampleWeights, TokenWeights
+from flow_lightning.scoring.score import Block, by_index, ragged_by_index
+
+
+class Kind(ABC):
+    """One way to score.
+
+    Attributes:
+        name: What a file of its results says it holds.
+        weights: What the losses become.
+        description: What the progress bar says.
+    """
+
+    name: str
+    weights: type[SampleWeights] | type[TokenWeights] = SampleWeights
+    description = "FLOW: scoring"
+
+    @abstractmethod
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Compute the values of a batch; the first tensor has one row per sample."""
+
+    @abstractmethod
+    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+        """Turn the blocks of all n samples into losses and whatever belongs to them."""
+
+    def rows(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return sample and value of each row of a block's values: what is compared when a file is checked."""
+        return values[0], values[1]
+
+
+class SampleLosses(Kind):
+    """`module.sample_losses`: `losses` `[n]`."""
+
+    name = "losses of samples"
+
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return the losses, `[B]` float32."""
+        losses = module.sample_losses(batch)  # type: ignore[operator]
+        if losses.ndim != 1:
+            raise ValueError(
+                f"sample_losses(batch) gave shape {tuple(losses.shape)}; expected one loss per sample, [B] "
+                "(reduction='none')."
+            )
+        return (losses.float(),)
+
+    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+        """Return `losses`."""
+        (losses,) = by_index(blocks, n)
+        check_losses(losses)
+        return {"losses": losses}
+
+
+class TokenLosses(Kind):
+    """`module.token_losses`: `losses` `[K]` and `offsets` `[n + 1]`."""
+
+    name = "losses of tokens"
+    weights = TokenWeights
+    description = "FLOW: scoring tokens"
+
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return the number of supervised tokens `[B]` and their losses `[K]`."""
+        return module.token_counts(batch), module.token_losses(batch)  # type: ignore[operator]
+
+    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+        """Return `losses` and `offsets`."""
+        losses, offsets = ragged_by_index(blocks, n)
+        check_losses(losses)
+        return {"losses": losses, "offsets": offsets}
+
+    def rows(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return the sample of each token, and its loss."""
+        index, counts, losses = values
+        return index.repeat_interleave(counts), losses
+
+
+@dataclass
+class ProbeFeatures(Kind):
+    """`module.features` and targets, to a linear probe: its tensors (see `Probe.tensors`), `losses` `[n]` among them.
+
+    Attributes:
+        folds: 0 for the probe's losses on its own training samples, as in the paper; k > 1 for k-fold out-of-fold ones.
+        memory_budget: Features above this many GiB go to a memory-mapped temporary file.
+        sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
+    """
+
+    folds: int = 0
+    memory_budget: float = 4.0
+    description: str = "Linear probe"
+    sample_weights: Tensor | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name the probe with what its result depends on."""
+        return f"linear probe, folds {self.folds}"
+
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return features `[B, D]` float32 and targets `[B]`."""
+        if "target" not in batch:
+            raise KeyError(f"A training batch has no 'target' (keys {sorted(batch)}): the probe cannot be fitted.")
+        return module.features(batch).float(), batch["target"]  # type: ignore[operator]
+
+    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+        """Collect the features on rank 0, solve there, and hand the solution to every rank."""
+        head: Any = module_contract(module).head
+        with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
+            allocate = allocator(self.memory_budget, Path(folder))
+            found = by_index(blocks, n, allocate, wanted=trainer.is_global_zero)
+            solve = partial(self._solve, found, head.out_features, module.device, trainer.progress_bar_callback is None)
+            return from_rank_zero(trainer, solve)
+
+    def _solve(self, found: tuple[Tensor, ...], classes: int, device: torch.device, quiet: bool) -> dict[str, Tensor]:
+        features, targets = found
+        steps = len(STRENGTHS) + self.folds + 1
+        with tqdm(total=steps, desc=f"{self.description}: solving", unit="fit", leave=False, disable=quiet) as bar:
+            probe = fit_probe(
+                features, targets, classes, self.folds, device=device, weights=self.sample_weights, on_step=bar.update
+            )
+        return probe.tensors()
+
+
+def probe_of(result: dict[str, Tensor]) -> Probe | None:
+    """Return the probe in a result, or None if there is none."""
+    return Probe.from_tensors(result) if "validation" in result else None
+
+
+def allocator(budget: float, folder: Path) -> Callable[..., Tensor]:
+    """Return a maker of zero-filled tensors: in memory up to the budget in GiB, above it in a memory-mapped file."""
+
+    def allocate(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(size)
+        if count * dtype.itemsize <= budget * 2**30:
+            return torch.zeros(size, dtype=dtype)
+        path = _file_of_zeros(folder, count * dtype.itemsize)
+        return torch.from_file(path, shared=True, size=count, dtype=dtype).view(size)
+
+    return allocate
+
+
+def _file_of_zeros(folder: Path, size: int) -> str:
+    """Make a file whose room on the disk is taken at once: a memory-mapped file that finds none is fatal."""
+    handle, name = tempfile.mkstemp(dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.truncate(handle, size)
+    except OSError as error:
+        raise OSError(
+            f"The features of the training samples take {size / 2**30:.1f} GiB, and {folder.parent} cannot take them "
+            f"({error}). Set TMPDIR to a folder with room, or raise memory_budget to keep them in memory."
+        ) from error
+    finally:
+        os.close(handle)
+    return name

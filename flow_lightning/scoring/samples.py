@@ -1,0 +1,115 @@
+"""The samples to score: where they come from, how they are cut into batches, what they are known by.
+
+In: Trainer and module. Out: `Samples`, made once per fit. Next: `score.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from flow_lightning.contract import data_contract
+from flow_lightning.data.indexing import check_map_style
+from flow_lightning.data.samplers import FixedBatches
+from flow_lightning.lightning_internals import training_source
+from flow_lightning.scoring.evaluation import evaluation
+from flow_lightning.scoring.fingerprint import inspect_dataset
+
+_HOW = (
+    "Give the Trainer a data module or module with `scoring_dataloader()` (the training samples, not augmented) or "
+    "`train_dataloader()`, a DataLoader in `fit(model, loader)`, or FlowWeightingCallback(dataloader=...)."
+)
+
+
+class Samples(NamedTuple):
+    """The training samples as the frozen model sees them.
+
+    Attributes:
+        loader: Where data set, collate function and workers come from; it is never iterated.
+        batches: Positions in the data set, by batch; the same on any number of processes.
+        fingerprint: Hash of the data set, see `inspect_dataset`.
+    """
+
+    loader: DataLoader[Any]
+    batches: Sequence[Sequence[int]]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return sum(map(len, self.batches))
+
+
+def find_samples(trainer: Trainer, module: LightningModule, loader: DataLoader[Any] | None = None) -> Samples:
+    """Find the training samples of a fit, and warn if they differ from one reading to the next.
+
+    Args:
+        trainer: Runs the fit.
+        module: Is put into evaluation mode while samples are read: transforms may depend on it.
+        loader: Where the samples come from; by default the fit's own scoring or training loader.
+
+    Raises:
+        TypeError: If there is no DataLoader, or its data set is iterable-style.
+        ValueError: If the data set is empty.
+    """
+    loader = training_loader(trainer) if loader is None else loader
+    batches = cut_batches(loader)
+    with evaluation(module):
+        fingerprint, is_random = inspect_dataset(loader.dataset)
+    if is_random:
+        rank_zero_warn(
+            "Two readings of a sample to score differ: its transforms are random, so the weights come from one random "
+            "draw. Define `scoring_dataloader()` on the data module: the training samples, not augmented."
+        )
+    return Samples(loader, batches, fingerprint)
+
+
+def training_loader(trainer: Trainer) -> DataLoader[Any]:
+    """Return `scoring_dataloader()` of data module or module, else the loader that the fit trains on.
+
+    Raises:
+        TypeError: If there is neither, or it is no DataLoader.
+    """
+    scoring_dataloader = data_contract(trainer).scoring_dataloader
+    loader = training_source(trainer) if scoring_dataloader is None else scoring_dataloader()
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"FLOW needs the training samples as one DataLoader, but found {type(loader).__name__}. {_HOW}")
+    return loader
+
+
+def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
+    """Cut the data set of a loader into batches: its fixed batches if it has some, else in order.
+
+    They do not depend on the number of processes, so the values do not either.
+
+    Raises:
+        TypeError: If the data set is iterable-style.
+        ValueError: If the data set is empty.
+    """
+    check_map_style(loader.dataset)
+    length = len(loader.dataset)  # type: ignore[arg-type]
+    if length == 0:
+        raise ValueError("The data set is empty: there is nothing to score. Check its path and its split.")
+    if isinstance(loader.batch_sampler, FixedBatches):
+        return loader.batch_sampler.batches
+    size = loader.batch_size or 64
+    return [range(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def loader_like(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+    """Make a loader over `batches`, in order, with the data set, collate function and workers of another loader.
+
+    The other loader is never iterated, so neither its order nor its persistent workers notice.
+    """
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=FixedBatches(batches),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,202 @@
+"""One pass of a function over a data set, by all processes: where scoring meets devices, precision and ranks.
+
+In: Trainer, module, loader and a function of a batch. Out: its values, by sample index. Next: `scoring.py`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from flow_lightning.data.indexing import check_indices, find_index
+from flow_lightning.distributed import data_rank, drop_gathered, gather, in_forward
+from flow_lightning.method.weights import token_positions
+from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
+from flow_lightning.scoring.samples import cut_batches, loader_like
+
+#: A function of a batch: tensors whose first has one row per sample, `[B, ...]`.
+BatchFunction = Callable[[Any], tuple[Tensor, ...]]
+
+
+class Block(NamedTuple):
+    """The values of some batches, the same on every rank.
+
+    Attributes:
+        end: Batches that are done with this block.
+        values: Index of the samples `[m]`, and the function's values for them.
+    """
+
+    end: int
+    values: tuple[Tensor, ...]
+
+
+#: How long a block takes: what is lost at most when scoring is killed.
+_SECONDS_PER_BLOCK = 10.0
+
+
+def score_dataset(
+    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], function: BatchFunction, description: str
+) -> tuple[Tensor, ...]:
+    """Apply a function to every sample of a loader's data set, once, in evaluation mode, over all ranks.
+
+    Args:
+        trainer: Gives devices, precision and ranks.
+        module: Is put into evaluation mode meanwhile.
+        loader: Where the data set, its collate function, batch size and workers come from; it is not iterated.
+        function: Maps a batch on the device to tensors `[B, ...]`.
+        description: What the progress bar says.
+
+    Returns:
+        For each tensor of the function one `[n, ...]` tensor on the CPU, by sample index, the same on every rank.
+    """
+    batches = cut_batches(loader)
+    return by_index(score_blocks(trainer, module, loader, batches, function, description), sum(map(len, batches)))
+
+
+def score_blocks(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    batches: Sequence[Sequence[int]],
+    function: BatchFunction,
+    description: str,
+    done: int = 0,
+) -> Iterator[Block]:
+    """Apply a function to batches of a data set and yield its values block by block, the same on every rank.
+
+    Rank r takes batches r, r + world, r + 2 world, ...: none twice, none padded. The bare module is called, not the
+    wrapped one, whose forward would wait for ranks that have no batch left. A block takes about ten seconds.
+
+    Args:
+        trainer: See `score_dataset`.
+        module: See `score_dataset`.
+        loader: See `score_dataset`.
+        batches: Positions in the data set, by batch.
+        function: See `score_dataset`.
+        description: See `score_dataset`.
+        done: Batches to leave out at the beginning, because an earlier run has scored them.
+    """
+    rank, world = data_rank(trainer)
+    mine, before = batches[done + rank :: world], len(batches[:done:world])
+    # In shards, a model runs on all ranks or on none: a rank without a batch runs one for nothing.
+    spare = trainer.strategy.restore_checkpoint_after_setup and len(mine) < len(batches[done::world])
+    run = partial(_run, trainer, module, loader, function)
+    show = trainer.is_global_zero and trainer.progress_bar_callback is not None and len(mine) > 0
+    with progress(before + len(mine), description, show, before) as bar, evaluation(module), evaluation_stage(trainer):
+        values = run(mine, batches[:1] if spare else (), bar.update)
+        size = 1  # batches of each rank in a block; rank 0 sets it by its clock
+        while done < len(batches):
+            started = time.perf_counter()
+            block = gather(trainer, list(islice(values, size)))
+            done = min(done + size * world, len(batches))
+            seconds = time.perf_counter() - started
+            size = trainer.strategy.broadcast(max(1, round(size * _SECONDS_PER_BLOCK / seconds)))
+            yield Block(done, block)
+    drop_gathered(module)
+
+
+def _run(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    function: BatchFunction,
+    mine: Sequence[Sequence[int]],
+    spare: Sequence[Sequence[int]],
+    on_batch: Callable[[], Any],
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield index and values of this rank's batches, in the Trainer's precision; run spare ones without a word."""
+    wanted = [*mine, *spare]
+    for order, (expected, batch) in enumerate(zip(wanted, on_device(trainer, module, loader_like(loader, wanted)))):
+        with trainer.precision_plugin.forward_context():
+            values = in_forward(trainer, module, partial(_score_batch, batch, expected, function))
+        if order < len(mine):
+            on_batch()
+            yield values
+
+
+def by_index(
+    blocks: Iterable[Block], length: int, allocate: Callable[..., Tensor] = torch.zeros, wanted: bool = True
+) -> tuple[Tensor, ...]:
+    """Put the values of blocks in the order of the samples: for each tensor of the function one `[n, ...]`.
+
+    Args:
+        blocks: What `score_blocks` yields.
+        length: n, the number of samples.
+        allocate: Makes the tensors for the results, called with `size, dtype=`.
+        wanted: Whether this rank needs them; if not, it takes no memory and gets nothing.
+    """
+    results: tuple[Tensor, ...] = ()
+    for _, (index, *values) in blocks:
+        if not wanted:
+            continue
+        results = results or tuple(allocate((length, *value.shape[1:]), dtype=value.dtype) for value in values)
+        for result, value in zip(results, values):
+            result[index] = value
+    return results
+
+
+def ragged_by_index(blocks: Iterable[Block], length: int) -> tuple[Tensor, Tensor]:
+    """Put the values of samples that have several each in the order of the samples.
+
+    Args:
+        blocks: Blocks of index, number of values of each sample, and the values, sample by sample.
+        length: n, the number of samples.
+
+    Returns:
+        Values of all samples `[K]`, and offsets `[n + 1]`: sample i has `offsets[i]` to `offsets[i + 1]`.
+    """
+    index, counts, values = map(torch.cat, zip(*(block.values for block in blocks)))
+    offsets = torch.zeros(length + 1, dtype=torch.long)
+    offsets[index + 1] = counts.long()
+    offsets = offsets.cumsum(0)
+    flat = torch.empty_like(values)
+    flat[token_positions(offsets, index)] = values
+    return flat, offsets
+
+
+def on_device(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader as the Trainer would: through the transfer hooks, on the device."""
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    hook = "on_before_batch_transfer"
+    owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
+    for batch in loader:
+        batch = trainer.precision_plugin.convert_input(batch)
+        yield trainer.strategy.batch_to_device(owner.on_before_batch_transfer(batch, 0))
+
+
+def _score_batch(batch: Any, expected: Sequence[int], function: BatchFunction) -> tuple[Tensor, ...]:
+    """Return the samples' index `[B]` and the function's values, on the CPU.
+
+    Raises:
+        ValueError: If the batch holds other samples than `expected`, or the function returned a wrong shape.
+    """
+    index, own = torch.as_tensor(expected), find_index(batch)
+    if own is not None:
+        check_indices(own, index)
+    values = function(batch)
+    if values[0].shape[:1] != index.shape:
+        raise ValueError(
+            f"A batch of {index.numel()} samples gave values of shape {tuple(values[0].shape)}; expected one per "
+            "sample. sample_losses(batch) must not reduce over the batch (reduction='none')."
+        )
+    return index, *(value.detach().cpu() for value in values)
+
+
+def progress(total: int, description: str, enabled: bool = True, initial: int = 0) -> "tqdm[Any]":
+    """Make a progress bar with rate and remaining time, which stays on the screen at the end.
+
+    Args:
+        total: Number of batches.
+        description: What it says.
+        enabled: Whether it is shown.
+        initial: Batches that are done already, which do not count for the rate.
+    """
+    return tqdm(total=total, desc=description, unit="batch", dynamic_ncols=True, disable=not enabled, initial=initial)

@@ -1,0 +1,99 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, DataLoader
+
+from flow_lightning.data.samplers import LengthGroupedSampler, token_budget_batches
+
+
+def padding(batches, lengths) -> int:
+    return sum(max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in batches)
+
+
+def random_lengths(n: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randint(1, 500) for _ in range(n)]
+
+
+@given(st.lists(st.integers(1, 100), max_size=60), st.integers(1, 300))
+def test_budget_batches_are_a_partition_within_the_budget(lengths, budget):
+    batches = token_budget_batches(lengths, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= budget or len(batch) == 1 for batch in batches)
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(order, reverse=True)
+    # Greedy: no batch could have taken the first sample of the next one.
+    assert all(lengths[batch[0]] * (len(batch) + 1) > budget for batch in batches[:-1])
+
+
+def test_budget_batches_take_tensors_and_refuse_no_budget():
+    assert token_budget_batches(torch.tensor([2, 5, 5]), 10) == [[1, 2], [0]]
+    with pytest.raises(ValueError, match="is 0; expected at least 1"):
+        token_budget_batches([1], 0)
+
+
+@given(st.integers(1, 120), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
+def test_ranks_share_all_samples_evenly(n, batch_size, world, pool, epoch):
+    ranks = []
+    for rank in range(world):
+        sampler = LengthGroupedSampler(range(n), random_lengths(n), batch_size, world, rank, pool=pool)
+        sampler.set_epoch(epoch)
+        ranks.append(list(sampler))
+        assert len(ranks[-1]) == len(sampler)
+    together = [i for indices in ranks for i in indices]
+    assert len({len(indices) for indices in ranks}) == 1 and set(together) == set(range(n))
+    assert len(together) - n == -n % world and max(map(together.count, range(n))) <= -(-world // n) + 1
+
+
+def test_more_ranks_than_samples_repeat_them():
+    assert [list(LengthGroupedSampler([0], [3], 2, num_replicas=3, rank=rank)) for rank in range(3)] == [[0]] * 3
+
+
+def test_the_order_follows_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = LengthGroupedSampler(range(100), random_lengths(100), 4, seed=seed, pool=5)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (7, 0))}) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_hold_similar_lengths_in_random_order(rank):
+    lengths = random_lengths(1003)
+    sampler = LengthGroupedSampler(range(1003), lengths, 4, 2, rank)
+    batches = list(BatchSampler(sampler, 4, drop_last=False))
+    shuffled = random.Random(0).sample(range(1003), len(sampler))
+    assert padding(batches, lengths) < 0.1 * padding(BatchSampler(shuffled, 4, drop_last=False), lengths)
+    longest = torch.tensor([float(max(lengths[i] for i in batch)) for batch in batches])
+    assert abs(torch.corrcoef(torch.stack([longest, torch.arange(len(batches))]))[0, 1]) < 0.3
+
+
+def test_both_ranks_get_similar_lengths_at_each_step():
+    lengths = random_lengths(800)
+    first, second = (list(LengthGroupedSampler(range(800), lengths, 4, 2, rank)) for rank in range(2))
+    both = [first[i : i + 4] + second[i : i + 4] for i in range(0, 400, 4)]
+    assert max(max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in both) < 50
+
+
+def test_it_works_in_a_loader():
+    lengths = random_lengths(10)
+    loader = DataLoader(range(10), batch_size=4, sampler=LengthGroupedSampler(range(10), lengths, 4))
+    assert len(loader) == 3 and sorted(i for batch in loader for i in batch.tolist()) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((range(3), [1, 2], 2), "Got 2 lengths for 3 samples"),
+        (([], [], 2), "Got 0 lengths for 0 samples"),
+        ((range(2), [1, 2], 0), "Got batch_size=0"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LengthGroupedSampler(*arguments)

@@ -1,0 +1,124 @@
+"""The probe against scikit-learn's logistic regression, which solves the same problem with its own code."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from flow_lightning.method import probe as probing
+from flow_lightning.method.probe import fit_probe, head_losses, stratified_parts
+
+
+def clusters(n=150, d=12, classes=3, spread=1.5, seed=0):
+    """Classes that overlap, with features of very different scales and far from 0."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(classes, size=n)
+    centres = rng.normal(size=(classes, d))
+    features = (centres[targets] + spread * rng.normal(size=(n, d))) * np.geomspace(0.1, 10, d) + 3
+    return torch.from_numpy(features).float(), torch.from_numpy(targets)
+
+
+def sklearn_probabilities(features, targets, strength, evaluate):
+    """Minimise the same objective: mean cross-entropy + strength / 2 |W|^2, W for features of unit scale."""
+    x, y = features.double().numpy(), targets.numpy()
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    model = LogisticRegression(C=1 / (strength * len(y)), tol=1e-10, max_iter=100_000)
+    return model.fit((x - mean) / scale, y).predict_proba((evaluate.double().numpy() - mean) / scale)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.03, 0.001])
+def test_head_and_losses_are_scikit_learns(strength):
+    features, targets = clusters()
+    probe = fit_probe(features, targets, 3, strengths=[strength])
+    expected = sklearn_probabilities(features, targets, strength, features)
+    np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
+    np.testing.assert_allclose(probe.losses.numpy(), -np.log(expected[np.arange(150), targets]), atol=5e-3)
+
+
+def test_the_strength_is_the_strongest_within_one_standard_error_of_the_best():
+    features, targets = clusters()
+    strengths = [10.0, 1.0, 0.1, 0.01, 0.001]
+    probe = fit_probe(features, targets, 3, strengths=strengths)
+    held = stratified_parts(targets, 5) == 0
+    x, y = features.double().numpy(), targets.numpy()
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    found = {}
+    for strength in strengths:
+        model = LogisticRegression(C=1 / (strength * int((~held).sum())), tol=1e-10, max_iter=100_000)
+        p = model.fit((x[~held] - mean) / scale, y[~held]).predict_proba((x[held] - mean) / scale)
+        losses = -np.log(p[np.arange(len(p)), y[held]])
+        found[strength] = (losses.mean(), losses.std() / np.sqrt(len(losses)))
+    for strength, (loss, error) in probe.validation.items():
+        assert (loss, error) == pytest.approx(found[strength], abs=5e-3)
+    best = min(found, key=lambda strength: found[strength][0])
+    assert probe.strength == max(s for s in strengths if found[s][0] <= sum(found[best]))
+
+
+def test_a_path_of_penalties_ends_once_the_held_out_loss_has_risen_twice():
+    features, targets = clusters(spread=3.0)
+    probe = fit_probe(features, targets, 3)
+    losses = [loss for loss, _ in probe.validation.values()]
+    assert len(losses) < len(probing.STRENGTHS)
+    assert losses[-1] > min(losses) and losses[-2] > min(losses) and losses[-3] == min(losses)
+
+
+def test_out_of_fold_losses_come_from_probes_that_have_not_seen_the_sample():
+    features, targets = clusters(60)
+    probe = fit_probe(features, targets, 3, folds=4, strengths=[0.01])
+    parts = stratified_parts(targets, 4)
+    x, y = features.double().numpy(), targets.numpy()
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    for fold in range(4):
+        unseen = (parts == fold).numpy()
+        model = LogisticRegression(C=1 / (0.01 * (~unseen).sum()), tol=1e-10, max_iter=100_000)
+        model.fit((x[~unseen] - mean) / scale, y[~unseen])
+        p = model.predict_proba((x[unseen] - mean) / scale)
+        np.testing.assert_allclose(
+            probe.losses[torch.from_numpy(unseen)], -np.log(p[np.arange(len(p)), y[unseen]]), atol=2e-2
+        )
+    in_sample = fit_probe(features, targets, 3, strengths=[0.01])
+    assert probe.losses.mean() > in_sample.losses.mean()
+    torch.testing.assert_close(probe.head.weight, in_sample.head.weight)
+
+
+def test_blocks_give_the_same_solution(monkeypatch):
+    """Features that do not fit the device at once go through in blocks; memory-mapped ones, too."""
+    features, targets = clusters()
+    whole = fit_probe(features, targets, 3, strengths=[0.1])
+    monkeypatch.setattr(probing, "_ROWS", 32)
+    blocks = fit_probe(features, targets, 3, strengths=[0.1])
+    torch.testing.assert_close(blocks.losses, whole.losses, rtol=1e-3, atol=1e-3)
+
+
+def test_parts_are_equal_in_size_and_classes():
+    targets = torch.tensor([0] * 40 + [1] * 20 + [2] * 10)
+    parts = stratified_parts(targets, 5)
+    assert parts.bincount().tolist() == [14] * 5
+    for part in range(5):
+        assert targets[parts == part].bincount().tolist() == [8, 4, 2]
+
+
+def test_head_losses_match_torch():
+    features, targets = clusters(20)
+    head = probing.LinearHead(torch.randn(3, 12), torch.randn(3))
+    expected = torch.nn.functional.cross_entropy(features @ head.weight.T + head.bias, targets, reduction="none")
+    torch.testing.assert_close(head_losses(head, features, targets), expected)
+
+
+def test_constant_features_do_no_harm():
+    probe = fit_probe(torch.ones(10, 4), torch.arange(10) % 2, 2, strengths=[0.1])
+    np.testing.assert_allclose(probe.losses.numpy(), np.log(2), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda f, t: (f[:0], t[:0]), {}, "training set is empty"),
+        (lambda f, t: (f.index_fill(0, torch.tensor([4]), float("nan")), t), {}, r"samples \[4\] are NaN"),
+        (lambda f, t: (f, t + 1), {}, "expected targets from 0 to 2"),
+        (lambda f, t: (f, t), {"folds": 1}, "expected 0 .in sample. or 2 to 150"),
+    ],
+)
+def test_bad_input_is_an_error(change, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit_probe(*change(*clusters()), 3, **arguments)

@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+
+from flow_lightning.files import save_tensors
+from flow_lightning.method.flow import WEIGHTINGS, keep_below
+from flow_lightning.method.weights import SampleWeights, TokenWeights, token_positions
+
+OFFSETS = torch.tensor([0, 3, 3, 4, 9])
+
+
+def losses(n=9, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) * 4 + 0.01
+
+
+def test_temperature_and_weights_are_numpys():
+    weights = TokenWeights.from_losses(losses(), OFFSETS)
+    tau = np.median(losses().numpy())
+    assert weights.temperature == pytest.approx(tau)
+    np.testing.assert_allclose(weights.weights.numpy(), np.exp(-losses().numpy() / tau), atol=1e-3)
+
+
+@pytest.mark.parametrize("index", [[0], [3, 0], [1], [2, 1, 3], [1, 1], []])
+def test_lookup_joins_the_tokens_of_the_samples(index):
+    weights = TokenWeights.from_losses(losses(), OFFSETS)
+    parts = [weights.weights[OFFSETS[i] : OFFSETS[i + 1]] for i in index]
+    expected = torch.cat(parts) if parts else torch.zeros(0)
+    torch.testing.assert_close(weights.lookup(torch.tensor(index, dtype=torch.long)), expected)
+
+
+def test_positions_of_any_samples():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 5, (50,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    index = torch.randint(0, 50, (200,), generator=generator)
+    expected = [p for i in index.tolist() for p in range(int(offsets[i]), int(offsets[i + 1]))]
+    assert token_positions(offsets, index).tolist() == expected
+
+
+def test_half_precision_where_it_moves_no_weight_by_more_than_a_thousandth():
+    many = losses(100_000)
+    stored = TokenWeights.from_losses(many, torch.tensor([0, 100_000]))
+    assert stored.losses.dtype == torch.float16
+    assert (stored.weights - torch.exp(-many / stored.temperature)).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "settings"),
+    [
+        (torch.tensor([0.1, 1.0, 1e6]), {}),  # too large for half precision
+        (torch.tensor([2.49999, 1.0, 3.0]), {"temperature": 2.5, "weighting": "threshold"}),  # rounds to the bound
+        (torch.tensor([50.001, 50.0, 49.999]), {"temperature": 1e-3, "weighting": "flow"}),
+    ],
+)
+def test_full_precision_where_half_would_move_a_weight(values, settings):
+    stored = TokenWeights.from_losses(values, torch.tensor([0, 3]), **settings)
+    threshold = settings.get("weighting") == "threshold"
+    exact = keep_below(values, 2.5) if threshold else torch.exp(-values / stored.temperature)
+    assert (stored.weights - exact).abs().max() <= 1e-3
+
+
+def test_a_threshold_takes_the_place_of_the_exponential():
+    weights = TokenWeights.from_losses(losses(), OFFSETS, temperature=2.0, weighting="threshold")
+    assert weights.weights.tolist() == [float(loss < 2.0) for loss in losses().tolist()]
+
+
+def test_a_rule_of_ones_own(monkeypatch):
+    monkeypatch.setitem(WEIGHTINGS, "square", lambda losses, tau: (losses / tau) ** 2)
+    weights = SampleWeights.from_losses(torch.tensor([1.0, 2.0, 4.0]), weighting="square")
+    assert weights.weights.tolist() == [0.25, 1.0, 4.0]
+    weights.verify()
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="'flow', 'threshold'"):
+        TokenWeights.from_losses(losses(), OFFSETS, weighting="no such")
+
+
+def test_a_file_holds_all_and_nothing_twice(tmp_path):
+    weights = TokenWeights.from_losses(losses(), OFFSETS, fingerprint={"dataset": "d"})
+    weights.save(tmp_path / "w.safetensors")
+    again = TokenWeights.load(tmp_path / "w.safetensors")
+    assert torch.equal(again.losses, weights.losses) and again.fingerprint == {"dataset": "d"}
+    assert torch.equal(again.weights, weights.weights)
+    many = TokenWeights.from_losses(losses(100_000), torch.tensor([0, 100_000]))
+    many.save(tmp_path / "many.safetensors")
+    assert (tmp_path / "many.safetensors").stat().st_size < 2 * 100_000 + 1000
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"losses": torch.ones(3), "offsets": torch.tensor([0, 2])}, "do not divide"),
+        ({"losses": torch.ones(3), "offsets": torch.tensor([0, 5, 3])}, "do not divide"),
+        ({"losses": torch.ones(3).long(), "offsets": torch.tensor([0, 3])}, "int64"),
+        ({"losses": -torch.ones(3), "offsets": torch.tensor([0, 3])}, "negative"),
+        ({"losses": torch.ones(3)}, "offsets"),
+    ],
+)
+def test_a_file_whose_content_does_not_fit_is_refused(tensors, message, tmp_path):
+    metadata = {"temperature": "1.0", "fingerprint": "{}", "weighting": "flow"}
+    save_tensors(tmp_path / "w.safetensors", "flow_lightning.TokenWeights/2", tensors, metadata)
+    with pytest.raises(ValueError, match=message):
+        TokenWeights.load(tmp_path / "w.safetensors")
+
+
+def test_files_of_sequences_and_of_tokens_are_not_mixed_up(tmp_path):
+    SampleWeights.from_losses(losses()).save(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="SampleWeights"):
+        TokenWeights.load(tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError, match="No weights file"):
+        TokenWeights.load(tmp_path / "absent.safetensors")

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flow_lightning.data import packaged_images
+from flow_lightning.quickstart.photographs import crop_boxes, packaged_photographs
+
+
+def test_the_photographs_are_in_colour_and_large_enough() -> None:
+    files = packaged_photographs()
+    assert len(files) == len(set(files)) == 27
+    for file in files:
+        with Image.open(file) as image:
+            assert image.mode == "RGB" and min(image.size) >= 300
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 427), (512, 512), (300, 451)])
+def test_boxes_are_squares_that_reach_every_border(width: int, height: int) -> None:
+    boxes = crop_boxes(width, height)
+    assert len(set(boxes)) == 18
+    for part in (boxes[:9], boxes[9:]):
+        lefts, uppers, rights, lowers = zip(*part, strict=True)
+        assert (min(lefts), min(uppers), max(rights), max(lowers)) == (0, 0, width, height)
+    sides = {(right - left, lower - upper) for left, upper, right, lower in boxes}
+    assert sides == {(round(share * min(width, height)),) * 2 for share in (0.75, 0.5)}
+
+
+def test_a_missing_package_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged_images, "find_spec", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match=r"need skimage.*pip install 'flow-lightning\[quickstart\]'"):
+        packaged_photographs()
+
+
+def test_a_package_without_the_photographs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "skimage").mkdir()
+    (tmp_path / "skimage" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"skimage/data/astronaut\.png; this version of skimage"):
+        packaged_photographs()

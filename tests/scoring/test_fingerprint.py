@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.scoring.fingerprint import dataset_fingerprint, is_random, model_fingerprint, sample_fingerprint
+
+
+def data(n=40, shift=0.0):
+    return TensorDataset(torch.arange(n) + shift, torch.arange(n) % 3)
+
+
+def test_equal_data_sets_have_equal_fingerprints():
+    assert dataset_fingerprint(data()) == dataset_fingerprint(data())
+    assert dataset_fingerprint(IndexedDataset(data())) == dataset_fingerprint(IndexedDataset(data()))
+
+
+@pytest.mark.parametrize("other", [data(41), data(shift=1.0), Subset(data(), [1, 0, *range(2, 40)])])
+def test_length_content_and_order_count(other):
+    assert dataset_fingerprint(other) != dataset_fingerprint(data())
+
+
+def test_every_target_counts_where_the_data_set_lists_them():
+    class Labelled(TensorDataset):
+        targets = [0] * 1000
+
+    labelled, other = (Labelled(torch.zeros(1000)) for _ in range(2))
+    other.targets = [0] * 700 + [1] + [0] * 299
+    assert dataset_fingerprint(labelled) != dataset_fingerprint(other)
+    assert dataset_fingerprint(IndexedDataset(labelled)) != dataset_fingerprint(IndexedDataset(other))
+
+
+def test_transforms_count():
+    class Doubled(TensorDataset):
+        def __getitem__(self, index):
+            return tuple(2 * value for value in super().__getitem__(index))
+
+    assert dataset_fingerprint(Doubled(*data().tensors)) != dataset_fingerprint(data())
+
+
+def test_models_differ_by_any_parameter_or_buffer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = model_fingerprint(model.state_dict())
+    assert before == model_fingerprint({name: value.clone() for name, value in model.state_dict().items()})
+    for name in ("0.weight", "1.running_mean"):
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        state[name].view(-1)[0] += 1e-3
+        assert model_fingerprint(state) != before
+        assert model_fingerprint(state, (name,)) == model_fingerprint(model.state_dict(), (name,))
+
+
+def test_a_large_tensor_is_sampled_from_end_to_end():
+    big, other = torch.zeros(10**6), torch.zeros(10**6)
+    other[-1] = 1
+    assert model_fingerprint({"w": big}) != model_fingerprint({"w": other})
+
+
+def test_samples_of_all_kinds_can_be_hashed():
+    sample = {"a": torch.ones(2, dtype=torch.bfloat16), "b": [1, "x", None, (2.0, b"y")], "c": object()}
+    assert sample_fingerprint(sample) == sample_fingerprint({**sample, "c": object()})
+    assert sample_fingerprint(sample) != sample_fingerprint({**sample, "b": [2, "x", None, (2.0, b"y")]})
+    assert sample_fingerprint([[1], [2]]) != sample_fingerprint([[1, 2]])
+
+
+class Detection(TensorDataset):
+    """Targets that are dictionaries, or lists of different lengths."""
+
+    def __init__(self, boxes=(1, 2), ragged=False):
+        super().__init__(torch.zeros(2))
+        self.targets = [[0], [*boxes]] if ragged else [{"boxes": torch.tensor([box]), "label": "a"} for box in boxes]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_targets_that_are_no_numbers_count_by_their_content(ragged):
+    assert dataset_fingerprint(Detection(ragged=ragged)) == dataset_fingerprint(Detection(ragged=ragged))
+    assert dataset_fingerprint(Detection(ragged=ragged)) != dataset_fingerprint(Detection((1, 3), ragged=ragged))
+
+
+class Flipped(TensorDataset):
+    """Each second reading differs, by chance."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] * (1 if torch.rand(()) < 0.5 else -1)
+
+
+def test_a_random_flip_is_noticed():
+    noticed = []
+    for seed in range(100):
+        torch.manual_seed(seed)
+        noticed.append(is_random(Flipped(torch.ones(20))))
+    assert all(noticed)
+    assert not is_random(data()) and not is_random([])

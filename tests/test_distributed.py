@@ -1,0 +1,368 @@
+"""FSDP2 on two processes: a model in shards has the weights and the steps of a whole one."""
+
+import os
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, model_parallel
+from torch.distributed.fsdp import _init_utils, fully_shard, fully_sharded_data_parallel
+from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+import flow_lightning as fl
+from flow_lightning.distributed import data_rank, whole_parameters
+from flow_lightning.method.losses import cross_entropy
+from flow_lightning.resume import ResumableDataLoader, ResumableSampler
+from flow_lightning.trainer import FlowTrainer
+from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
+from tests.images import PictureData, tiny_module
+from tests.language import language_data, language_module
+from tests.processes import launch
+
+
+class Regression(LinearRegression):
+    """A user's own module, in shards by the user's own hand; without dropout, and each sample for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body[1].eval()
+        self.body[2].p = 0.0
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for part in (self.body, self.head):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class Record(fl.FlowWeightingCallback):
+    def on_train_end(self, trainer, pl_module):
+        in_shards = all(isinstance(p, DTensor) for p in pl_module.parameters())
+        whole = {name: full(p.detach()).clone() for name, p in pl_module.named_parameters()}
+        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in pl_module.parameters())
+        found = {"held": held, "weights": self.weights.weights.clone(), "in_shards": in_shards, "parameters": whole}
+        torch.save(found, f"found{trainer.global_rank}.pt")
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class InOrder:
+    """Rank r trains on samples r, r + world, ...: Lightning's own sampler would shuffle."""
+
+    def train_dataloader(self):
+        loader, (rank, world) = super().train_dataloader(), data_rank(self.trainer)
+        order = range(rank, len(loader.dataset), world)
+        return DataLoader(loader.dataset, batch_size=loader.batch_size // world, sampler=order)
+
+
+class RegressionInOrder(InOrder, RegressionData):
+    pass
+
+
+class PicturesInOrder(InOrder, PictureData):
+    pass
+
+
+def regression(callback, **settings):
+    data = RegressionInOrder(regression_data(21), batch_size=8)
+    fit(callback, module=Regression(), data=data, max_steps=2, use_distributed_sampler=False, **settings)
+
+
+def pictures(callback, **settings):
+    module, data = tiny_module("test_vit.r160_in1k"), PicturesInOrder(n=21)
+    fit(
+        fl.LinearProbeCallback(cache=callback.cache),
+        callback,
+        module=module,
+        data=data,
+        max_steps=2,
+        use_distributed_sampler=False,
+        **settings,
+    )
+
+
+def language(callback, tune="full", devices=1, **settings):
+    module = language_module(tune=tune, learning_rate=1e-3, schedule="constant", warmup=0.0)
+    data = language_data(Path.cwd(), 11, batch_size=4 // devices, tokens_per_batch=150)
+    fit(callback, module=module, data=data, max_steps=2, devices=devices, **settings)
+
+
+def lora(callback, **settings):
+    language(callback, tune="lora", **settings)
+
+
+def in_shards(function, per, size, **settings):
+    strategy = ModelParallelStrategy(*size, save_distributed_checkpoint=False)
+    function(Record(per=per, **settings), devices=2, strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("function", "per", "tolerance", "size"),
+    [
+        (regression, "sample", 1e-6, (2, 1)),
+        (regression, "sample", 1e-6, (1, 2)),  # both processes hold all, and take the same samples
+        (pictures, "sample", 1e-5, (2, 1)),
+        (language, "sample", 1e-6, (2, 1)),
+        (language, "token", 1e-6, (2, 1)),
+        (lora, "token", 1e-6, (2, 1)),
+    ],
+)
+def test_a_model_in_shards_has_the_weights_and_the_steps_of_a_whole_one(function, per, tolerance, size):
+    function(Record(per=per))
+    expected = torch.load("found0.pt", weights_only=True)
+    launch(in_shards, function, per, size)
+    found = [torch.load(f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert not expected["in_shards"] and found[0]["in_shards"]
+    assert found[0]["held"] <= 1.15 * expected["held"] / size[0]  # an odd number of rows is not halved
+    assert torch.equal(found[0]["weights"], found[1]["weights"])
+    torch.testing.assert_close(found[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
+    for name, value in expected["parameters"].items():
+        torch.testing.assert_close(found[0]["parameters"][name], value, rtol=1e-4, atol=tolerance, msg=name)
+
+
+def cached() -> dict[str, int]:
+    """Return the files of the cache and when they were written."""
+    return {str(path): path.stat().st_mtime_ns for path in Path("cache").glob("*/*")}
+
+
+def kept(function, per="sample"):
+    launch(in_shards_with_cache, function, per)
+    return cached()
+
+
+def in_shards_with_cache(function, per):
+    in_shards(function, per, (2, 1), cache="cache")
+
+
+@pytest.mark.parametrize(
+    ("function", "per"), [(regression, "sample"), (pictures, "sample"), (language, "token"), (lora, "sample")]
+)
+def test_scores_of_a_model_in_shards_are_found_again(function, per):
+    first = kept(function, per)
+    assert len(first) == 1
+    weights = torch.load("found0.pt", weights_only=True)["weights"]
+    assert kept(function, per) == first
+    assert torch.equal(torch.load("found1.pt", weights_only=True)["weights"], weights)
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_scores_are_made_anew_whichever_shard_changed(row, monkeypatch):
+    first = kept(regression)
+    original = Regression.__init__
+
+    def changed(self):
+        original(self)
+        with torch.no_grad():
+            self.body[0].weight[row, 0] += 1e-3
+
+    monkeypatch.setattr(Regression, "__init__", changed)
+    assert len(kept(regression)) == len(first) + 1
+
+
+def resumed(ckpt_path, max_epochs):
+    """Each process fits a model in shards, and writes a checkpoint at the end of each epoch."""
+    checkpoint = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1)
+    module, flow = Regression(), Record()
+    strategy = ModelParallelStrategy(2, 1)  # a checkpoint is a folder, with a part from each process
+    data = RegressionInOrder(regression_data(21), batch_size=8)
+    settings = {"enable_checkpointing": True, "max_epochs": max_epochs, "devices": 2, "use_distributed_sampler": False}
+    fit(flow, checkpoint, module=module, data=data, strategy=strategy, ckpt_path=ckpt_path, **settings)
+
+
+def test_a_model_in_shards_resumes_with_the_weights_of_its_checkpoint():
+    """Its checkpoint is restored after on_fit_start only."""
+    launch(resumed, None, 2)
+    unbroken = torch.load("found0.pt", weights_only=True)
+    launch(resumed, "ckpt/epoch=0.ckpt", 2)
+    found = torch.load("found0.pt", weights_only=True)
+    assert torch.equal(found["weights"], unbroken["weights"])
+    for name, value in unbroken["parameters"].items():
+        torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
+
+
+STEPS = {"every_n_train_steps": 1, "save_last": True, "save_top_k": 0}
+
+
+def interrupted(ckpt_path, dies_at=None):
+    """Each process fits a model in shards, and dies while it writes its second checkpoint."""
+    calls = Counter()
+
+    def dying(function, name):
+        def wrapped(*args, **kwargs):
+            calls[name] += 1
+            if dies_at == (name, calls[name]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    model_parallel._distributed_checkpoint_save = dying(model_parallel._distributed_checkpoint_save, "shards")
+    torch.save = dying(torch.save, "meta")
+    Path.rename = dying(Path.rename, "rename")
+    shutil.rmtree = dying(shutil.rmtree, "rmtree")
+    flow, checkpoint = Record(), fl.ResumableCheckpoint("ckpt", **STEPS)
+    trainer = make_trainer(
+        *(flow, checkpoint),
+        make=FlowTrainer,
+        strategy=ModelParallelStrategy(2, 1),
+        devices=2,
+        max_steps=5,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+    )
+    seed_everything(7, verbose=False)
+    trainer.fit(Regression(), datamodule=Resumable(regression_data(40)), ckpt_path=ckpt_path)
+
+
+class Resumable(RegressionData):
+    def train_dataloader(self):
+        rank, world = data_rank(self.trainer)
+        return ResumableDataLoader(self.dataset, batch_size=4, sampler=ResumableSampler(self.dataset, world, rank))
+
+
+#: The first checkpoint is written with 1 rename, the second with 2: the old one away, the new one to its place.
+DEATHS = [("meta", 1), ("shards", 2), ("meta", 2), ("rename", 3)]
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_checkpoint_of_shards_is_the_old_or_the_new_one(death):
+    launch(interrupted, None)
+    expected = torch.load("found0.pt", weights_only=True)
+    shutil.rmtree("ckpt")
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        launch(interrupted, None, death)
+    launch(interrupted, "last")
+    found = torch.load("found0.pt", weights_only=True)
+    assert torch.equal(found["weights"], expected["weights"])
+    for name, value in expected["parameters"].items():
+        torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
+    assert [path.name for path in Path("ckpt").iterdir() if path.name != ".flow_lightning.lock"] == ["last.ckpt"]
+
+
+class CpuFSDP(FSDPStrategy):
+    """FSDP of the first version, which says that it needs a GPU, and works on a CPU where nobody asks for one."""
+
+    root_device = torch.device("cpu")
+    mesh_device = torch.device("cpu")
+
+    def setup_environment(self):
+        def on_cpu(state, module, ignored_params, device_id):
+            state._device_handle = _FSDPDeviceHandle.from_device(torch.device("cpu"))
+            return state
+
+        for where in (fully_sharded_data_parallel, _init_utils):
+            where._init_device_handle = on_cpu
+        super().setup_environment()
+
+
+class Pictured(fl.WeightedLossModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = torch.nn.Linear(3 * 32 * 32, 9), torch.nn.Linear(9, 3)
+
+    def features(self, batch):
+        return self.body(batch["image"].flatten(1)).relu()
+
+    def sample_losses(self, batch):
+        return cross_entropy(self.head(self.features(batch)), batch["target"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class RecordWhole(Record):
+    def on_train_end(self, trainer, pl_module):
+        held = sum(p.numel() for p in pl_module.parameters())
+        with whole_parameters(trainer, pl_module):
+            super().on_train_end(trainer, pl_module)
+        torch.save(held, f"held{trainer.global_rank}.pt")
+
+
+def fit_pictured(callback, probe, **settings):
+    callbacks = [fl.LinearProbeCallback(), callback] if probe else [callback]
+    data, settings = PicturesInOrder(n=21), {"max_steps": 2, "use_distributed_sampler": False} | settings
+    fit(*callbacks, module=Pictured(), data=data, **settings)
+
+
+def in_fsdp(probe):
+    fit_pictured(RecordWhole(), probe, devices=2, strategy=CpuFSDP())
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_fsdp_of_the_first_version_has_the_weights_and_the_steps_of_one_process(probe):
+    fit_pictured(RecordWhole(), probe)
+    expected, held = (torch.load(f"{name}0.pt", weights_only=True) for name in ("found", "held"))
+    launch(in_fsdp, probe)
+    for rank in (0, 1):
+        found = torch.load(f"found{rank}.pt", weights_only=True)
+        assert torch.load(f"held{rank}.pt", weights_only=True) <= held / 2 + 8  # padding
+        torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
+        for name, value in expected["parameters"].items():
+            torch.testing.assert_close(found["parameters"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Wrapper(torch.nn.Module):
+    """Has parameters during its forward only, as DeepSpeed does, which needs a GPU; here they are 0 outside."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.kept = [p.detach().clone() for p in module.parameters()]
+        self.empty()
+
+    @torch.no_grad()
+    def empty(self):
+        for parameter in self.module.parameters():
+            parameter.zero_()
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad():
+            for parameter, kept in zip(self.module.parameters(), self.kept):
+                parameter.copy_(kept)
+        found = self.module(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.empty()
+        return found
+
+
+class WrappingStrategy(SingleDeviceStrategy):
+    """Wraps the module, and restores checkpoints after on_fit_start."""
+
+    restore_checkpoint_after_setup = True
+
+    def setup(self, trainer):
+        super().setup(trainer)
+        self.model = Wrapper(self.lightning_module)
+
+
+def test_scoring_goes_through_a_wrapper_that_holds_the_parameters():
+    expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
+    fit(expected)
+    module = LinearRegression()
+    fit(found, module=module, strategy=WrappingStrategy("cpu"), max_steps=1)
+    assert torch.equal(found.weights.weights, expected.weights.weights)
+    assert not hasattr(module, "scored_by_wrapper")
+
+
+def test_a_head_that_cannot_be_put_into_the_model_names_what_can():
+    with pytest.raises(TypeError, match=r"Under WrappingStrategy a fitted head cannot be put .* Use ddp"):
+        fit(fl.LinearProbeCallback(), module=tiny_module(), data=PictureData(), strategy=WrappingStrategy("cpu"))
+
+
+def test_nothing_is_cached_of_a_model_that_cannot_be_seen_whole(caplog):
+    """Outside of the wrapper's forward all models look the same."""
+    for seed in (0, 1):
+        expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback(cache="cache")
+        fit(expected, module=LinearRegression(seed=seed))
+        fit(found, module=LinearRegression(seed=seed), strategy=WrappingStrategy("cpu"), max_steps=1)
+        assert torch.equal(found.weights.weights, expected.weights.weights)
+    assert not cached() and "no rank sees the parameters" in caplog.text

@@ -1,0 +1,112 @@
+"""A loader restored in mid-epoch serves what the unbroken one would have served next."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from flow_lightning.data.images import TransformedImages
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.samplers import LengthGroupedSampler
+from flow_lightning.resume import ResumableDataLoader, ResumableSampler
+
+
+def loader_of(kind, n, batch_size, rank=0, world=1, **settings):
+    data = list(range(n))
+    sampler = (
+        ResumableSampler(data, world, rank, seed=3)
+        if kind == "plain"
+        else LengthGroupedSampler(data, [1 + i % 7 for i in data], batch_size, world, rank, seed=3)
+    )
+    return ResumableDataLoader(data, batch_size=batch_size, sampler=sampler, **settings)
+
+
+def epoch_of(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return [batch.tolist() for batch in loader]
+
+
+@given(st.sampled_from(["plain", "grouped"]), st.integers(1, 40), st.integers(1, 9), st.integers(0, 40))
+def test_it_goes_on_after_any_number_of_batches(kind, n, batch_size, served):
+    whole = epoch_of(loader_of(kind, n, batch_size), 2)
+    served %= len(whole)
+    broken = loader_of(kind, n, batch_size)
+    broken.sampler.set_epoch(2)
+    iterator = iter(broken)
+    for _ in range(served):
+        next(iterator)
+    state = broken.state_dict()
+    resumed = loader_of(kind, n, batch_size)
+    resumed.load_state_dict(state)
+    assert epoch_of(resumed, 2) == whole[served:]
+    assert resumed.state_dict() == {"batches": 0, "epoch": 2}
+    assert epoch_of(resumed, 3) == epoch_of(loader_of(kind, n, batch_size), 3)
+
+
+def test_state_during_a_resumed_epoch_counts_from_its_beginning():
+    loader = loader_of("plain", 20, 4)
+    loader.load_state_dict({"batches": 3, "epoch": 0})
+    next(iter(loader))
+    assert loader.state_dict() == {"batches": 4, "epoch": 0}
+
+
+def test_an_epoch_that_was_left_before_its_end_does_not_go_on_in_the_next():
+    """A Trainer with limit_train_batches has served 3 of 5 batches when it ends the epoch."""
+    loader = loader_of("plain", 20, 4)
+    loader.load_state_dict({"batches": 3, "epoch": 0})
+    assert epoch_of(loader, 1) == epoch_of(loader_of("plain", 20, 4), 1)
+    assert loader.state_dict() == {"batches": 0, "epoch": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_do_not_run_ahead_of_the_state(workers):
+    loader = loader_of("plain", 24, 2, num_workers=workers)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    assert loader.state_dict() == {"batches": 2, "epoch": 0}
+
+
+@given(st.integers(1, 40), st.integers(1, 4))
+def test_processes_share_all_samples_evenly(n, world):
+    ranks = [list(ResumableSampler(list(range(n)), world, rank)) for rank in range(world)]
+    assert len({len(indices) for indices in ranks}) == 1
+    assert {i for indices in ranks for i in indices} == set(range(n))
+
+
+def test_order_follows_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = ResumableSampler(range(100), seed=seed)
+        sampler.set_epoch(epoch)
+        return tuple(sampler)
+
+    assert order(1, 2) == order(1, 2)
+    assert len({order(0, 0), order(0, 1), order(7, 0)}) == 3
+
+
+def augmented(seed):
+    pictures = [(Image.effect_noise((16, 16), 90).convert("RGB"), 0) for _ in range(3)]
+    crop = v2.Compose([v2.RandomResizedCrop(8), v2.PILToTensor()])
+    return IndexedDataset(TransformedImages(pictures, crop, seed))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_follows_seed_epoch_and_position_alone(workers):
+    data = augmented(5)
+    sampler = ResumableSampler(data, seed=1)
+    loader = ResumableDataLoader(
+        data, batch_size=1, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+    )
+
+    def pictures(epoch):
+        sampler.set_epoch(epoch)
+        torch.rand(epoch + 1)  # the global stream does not matter
+        return {int(batch["index"]): batch["image"] for batch in loader}
+
+    first, second, again = pictures(0), pictures(1), pictures(0)
+    assert all(torch.equal(first[i], again[i]) for i in range(3))
+    assert not any(torch.equal(first[i], second[i]) for i in range(3))
+    before = torch.get_rng_state()
+    data[0]
+    assert torch.equal(torch.get_rng_state(), before)
