@@ -1,11 +1,13 @@
-"""Where pictures come from: files or arrays, each as `(PIL image, class)`, before any transform."""
+"""Pictures from files or arrays, each as `(PIL image, class)`, before any transform.
+
+In: paths or pixels, and class indices. Out: map-style data sets. Next: `catalogue.py`.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
@@ -28,13 +30,13 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError, ...
         raise UnreadableImageError(
-            f"Cannot read the image file {path} ({type(error).__name__}: {error}). Replace it by an intact "
-            "copy, or remove it from the data set."
+            f"Cannot read the image file {path} ({type(error).__name__}: {error}). Replace it by an intact copy, or "
+            "remove it from the data set."
         ) from error
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Labelled image files, read when asked for.
+    """Labelled image files, read one by one when a sample is asked for.
 
     Args:
         samples: Pairs of file and class index.
@@ -57,7 +59,7 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 
 
 class ImageArrays(Dataset[tuple[Image.Image, int]]):
-    """Labelled images that lie in memory.
+    """Labelled images in memory.
 
     Args:
         pixels: 8-bit RGB images, `[N, H, W, 3]`.
@@ -76,7 +78,7 @@ class ImageArrays(Dataset[tuple[Image.Image, int]]):
 
 
 def targets_of(dataset: Any) -> list[int] | None:
-    """Return the class index of every sample where that takes no reading of images, else None."""
+    """Return the class index of every sample, or None if the images would have to be read for it."""
     if isinstance(dataset, Subset):
         inner = targets_of(dataset.dataset)
         return None if inner is None else [inner[position] for position in dataset.indices]
@@ -84,29 +86,16 @@ def targets_of(dataset: Any) -> list[int] | None:
     return None if targets is None else [int(target) for target in targets]
 
 
-def split_positions(count: int, first: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split `range(count)` at random into two parts, each in ascending order.
-
-    Args:
-        count: Number of samples.
-        first: Share of the first part, in `[0, 1]`; rounded to whole samples.
-        seed: The same seed gives the same split, whatever the state of the global random numbers.
-    """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    border = round(first * count)
-    return sorted(order[:border]), sorted(order[border:])
-
-
 def image_paths(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted, hidden ones left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not path.name.startswith("."))
+    """List the image files below a folder, sorted, without hidden ones."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def class_folders(folder: Path, ignore: Sequence[str] = ()) -> list[Path]:
     """List the visible sub-folders of a folder, sorted by name: one per class."""
-    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(path for path in found if path.name not in ignore)
+    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in folders if path.name not in ignore)
 
 
 def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageFiles, list[str]]:
@@ -125,14 +114,14 @@ def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageF
     classes = class_folders(folder, ignore)
     if not classes:
         raise FileNotFoundError(
-            f"{folder.resolve()} holds no class folders; expected one folder of images per class, "
-            f"for example {folder.name}/cat/1.jpg and {folder.name}/dog/1.jpg."
+            f"{folder.resolve()} holds no class folders. Make one folder of images per class, for example "
+            f"{folder.name}/cat/1.jpg and {folder.name}/dog/1.jpg."
         )
     samples = [(path, target) for target, name in enumerate(classes) for path in image_paths(name)]
     empty = sorted(set(range(len(classes))) - {target for _, target in samples})
     if empty:
         raise FileNotFoundError(
             f"No image files in {len(empty)} class folders: {', '.join(str(classes[k]) for k in empty[:5])} "
-            f"(looked for {', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder."
+            f"(suffixes: {', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder."
         )
     return ImageFiles(samples), [path.name for path in classes]

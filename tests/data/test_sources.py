@@ -12,7 +12,6 @@ from flow_lightning.data.sources import (
     image_paths,
     read_class_folders,
     read_image,
-    split_positions,
     targets_of,
 )
 from tests.data.fake_datasets import CLASSES, make_class_folders, picture, save_picture
@@ -58,13 +57,6 @@ def test_targets_are_known_without_reading_where_that_is_possible() -> None:
     assert targets_of(files) == [2, 0, 1]
     assert targets_of(Subset(Subset(files, [2, 0]), [1])) == [2]
     assert targets_of(ConcatDataset([files])) is None
-
-
-def test_splits_are_complete_disjoint_and_repeatable() -> None:
-    first, second = split_positions(103, 0.8, seed=1)
-    assert sorted(first + second) == list(range(103)) and len(first) == 82
-    assert (first, second) == split_positions(103, 0.8, seed=1) != split_positions(103, 0.8, seed=2)
-    assert first == sorted(first) and second == sorted(second)
 
 
 def test_class_folders_are_read_in_sorted_order(tmp_path: Path) -> None:
