@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import check_writable
@@ -113,7 +112,7 @@ def run_directory(trainer: Trainer) -> Path | None:
         None where the run is to leave no files: in a `fast_dev_run`, and with `logger=False` in the working directory.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
-    if isinstance(logger, DummyLogger):
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     if logger is None:
         root = Path(trainer.default_root_dir)

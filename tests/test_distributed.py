@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import seed_everything
+from lightning import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, model_parallel
 from torch.distributed.fsdp import _init_utils, fully_shard, fully_sharded_data_parallel
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
-from flow_lightning.distributed import data_rank, whole_parameters
+from flow_lightning.distributed import data_rank, from_rank_zero, on_rank_zero, whole_parameters
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 from flow_lightning.trainer import FlowTrainer
@@ -366,3 +366,26 @@ def test_nothing_is_cached_of_a_model_that_cannot_be_seen_whole(caplog):
         fit(found, module=LinearRegression(seed=seed), strategy=WrappingStrategy("cpu"), max_steps=1)
         assert torch.equal(found.weights.weights, expected.weights.weights)
     assert not cached() and "no rank sees the parameters" in caplog.text
+
+
+class OnRankZero(Callback):
+    """Rank 0 returns something, then fails at something."""
+
+    def on_fit_start(self, trainer, pl_module):
+        rank = trainer.global_rank
+        found = [on_rank_zero(trainer, lambda: 5), from_rank_zero(trainer, lambda: {"rank": rank})]
+        try:
+            on_rank_zero(trainer, self.fail)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        torch.save(found, f"found{rank}.pt")
+
+    def fail(self):
+        raise ValueError("the disk is on fire")
+
+
+def test_what_fails_on_rank_0_fails_on_every_rank():
+    fit(OnRankZero(), devices=2, strategy="ddp_fork", max_steps=1)
+    found = [torch.load(f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert found[0] == [5, {"rank": 0}, "ValueError: the disk is on fire"]
+    assert found[1] == [None, {"rank": 0}, "RuntimeError: Rank 0 failed: ValueError: the disk is on fire"]

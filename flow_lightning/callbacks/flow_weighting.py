@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
+from flow_lightning.data.indexing import batch_index
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.weights import SampleWeights, TokenWeights
@@ -101,6 +102,7 @@ class FlowWeightingCallback(RunCallback):
             self._resume(trainer, pl_module)
             return
         scoring, started = self.run.scoring, time.perf_counter()
+        _check_index(scoring.samples(trainer, pl_module).loader)
         result = scoring.result(trainer, pl_module)
         _warn_if_fine_tuned(pl_module, scoring.reference)
         self._take(pl_module, self._weights_from(result, scoring.fingerprint(trainer, pl_module)))
@@ -171,8 +173,8 @@ class FlowWeightingCallback(RunCallback):
             weights = from_rank_zero(trainer, lambda: load(file))
         if weights is None:
             raise RuntimeError(
-                f"{where} holds no FLOW weights, and its model is fine-tuned, so they cannot be computed from it. Resume "
-                "a run that had FlowWeightingCallback, or pass its FlowWeightingCallback(weights_file=...)."
+                f"{where} holds no FLOW weights, and its model is fine-tuned, so they cannot be computed from it. "
+                "Resume a run that had FlowWeightingCallback, or pass the weights_file of such a run."
             )
         expected = scoring.fingerprint(trainer, module)
         if expected["reference"] in ("", join_fingerprints(self._of_checkpoint, scoring.new_parts)):
@@ -223,6 +225,11 @@ def _check_module(module: LightningModule, per: str) -> None:
             f"{name} has no token_losses(batch) -> Tensor [K], so its tokens cannot be weighted. Use "
             "CausalLanguageModule, or per='sample'."
         )
+
+
+def _check_index(loader: DataLoader[Any]) -> None:
+    """Refuse samples without an index now, not at the first training batch."""
+    batch_index(loader.collate_fn([loader.dataset[0]]))
 
 
 def _check_origin(weights: Weights, expected: dict[str, str], where: str) -> None:

@@ -106,13 +106,6 @@ def test_every_logger_gets_the_numbers_and_tensorboard_the_histogram():
     assert events.Histograms("flow/weights")[0].histogram_value.num == len(flow.weights)
 
 
-def test_numbers_of_an_older_run_in_the_same_directory_are_forgotten(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text('{"target/top1": 0.5}')
-    fit(fl.FlowWeightingCallback())
-    assert "target/top1" not in (tmp_path / "run" / "metrics.json").read_text()
-
-
 # -- no trace --------------------------------------------------------------------------------------------------------
 
 

@@ -97,8 +97,15 @@ def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
 
 
 def test_the_order_of_the_callbacks_does_not_matter():
-    with pytest.raises(ValueError, match="before FlowWeightingCallback"):
-        make_trainer(fl.FlowWeightingCallback(), fl.LinearProbeCallback()).fit(tiny_module(), datamodule=PictureData())
+    results = []
+    for turn in (1, -1):
+        flow, counter = fl.FlowWeightingCallback(), CountForwards()
+        probe = fl.LinearProbeCallback(refit=False)
+        make_trainer(*[probe, flow][::turn], counter).fit(tiny_module(), datamodule=PictureData())
+        assert counter.scored == 30
+        results.append((flow.weights.weights, flow.weights.fingerprint, counter.head))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][2], results[1][2])
+    assert results[0][1] == results[1][1]
 
 
 def test_a_module_that_cannot_be_probed_is_told_what_is_missing():
