@@ -33,9 +33,9 @@ class Run:
     """
 
     directory: Path | None
+    scoring: Scoring
     resumed: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
-    scoring: Scoring = field(default_factory=Scoring)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
         """Weight averaging copies the module; the copy belongs to the same run."""
@@ -88,7 +88,7 @@ def start_run(trainer: Trainer, module: LightningModule) -> Run:
     Raises:
         OSError: If a directory is read-only or full: before scoring and training, not after.
     """
-    run = Run(run_directory(trainer))
+    run = Run(run_directory(trainer), Scoring(trainer, module))
     checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     model = sum(tensor.nbytes for tensor in module.state_dict().values() if hasattr(tensor, "nbytes"))
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
@@ -89,7 +90,7 @@ class FlowWeightingCallback(RunCallback):
         if self.per == "token":
             scoring.choose(TokenLosses())
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
-        scoring.look_at_model(pl_module)
+        scoring.look_at_model()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, and take the fingerprint of the model in its checkpoint."""
@@ -102,18 +103,21 @@ class FlowWeightingCallback(RunCallback):
             self._resume(trainer, pl_module)
             return
         scoring, started = self.run.scoring, time.perf_counter()
-        _check_index(scoring.samples(trainer, pl_module).loader)
-        result = scoring.result(trainer, pl_module)
+        _check_index(scoring.samples.loader)
+        result = scoring.scored()
         _warn_if_fine_tuned(pl_module, scoring.reference)
-        self._take(pl_module, self._weights_from(result, scoring.fingerprint(trainer, pl_module)))
+        self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._settle(trainer, pl_module)
+            self._settle(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take restored weights under strategies that restore late, and check that they fit the data trained on."""
         if not self._is_settled:
-            (self._resume if self.run.resumed else self._settle)(trainer, pl_module)
+            if self.run.resumed:
+                self._resume(trainer, pl_module)
+            else:
+                self._settle(trainer)
         weights: Any = self.weights
         _check_length(trainer, len(weights))
         weights.lookups = 0
@@ -154,15 +158,15 @@ class FlowWeightingCallback(RunCallback):
             self.weights = (TokenWeights if "offsets" in state_dict else SampleWeights)(**state_dict)
 
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
-        parts = {name: result[name] for name in ("losses", "offsets") if name in result}
-        kind = self.run.scoring.kind
-        return kind.weights.from_losses(
-            **parts,
-            temperature=self.temperature,
-            quantile=self.quantile,
-            fingerprint=fingerprint,
-            weighting=self.weighting,
+        temperature, parts = self.temperature, {n: result[n] for n in ("losses", "offsets") if n in result}
+        if temperature is None and "quantile" in result and (known := result["quantile"])[0] == self.quantile:
+            temperature = float(known[1])  # token losses are in half precision in a file: their quantile is another one
+        weights = self.run.scoring.kind.weights.from_losses(
+            **parts, temperature=temperature, quantile=self.quantile, fingerprint=fingerprint, weighting=self.weighting
         )
+        if self.temperature is None:
+            result["quantile"] = torch.tensor([self.quantile, weights.temperature], dtype=torch.float64)
+        return weights
 
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
@@ -176,19 +180,19 @@ class FlowWeightingCallback(RunCallback):
                 f"{where} holds no FLOW weights, and its model is fine-tuned, so they cannot be computed from it. "
                 "Resume a run that had FlowWeightingCallback, or pass the weights_file of such a run."
             )
-        expected = scoring.fingerprint(trainer, module)
+        expected = scoring.fingerprint
         if expected["reference"] in ("", join_fingerprints(self._of_checkpoint, scoring.new_parts)):
             del expected["reference"]  # made in configure_model, or by load_from_checkpoint: no pre-trained one is here
         _check_origin(weights, expected, where)
         self._take(module, weights)
-        self._settle(trainer, module)
+        self._settle(trainer)
 
     def _take(self, module: LightningModule, weights: Weights) -> None:
         """Hand the weights to the module."""
         self.weights = weights
         module.sample_weights = weights  # type: ignore[assignment]
 
-    def _settle(self, trainer: Trainer, module: LightningModule) -> None:
+    def _settle(self, trainer: Trainer) -> None:
         """Say which weights the fit trains with, and write them down."""
         self._is_settled = True
         weights, run = self.weights, self.run
@@ -202,7 +206,7 @@ class FlowWeightingCallback(RunCallback):
         files = [run.directory and run.directory / WEIGHTS_FILE]
         files += [] if run.resumed or run.scoring.is_from_file else [self.weights_file]
         on_rank_zero(trainer, lambda: [weights.save(file, kept, name) for file in files if file is not None])
-        run.scoring.forget_blocks(trainer, module)
+        run.scoring.forget_blocks()
 
     def _draw(self, trainer: Trainer, weights: Weights, summary: dict[str, float]) -> None:
         from flow_lightning.report.pictures import log_weights, plot_weights  # matplotlib is slow to import
