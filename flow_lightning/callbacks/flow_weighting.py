@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
-from flow_lightning.data.indexing import batch_index
+from flow_lightning.data.tracking import BatchTracker
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.weights import SampleWeights, TokenWeights
@@ -77,6 +77,7 @@ class FlowWeightingCallback(RunCallback):
         self.weights: Weights | None = None
         self._is_settled, self._seconds = False, 0.0
         self._of_checkpoint: dict[str, str] = {}
+        self._tracker = BatchTracker()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before anything is computed, and take the fingerprint of the reference."""
@@ -91,6 +92,7 @@ class FlowWeightingCallback(RunCallback):
             scoring.choose(TokenLosses())
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
         scoring.look_at_model()
+        self._follow_training_loader(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, and take the fingerprint of the model in its checkpoint."""
@@ -103,7 +105,6 @@ class FlowWeightingCallback(RunCallback):
             self._resume(trainer, pl_module)
             return
         scoring, started = self.run.scoring, time.perf_counter()
-        _check_index(scoring.samples.loader)
         result = scoring.scored()
         _warn_if_fine_tuned(pl_module, scoring.reference)
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
@@ -122,6 +123,10 @@ class FlowWeightingCallback(RunCallback):
         _check_length(trainer, len(weights))
         weights.lookups = 0
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the module which samples are in a batch that carries no index."""
+        pl_module.batch_samples = self._tracker.next_index()  # type: ignore[assignment]
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -136,12 +141,12 @@ class FlowWeightingCallback(RunCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the weights back: a later fit without this callback is plain training."""
         super().teardown(trainer, pl_module, stage)
-        pl_module.sample_weights = None  # type: ignore[assignment]
+        self._give_back(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the weights back when the fit has failed."""
         super().on_exception(trainer, pl_module, exception)
-        pl_module.sample_weights = None  # type: ignore[assignment]
+        self._give_back(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the reference, so that the fine-tuned model cannot be mistaken for it later."""
@@ -156,6 +161,24 @@ class FlowWeightingCallback(RunCallback):
         """Take the weights of a checkpoint."""
         if state_dict:
             self.weights = (TokenWeights if "offsets" in state_dict else SampleWeights)(**state_dict)
+
+    def _follow_training_loader(self, trainer: Trainer) -> None:
+        """Follow the training loader from the moment it is made, which `configure_optimizers` may already cause."""
+        process = trainer.strategy.process_dataloader
+
+        def process_and_follow(loader: object) -> object:
+            processed = process(loader)
+            if trainer.training:
+                self._tracker.follow(processed)
+            return processed
+
+        vars(trainer.strategy)["process_dataloader"] = process_and_follow
+
+    def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave module, loader and strategy as they were."""
+        module.sample_weights = module.batch_samples = None  # type: ignore[assignment]
+        self._tracker.release()
+        vars(trainer.strategy).pop("process_dataloader", None)
 
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
         temperature, parts = self.temperature, {n: result[n] for n in ("losses", "offsets") if n in result}
@@ -229,11 +252,6 @@ def _check_module(module: LightningModule, per: str) -> None:
             f"{name} has no token_losses(batch) -> Tensor [K], so its tokens cannot be weighted. Use "
             "CausalLanguageModule, or per='sample'."
         )
-
-
-def _check_index(loader: DataLoader[Any]) -> None:
-    """Refuse samples without an index now, not at the first training batch."""
-    batch_index(loader.collate_fn([loader.dataset[0]]))
 
 
 def _check_origin(weights: Weights, expected: dict[str, str], where: str) -> None:

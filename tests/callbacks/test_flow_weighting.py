@@ -367,17 +367,6 @@ def test_a_module_that_never_looks_up_a_weight_is_refused():
         fit(fl.FlowWeightingCallback(), module=Forgetful())
 
 
-def test_a_batch_without_index_names_the_fix():
-    class Plain(LinearRegression):
-        def sample_losses(self, batch):
-            return (self(batch[0]) - batch[1]).square()
-
-    data = RegressionData()
-    data.dataset = regression_data()
-    with pytest.raises(KeyError, match="IndexedDataset"):
-        fit(fl.FlowWeightingCallback(), module=Plain(), data=data)
-
-
 def test_losses_reduced_over_the_batch_are_refused():
     class Reduced(LinearRegression):
         def sample_losses(self, batch):
