@@ -95,8 +95,8 @@ def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
         return loader.batch_sampler.batches
     if loader.batch_sampler is None:
         raise TypeError(
-            "The training loader has batch_size=None, so its data set makes the batches and samples have no index. Give "
-            "the DataLoader a batch_size and single samples, in flow_lightning.IndexedDataset if in doubt."
+            "The training loader has batch_size=None: its data set makes the batches, so samples have no index. Give "
+            "the DataLoader single samples and a batch_size; flow_lightning.IndexedDataset numbers any map-style data."
         )
     size = loader.batch_size or 64
     return [range(start, min(start + size, length)) for start in range(0, length, size)]

@@ -132,10 +132,8 @@ def test_a_tuner_that_trains_before_does_not_count():
 
 def test_a_resumed_run_has_the_weights_of_its_batches():
     checkpoint = ModelCheckpoint("ckpt", filename="mid", every_n_train_steps=4)
-    settings = {"enable_checkpointing": True}
-    make_trainer(fl.FlowWeightingCallback(), checkpoint, max_steps=4, **settings).fit(
-        Plain(), DataLoader(DATA, 4, True)
-    )
+    trainer = make_trainer(fl.FlowWeightingCallback(), checkpoint, max_steps=4, enable_checkpointing=True)
+    trainer.fit(Plain(), DataLoader(DATA, 4, True))
     module = Plain()
     trainer = make_trainer(fl.FlowWeightingCallback(), max_epochs=2)
     trainer.fit(module, DataLoader(DATA, 4, True), ckpt_path="ckpt/mid.ckpt")

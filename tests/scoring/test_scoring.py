@@ -76,6 +76,19 @@ def test_one_process_and_two_believe_each_others_files(first):
         assert scored == CHECKED // 2 and torch.equal(weights, first.weights)
 
 
+def test_the_loader_of_a_scoring_is_built_once_per_fit():
+    class Counted(PictureData):
+        built = 0
+
+        def scoring_dataloader(self):
+            self.built += 1
+            return super().scoring_dataloader()
+
+    data = Counted()
+    fit(fl.LinearProbeCallback(refit=True), fl.FlowWeightingCallback(), module=tiny_module(), data=data)
+    assert data.built == 1
+
+
 # -- scored anew when something changed ------------------------------------------------------------------------------
 
 
