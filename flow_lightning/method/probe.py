@@ -256,8 +256,8 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, folds: int) -> N
             )
     if targets.min() < 0 or targets.max() >= num_classes:
         raise ValueError(
-            f"Targets run from {int(targets.min())} to {int(targets.max())}; expected targets from 0 to {num_classes - 1}. Set "
-            "model.num_classes to the number of classes of the data set."
+            f"Targets are {int(targets.min())} to {int(targets.max())}; expected targets from 0 to {num_classes - 1}. "
+            "Set model.num_classes to the number of classes of the data set."
         )
     if folds == 1 or folds < 0 or folds > len(targets):
         raise ValueError(f"folds is {folds} for {len(targets)} samples; expected 0 (in sample) or 2 to {len(targets)}.")
