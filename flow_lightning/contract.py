@@ -30,6 +30,7 @@ class ModuleContract(Protocol):
         max_positions: The longest sequence that it takes, in tokens; None if it has no bound.
         save_pretrained: Writes the model into a folder in the format of transformers; takes `merge`.
         sample_weights: Set by FlowWeightingCallback: the weights to train with.
+        batch_samples: Set by FlowWeightingCallback: indices of the samples in the batch, if it carries none.
         flow_reference: Fingerprint of the pre-trained model behind the checkpoint that the module was loaded from.
         flow_run: Set by our callbacks: what they share during a fit.
     """
@@ -49,6 +50,7 @@ class ModuleContract(Protocol):
     max_positions: int | None = None
     save_pretrained: Callable[..., None] | None = None
     sample_weights: Any = None
+    batch_samples: Tensor | None = None
     flow_reference: str | None = None
     flow_run: Any = None
 

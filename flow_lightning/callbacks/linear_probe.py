@@ -45,14 +45,14 @@ class LinearProbeCallback(RunCallback):
         self.probe = None
         self.run.scoring.choose(ProbeFeatures(self.folds, self.memory_budget))
         self.run.scoring.new_parts += head_names(pl_module)
-        self.run.scoring.look_at_model(pl_module)
+        self.run.scoring.look_at_model()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head; a resumed fit finds the head in its checkpoint."""
         if self.run.resumed:
             return
         started = time.perf_counter()
-        self.probe = Probe.from_tensors(self.run.scoring.result(trainer, pl_module))
+        self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(trainer, pl_module, self.probe, "Linear probe")
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
@@ -64,7 +64,7 @@ class LinearProbeCallback(RunCallback):
             return
         started = time.perf_counter()
         kind = ProbeFeatures(0, self.memory_budget, "Head refit", None if weights is None else weights.weights.cpu())
-        probe = Probe.from_tensors(self.run.scoring.of_trained_model(kind).result(trainer, pl_module))
+        probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(trainer, pl_module, probe, "Head refit")
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "refitted.ckpt", weights_only=False)

@@ -45,6 +45,8 @@ class WeightedLossModule(LightningModule):
     )
     #: Set by FlowWeightingCallback; a plain attribute, so that neither checkpoints nor weight averaging see it.
     sample_weights: SampleWeights | TokenWeights | None = None
+    #: Set by FlowWeightingCallback where batches carry no index.
+    batch_samples: Tensor | None = None
     _seed: int | None = None
     #: Fingerprint of the model that the weights of the loaded checkpoint came from.
     flow_reference: str | None = None
@@ -72,7 +74,19 @@ class WeightedLossModule(LightningModule):
 
     def training_weights(self, batch: Any) -> Tensor | None:
         """Look up the weight of each term of the objective, `[K]`; None without FlowWeightingCallback."""
-        return None if self.sample_weights is None else self.sample_weights.lookup(batch_index(batch))
+        return None if self.sample_weights is None else self.sample_weights.lookup(self.sample_index(batch))
+
+    def sample_index(self, batch: Any) -> Tensor:
+        """Return the indices of the samples in a training batch, `[B]`, on the module's device.
+
+        They are the batch's own `index`, or what FlowWeightingCallback knows from the loader.
+
+        Raises:
+            KeyError: If neither is there; the message names the fix.
+        """
+        if find_index(batch) is None and self.batch_samples is not None:
+            return self.batch_samples.to(self.device)
+        return batch_index(batch)
 
     def weighted_loss(self, batch: Any, losses: Tensor) -> Tensor:
         """Reduce the losses of a batch, `[K]`, with their weights, to the scalar to minimise.

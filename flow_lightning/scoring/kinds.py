@@ -44,7 +44,7 @@ class Kind(ABC):
         """Compute the values of a batch; the first tensor has one row per sample."""
 
     @abstractmethod
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Turn the blocks of all n samples into losses and whatever belongs to them."""
 
     def rows(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ class SampleLosses(Kind):
             )
         return (losses.float(),)
 
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Return `losses`."""
         (losses,) = by_index(blocks, n)
         check_losses(losses)
@@ -85,7 +85,7 @@ class TokenLosses(Kind):
         """Return the number of supervised tokens `[B]` and their losses `[K]`."""
         return module.token_counts(batch), module.token_losses(batch)  # type: ignore[operator]
 
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Return `losses` and `offsets`."""
         losses, offsets = ragged_by_index(blocks, n)
         check_losses(losses)
@@ -123,7 +123,7 @@ class ProbeFeatures(Kind):
             raise KeyError(f"A training batch has no 'target' (keys {sorted(batch)}): the probe cannot be fitted.")
         return module.features(batch).float(), batch["target"]  # type: ignore[operator]
 
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Collect the features on rank 0, solve there, and hand the solution to every rank."""
         head: Any = module_contract(module).head
         with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:

@@ -106,13 +106,6 @@ def test_every_logger_gets_the_numbers_and_tensorboard_the_histogram():
     assert events.Histograms("flow/weights")[0].histogram_value.num == len(flow.weights)
 
 
-def test_numbers_of_an_older_run_in_the_same_directory_are_forgotten(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text('{"target/top1": 0.5}')
-    fit(fl.FlowWeightingCallback())
-    assert "target/top1" not in (tmp_path / "run" / "metrics.json").read_text()
-
-
 # -- no trace --------------------------------------------------------------------------------------------------------
 
 
@@ -372,17 +365,6 @@ def test_a_module_that_never_looks_up_a_weight_is_refused():
 
     with pytest.raises(RuntimeError, match="did not look up a weight"):
         fit(fl.FlowWeightingCallback(), module=Forgetful())
-
-
-def test_a_batch_without_index_names_the_fix():
-    class Plain(LinearRegression):
-        def sample_losses(self, batch):
-            return (self(batch[0]) - batch[1]).square()
-
-    data = RegressionData()
-    data.dataset = regression_data()
-    with pytest.raises(KeyError, match="IndexedDataset"):
-        fit(fl.FlowWeightingCallback(), module=Plain(), data=data)
 
 
 def test_losses_reduced_over_the_batch_are_refused():
