@@ -64,11 +64,8 @@ class LinearProbeCallback(RunCallback):
         if not (weights is not None if self.refit is None else self.refit):
             return
         started = time.perf_counter()
-        sample_weights, classes = (
-            None if weights is None else weights.weights.cpu(),
-            probed_head(pl_module).out_features,
-        )
-        kind = ProbeFeatures(classes, 0, self.memory_budget, "Head refit", sample_weights)
+        kind = ProbeFeatures(probed_head(pl_module).out_features, 0, self.memory_budget, "Head refit")
+        kind.sample_weights = None if weights is None else weights.weights.cpu()
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(trainer, pl_module, probe, "Head refit")
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
