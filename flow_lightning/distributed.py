@@ -79,7 +79,7 @@ def whole_parameters(trainer: Trainer, module: LightningModule) -> Iterator[None
     elif in_wrapper(trainer, module):
         raise TypeError(
             f"Under {type(trainer.strategy).__name__} a fitted head cannot be put into the model. Use ddp, "
-            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback and HeadRefitCallback out."
+            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback out."
         )
     else:
         yield

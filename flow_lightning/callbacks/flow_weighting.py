@@ -224,14 +224,14 @@ class FlowWeightingCallback(RunCallback):
         rank_zero_info(_in_words(weights, summary))
         run.record(trainer, summary | ({} if run.resumed else {"time/scoring_s": self._seconds}))
         if not run.resumed:
-            on_rank_zero(trainer, lambda: self._draw(trainer, weights, summary))
+            on_rank_zero(trainer, lambda: self._draw(trainer, weights))
         kept, name = run.scoring.to_keep(), run.scoring.kind.name
         files = [run.directory and run.directory / WEIGHTS_FILE]
         files += [] if run.resumed or run.scoring.is_from_file else [self.weights_file]
         on_rank_zero(trainer, lambda: [weights.save(file, kept, name) for file in files if file is not None])
         run.scoring.forget_blocks()
 
-    def _draw(self, trainer: Trainer, weights: Weights, summary: dict[str, float]) -> None:
+    def _draw(self, trainer: Trainer, weights: Weights) -> None:
         from flow_lightning.report.pictures import log_weights, plot_weights  # matplotlib is slow to import
 
         picture = None if self.run.directory is None else self.run.directory / "flow_weights.png"
