@@ -27,16 +27,7 @@ def optional_import(module: str, extra: str, purpose: str = "") -> Any:
 
 
 def package_folder(package: str, extra: str, purpose: str = "") -> Path:
-    """Return the folder of an installed package, without importing the package.
-
-    Args:
-        package: Name of a top-level package.
-        extra: See `optional_import`.
-        purpose: See `optional_import`.
-
-    Raises:
-        ImportError: If it is not installed. The message says how to install it.
-    """
+    """Return the folder of a package without importing it; otherwise as `optional_import`."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(package, extra, purpose, "it is not installed")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from flow_lightning.data.samplers import split_positions
-from flow_lightning.data.sources import ImageArrays, ImageFiles, read_class_folders
+from flow_lightning.data.sources import LabelledImages, read_class_folders
 from flow_lightning.data.transforms import RecipeName
 from flow_lightning.optional import optional_import
 
@@ -73,12 +74,11 @@ def _open(name: str, root: Path, download: bool, options: Sequence[dict[str, Any
 
 
 def _cifar(name: str, root: Path, download: bool, split_seed: int) -> Splits:
-    """Read the official training and test images into memory."""
+    """Take torchvision's training and test set, whose images are in memory."""
     if not download:
         _require(root / getattr(datasets, name).base_folder, name, _DOWNLOAD)
     train, test = _open(name, root, download, [{"train": True}, {"train": False}])
-    train_images, test_images = (ImageArrays(part.data, part.targets) for part in (train, test))
-    return Splits(train_images, test_images, list(train.classes))
+    return Splits(train, test, list(train.classes))
 
 
 def _train_val_test(name: str, needed: Sequence[str], root: Path, download: bool, split_seed: int) -> Splits:
@@ -90,13 +90,13 @@ def _train_val_test(name: str, needed: Sequence[str], root: Path, download: bool
     return Splits(train, _listed(name, root, ["test"])[0], names)
 
 
-def _listed(name: str, root: Path, splits: Sequence[str], download: bool = False) -> tuple[ImageFiles, list[str]]:
+def _listed(name: str, root: Path, splits: Sequence[str], download: bool = False) -> tuple[LabelledImages, list[str]]:
     """List the image files of official splits, and the class names, as torchvision reads them."""
     if name in ("Flowers102", "StanfordCars"):
         optional_import("scipy.io", "quickstart", f"the data set {name}")
     # torchvision hands each path to the loader. This one returns it, so that no image is read here.
     parts = _open(name, root, download, [{"split": split, "loader": str} for split in splits])
-    return ImageFiles(part[position] for part in parts for position in range(len(part))), list(parts[0].classes)
+    return LabelledImages(part[position] for part in parts for position in range(len(part))), list(parts[0].classes)
 
 
 def _caltech101(root: Path, download: bool, split_seed: int) -> Splits:
@@ -143,7 +143,9 @@ def _digits(root: Path, download: bool, split_seed: int) -> Splits:
     grey = np.round(pictures.images * (255 / 16)).astype(np.uint8)
     pixels = np.repeat(grey[..., None], 3, axis=-1)
     first, second = (np.array(part) for part in split_positions(len(pixels), 2 / 3, split_seed))
-    train, test = (ImageArrays(pixels[part], pictures.target[part]) for part in (first, second))
+    train, test = (
+        LabelledImages(zip(pixels[part], pictures.target[part]), Image.fromarray) for part in (first, second)
+    )
     return Splits(train, test, [str(name) for name in pictures.target_names])
 
 

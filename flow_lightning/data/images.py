@@ -5,7 +5,7 @@ In: the name of a data set. Out: loaders of images, classes and indices. Next: `
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -15,13 +15,10 @@ from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.samplers import check_fraction, hold_out
-from flow_lightning.data.sources import ImageArrays, targets_of
+from flow_lightning.data.sources import targets_of
 from flow_lightning.data.transforms import RecipeName, Transform, recipe
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
-
-# Arrays up to this size (bytes) are transformed faster in place than in worker processes.
-_SMALL = 2**20
 
 
 class TransformedImages(Dataset[dict[str, Any]]):
@@ -62,12 +59,6 @@ class TransformedImages(Dataset[dict[str, Any]]):
         return targets_of(self.images)
 
 
-class _Normalisation(NamedTuple):
-    mean: list[float]
-    std: list[float]
-    interpolation: str
-
-
 class ImageDataModule(LightningDataModule):
     """Load an image classification data set by name, prepared as in the paper.
 
@@ -84,7 +75,7 @@ class ImageDataModule(LightningDataModule):
         root: Folder of the data sets. For "folder" it is the one with `train` and `test` in it.
         image_size: Height and width of the network's input, in pixels.
         batch_size: Images per batch and device.
-        num_workers: Loader processes. By default one less than the CPU has cores, at most 8, and 0 for tiny data.
+        num_workers: Loader processes. By default one less than the CPU has cores, at most 8, and 0 for digits.
         persistent_workers: Keep the loader processes from one epoch to the next.
         mean: Mean of each colour channel (pixels from 0 to 1). By default that of the pre-trained model.
         std: Standard deviation of each colour channel. By default that of the pre-trained model.
@@ -146,11 +137,13 @@ class ImageDataModule(LightningDataModule):
             ValueError: If the normalisation is neither given nor known from the model.
         """
         splits = self._splits = self._splits or self._build(download=False)
-        known = self._normalisation()
-        augment, plain = recipe(self.transforms, self.image_size, known.mean, known.std, known.interpolation)
+        augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())
         if stage in ("fit", "validate", None):
-            training, validation = self._hold_out(splits.train)
-            self.val_set = None if validation is None else IndexedDataset(TransformedImages(validation, plain))
+            training: Any = splits.train
+            held_out, kept = hold_out(len(training), self.validation_fraction, self.split_seed)
+            if held_out:
+                self.val_set = IndexedDataset(TransformedImages(Subset(training, held_out), plain))
+                training = Subset(training, kept)
         if stage in ("fit", None):
             seed = torch.initial_seed()
             self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
@@ -205,14 +198,8 @@ class ImageDataModule(LightningDataModule):
     def _build(self, download: bool) -> Splits:
         return CATALOGUE[self.dataset].build(self.root, download, self.split_seed)
 
-    def _hold_out(self, training: Any) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        if self.validation_fraction == 0:
-            return training, None
-        held_out, kept = hold_out(len(training), self.validation_fraction, self.split_seed)
-        return Subset(training, kept), Subset(training, held_out)
-
-    def _normalisation(self) -> _Normalisation:
-        """Take the given values, and the others from the data config of the model that the trainer fits."""
+    def _normalisation(self) -> tuple[list[float], list[float], str]:
+        """Return mean, standard deviation and interpolation: the given ones, and the model's for the others."""
         config = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
         mean, std = self.mean or config.get("mean"), self.std or config.get("std")
         if mean is None or std is None:
@@ -220,14 +207,13 @@ class ImageDataModule(LightningDataModule):
                 "The normalisation is not known: mean and std were not given, and the model has no `data_config`. Give "
                 "both (ImageNet's are mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])."
             )
-        return _Normalisation(list(mean), list(std), self.interpolation or config.get("interpolation", "bilinear"))
+        return list(mean), list(std), self.interpolation or config.get("interpolation", "bilinear")
 
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        images = self._splits.train if self._splits else None
-        small = isinstance(images, ImageArrays) and images.pixels.nbytes <= _SMALL
-        return 0 if small else min((os.cpu_count() or 1) - 1, 8)
+        # The digits are in memory and tiny: sending them from a process takes longer than reading them.
+        return 0 if self.dataset == "digits" else min((os.cpu_count() or 1) - 1, 8)
 
     def _loader(self, dataset: Any, training: bool = False) -> DataLoader[Any]:
         workers, sampler = self._workers(), None

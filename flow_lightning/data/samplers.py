@@ -141,10 +141,10 @@ def hold_out(count: int, validation_fraction: float, seed: int) -> tuple[list[in
     """Split training samples into a part for validation and the part to train on; see `split_positions`.
 
     Raises:
-        ValueError: If the fraction leaves one of them empty.
+        ValueError: If the fraction leaves one of them empty. 0 holds out none.
     """
     held_out, kept = split_positions(count, validation_fraction, seed)
-    if not held_out or not kept:
+    if validation_fraction > 0 and not (held_out and kept):
         raise ValueError(
             f"validation_fraction={validation_fraction} of {count} training samples leaves {len(kept)} to train and "
             f"{len(held_out)} to validate. Choose another fraction, or 0 for no validation."
@@ -153,10 +153,6 @@ def hold_out(count: int, validation_fraction: float, seed: int) -> tuple[list[in
 
 
 def check_fraction(validation_fraction: float) -> None:
-    """Check that a share of the training set is one.
-
-    Raises:
-        ValueError: If it is below 0, or not below 1.
-    """
+    """Raise ValueError unless the fraction is from 0 to below 1."""
     if not 0.0 <= validation_fraction < 1.0:
         raise ValueError(f"validation_fraction is {validation_fraction}. Give a share from 0 to below 1.")

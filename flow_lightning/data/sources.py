@@ -1,14 +1,12 @@
 """Pictures from files or arrays, each as `(PIL image, class)`, before any transform.
 
-In: paths or pixels, and class indices. Out: map-style data sets. Next: `catalogue.py`.
+In: paths or pixels, and class indices. Out: a map-style data set. Next: `catalogue.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
@@ -35,46 +33,29 @@ def read_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Labelled image files, read one by one when a sample is asked for.
+class LabelledImages(Dataset[tuple[Image.Image, int]]):
+    """Labelled images, each read when it is asked for.
 
     Args:
-        samples: Pairs of file and class index.
+        samples: Pairs of image and class index. An image is what `read` takes.
+        read: From an image, by default a file, to a PIL image.
     """
 
-    def __init__(self, samples: Iterable[tuple[str | Path, int]]) -> None:
-        self.samples = [(str(path), int(target)) for path, target in samples]
+    def __init__(self, samples: Iterable[tuple[Any, int]], read: Callable[[Any], Image.Image] = read_image) -> None:
+        self.samples = [(image, int(target)) for image, target in samples]
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, position: int) -> tuple[Image.Image, int]:
-        path, target = self.samples[position]
-        return read_image(path), target
+        image, target = self.samples[position]
+        return self.read(image), target
 
     @property
     def targets(self) -> list[int]:
         """Class index of each sample."""
         return [target for _, target in self.samples]
-
-
-class ImageArrays(Dataset[tuple[Image.Image, int]]):
-    """Labelled images in memory.
-
-    Args:
-        pixels: 8-bit RGB images, `[N, H, W, 3]`.
-        targets: Class index of each image, `[N]`.
-    """
-
-    def __init__(self, pixels: NDArray[np.uint8], targets: Iterable[int]) -> None:
-        self.pixels = pixels
-        self.targets = [int(target) for target in targets]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, position: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[position]), self.targets[position]
 
 
 def targets_of(dataset: Any) -> list[int] | None:
@@ -98,7 +79,7 @@ def class_folders(folder: Path, ignore: Sequence[str] = ()) -> list[Path]:
     return sorted(path for path in folders if path.name not in ignore)
 
 
-def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageFiles, list[str]]:
+def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[LabelledImages, list[str]]:
     """Read a folder that holds one folder of images per class.
 
     Args:
@@ -124,4 +105,4 @@ def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageF
             f"No image files in {len(empty)} class folders: {', '.join(str(classes[k]) for k in empty[:5])} "
             f"(suffixes: {', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder."
         )
-    return ImageFiles(samples), [path.name for path in classes]
+    return LabelledImages(samples), [path.name for path in classes]

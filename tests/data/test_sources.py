@@ -6,8 +6,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from flow_lightning.data.sources import (
-    ImageArrays,
-    ImageFiles,
+    LabelledImages,
     UnreadableImageError,
     image_paths,
     read_class_folders,
@@ -35,7 +34,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, kind: str, suffix: str) ->
 
 def test_an_absent_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImageError, match=r"gone\.jpg"):
-        ImageFiles([(tmp_path / "gone.jpg", 0)])[0]
+        LabelledImages([(tmp_path / "gone.jpg", 0)])[0]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -47,13 +46,13 @@ def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 def test_arrays_give_back_their_pixels_and_targets() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(np.uint8)
-    dataset = ImageArrays(pixels, np.array([3, 1]))
+    dataset = LabelledImages(zip(pixels, np.array([3, 1])), Image.fromarray)
     image, target = dataset[1]
     assert (np.asarray(image) == pixels[1]).all() and target == 1 and len(dataset) == 2
 
 
 def test_targets_are_known_without_reading_where_that_is_possible() -> None:
-    files = ImageFiles([("a", 2), ("b", 0), ("c", 1)])
+    files = LabelledImages([("a", 2), ("b", 0), ("c", 1)])
     assert targets_of(files) == [2, 0, 1]
     assert targets_of(Subset(Subset(files, [2, 0]), [1])) == [2]
     assert targets_of(ConcatDataset([files])) is None

@@ -103,12 +103,7 @@ class InstructionDataModule(LightningDataModule):
         self._prepared: dict[str, InstructionDataset] = {}
 
     def prepare_data(self) -> None:
-        """Read and tokenise what the trainer is about to use. The test set is part of it: callbacks measure on it.
-
-        Raises:
-            FileNotFoundError: If a file does not exist.
-            ValueError: If the data cannot be used. The message says why.
-        """
+        """Read and tokenise what the trainer is about to use, and the test set, on which callbacks measure."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for name in self._missing(stage) + self._missing("test"):
             if name not in self._prepared:
@@ -119,7 +114,7 @@ class InstructionDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: If a file does not exist.
-            ValueError: If the data cannot be used. The message says why.
+            ValueError: If the data cannot be used.
         """
         for name in self._missing(stage):
             take = partial(self._take, name)
@@ -192,8 +187,6 @@ class InstructionDataModule(LightningDataModule):
         if name == "test":
             return read_records(str(self.test), self.test_split, fields, self.limit_test, progress)
         records = read_records(self.train, self.train_split, fields, self.limit_train, progress)
-        if self.validation_fraction == 0:
-            return records
         held_out, kept = hold_out(len(records), self.validation_fraction, self.split_seed)
         return [records[position] for position in (kept if name == "train" else held_out)]
 
