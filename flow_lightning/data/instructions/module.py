@@ -103,9 +103,9 @@ class InstructionDataModule(LightningDataModule):
         self._prepared: dict[str, InstructionDataset] = {}
 
     def prepare_data(self) -> None:
-        """Read and tokenise what the trainer is about to use, and the test set, on which callbacks measure."""
+        """Read and tokenise what the trainer is about to use; for a fit also the test set, on which callbacks measure."""
         stage = None if self.trainer is None else self.trainer.state.fn
-        for name in self._missing(stage) + self._missing("test"):
+        for name in self._missing(stage) + (self._missing("test") if stage == "fit" else []):
             if name not in self._prepared:
                 self._prepared[name] = self._build(name)
 

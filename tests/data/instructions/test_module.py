@@ -58,14 +58,8 @@ def test_a_stage_sets_up_what_it_needs_and_once(tmp_path):
         assert ready() == expected
     train_set = data.train_set
     data.setup("fit")
-    data.setup("test")
+    assert len(data.test_dataloader().dataset) == 3, "a fit can ask for the test set"
     assert ready() == ["train", "val", "test"] and data.train_set is train_set
-
-
-def test_a_fit_can_ask_for_the_test_set(tmp_path):
-    data = data_module(tmp_path, test=write_jsonl(tmp_path / "test.jsonl", instructions(3)))
-    data.setup("fit")
-    assert data.test_set is None and len(data.test_dataloader().dataset) == 3
 
 
 def test_validation_is_a_part_of_the_training_records_chosen_by_a_seed(tmp_path):
@@ -91,15 +85,10 @@ def test_nothing_but_training_records_is_validated_by_default(tmp_path):
     assert not {*texts(data.val_set)} & {*texts(data.train_set), *texts(data.test_set)}
 
 
-def test_a_fraction_of_0_means_no_validation(tmp_path):
-    data = data_module(tmp_path, test=write_jsonl(tmp_path / "test.jsonl", instructions(3)))
-    data.setup()
-    assert data.val_dataloader() == [] and data.val_set is None
-
-
-def test_a_missing_test_set_is_explained(tmp_path):
+def test_a_fraction_of_0_means_no_validation_and_a_missing_test_set_is_explained(tmp_path):
     data = data_module(tmp_path)
     data.setup()
+    assert data.val_dataloader() == [] and data.val_set is None
     with pytest.raises(ValueError, match=r"There is no test set\. Give InstructionDataModule\(test="):
         data.test_dataloader()
 
