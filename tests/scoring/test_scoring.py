@@ -263,9 +263,7 @@ def test_the_same_file_serves_a_probe():
 
 def test_a_file_serves_only_the_same_probe():
     probed()
-    with pytest.warns(
-        UserWarning, match=r"holds linear probe, .* folds 0, not .* folds 3.*anew"
-    ):
+    with pytest.warns(UserWarning, match=r"holds linear probe, .* folds 0, not .* folds 3.*anew"):
         _, counter = probed(folds=3)
     assert counter.images == 96
 
