@@ -82,7 +82,7 @@ def _cifar(name: str, root: Path, download: bool, split_seed: int) -> Splits:
 
 
 def _train_val_test(name: str, needed: Sequence[str], root: Path, download: bool, split_seed: int) -> Splits:
-    """Train on the official training and validation images; test on the official test images."""
+    """Train on the official training and validation images. Test on the official test images."""
     if not download:
         for part in needed:
             _require(root / part, name, _DOWNLOAD)
@@ -180,7 +180,7 @@ def _random_split(images: Path, split_seed: int, ignore: tuple[str, ...] = ()) -
 
 def _require(path: Path, dataset: str, how: str) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{dataset}: looked for {path.resolve()}, which does not exist. {how}")
+        raise FileNotFoundError(f"{dataset} needs {path.resolve()}, which does not exist. {how}")
 
 
 _FLOWERS102_FILES = [f"flowers-102/{part}" for part in ("jpg", "imagelabels.mat", "setid.mat")]

@@ -138,10 +138,10 @@ def split_positions(count: int, first: float, seed: int) -> tuple[list[int], lis
 
 
 def hold_out(count: int, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split training samples into a part for validation and the part to train on; see `split_positions`.
+    """Split training samples by `split_positions`, into a part for validation and the part to train on.
 
     Raises:
-        ValueError: If the fraction leaves one of them empty. 0 holds out none.
+        ValueError: If the fraction is not 0 and leaves one of them empty.
     """
     held_out, kept = split_positions(count, validation_fraction, seed)
     if validation_fraction > 0 and not (held_out and kept):

@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif
 
 
 class UnreadableImageError(OSError):
-    """An image file that cannot be decoded; the message names the file."""
+    """An image file that cannot be decoded. The message names the file."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -87,7 +87,7 @@ def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[Labell
         ignore: Names of sub-folders that are no class.
 
     Returns:
-        The files and the class names; a class index is the position of its name in sorted order.
+        The images and the class names. A class index is the position of its name in sorted order.
 
     Raises:
         FileNotFoundError: If there is no class folder, or a class folder without images.

@@ -220,8 +220,8 @@ def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: d
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    found: str = next(name for name, submodule in model.named_modules() if submodule is wanted)
-    return found
+    name: str = next(name for name, submodule in model.named_modules() if submodule is wanted)
+    return name
 
 
 def _accuracy(num_classes: int, k: int) -> MulticlassAccuracy:

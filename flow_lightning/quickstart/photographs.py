@@ -29,12 +29,12 @@ def packaged_photographs() -> list[Path]:
         package, _, folder = place.partition("/")
         inside = package_folder(package, "quickstart", "the packaged retention images") / folder
         for pattern in patterns:
-            found = sorted(inside.glob(pattern))
-            if not found:
+            files = sorted(inside.glob(pattern))
+            if not files:
                 raise FileNotFoundError(
                     f"There is no {inside / pattern}: this version of {package} does not carry it. Install another."
                 )
-            photographs.extend(found)
+            photographs.extend(files)
     return photographs
 
 

@@ -148,10 +148,10 @@ def test_a_missing_package_is_named_with_the_pip_line(
         ("folder", "train", "train/<class>"),
     ],
 )
-def test_missing_data_says_where_it_was_looked_for_and_how_to_get_it(
+def test_missing_data_says_where_it_must_be_and_how_to_get_it(
     name: str, place: str, advice: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=f"looked for {tmp_path / place}, .*{advice}"):
+    with pytest.raises(FileNotFoundError, match=f"needs {tmp_path / place}, which does not exist.*{advice}"):
         build(name, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -26,7 +26,7 @@ from flow_lightning.data.samplers import (
 from flow_lightning.distributed import data_rank, from_rank_zero
 from flow_lightning.resume import ResumableDataLoader
 
-#: The sets that each stage needs; a stage of None needs all.
+#: The sets that each stage needs.
 _SETS = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": [], None: ["train", "val", "test"]}
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
@@ -35,7 +35,7 @@ class InstructionDataModule(LightningDataModule):
     """Load pairs of instruction and response for supervised fine-tuning of a language model.
 
     Only the response and the end-of-sequence token are supervised. Rank 0 alone downloads, reads and tokenises, in
-    `prepare_data`; `setup` sends the tokens to the other processes.
+    `prepare_data`. In `setup` the other processes get the tokens from it.
 
     Args:
         train: Training data: a `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a
@@ -103,7 +103,7 @@ class InstructionDataModule(LightningDataModule):
         self._prepared: dict[str, InstructionDataset] = {}
 
     def prepare_data(self) -> None:
-        """Read and tokenise what the trainer is about to use; for a fit also the test set, on which callbacks measure."""
+        """Read and tokenise what the trainer is about to use. In a fit callbacks measure on the test set as well."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for name in self._missing(stage) + (self._missing("test") if stage == "fit" else []):
             if name not in self._prepared:
@@ -200,15 +200,15 @@ class InstructionDataModule(LightningDataModule):
             )
 
     def _tokenizer(self) -> Any:
-        known = self.tokenizer
-        if known is None and self.trainer is not None:
-            known = module_contract(self.trainer.lightning_module).tokenizer
-        if known is None:
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.trainer is not None:
+            tokenizer = module_contract(self.trainer.lightning_module).tokenizer
+        if tokenizer is None:
             raise ValueError(
                 "The tokenizer is not known: none was given, and the module has none. Give "
                 "InstructionDataModule(tokenizer=...)."
             )
-        return known
+        return tokenizer
 
     def _evaluation_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
         if self.trainer is not None and self.trainer.world_size > 1:
