@@ -79,7 +79,7 @@ def regression(callback, **settings):
 def pictures(callback, **settings):
     module, data = tiny_module("test_vit.r160_in1k"), PicturesInOrder(n=21)
     fit(
-        fl.LinearProbeCallback(),
+        fl.LinearProbeCallback(refit=False),
         callback,
         module=module,
         data=data,
@@ -287,7 +287,7 @@ class RecordWhole(Record):
 
 
 def fit_pictured(callback, probe, **settings):
-    callbacks = [fl.LinearProbeCallback(), callback] if probe else [callback]
+    callbacks = [fl.LinearProbeCallback(refit=False), callback] if probe else [callback]
     data, settings = PicturesInOrder(n=21), {"max_steps": 2, "use_distributed_sampler": False} | settings
     fit(*callbacks, module=Pictured(), data=data, **settings)
 
