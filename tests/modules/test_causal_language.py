@@ -227,6 +227,17 @@ def test_a_resumed_fit_takes_its_token_weights_from_the_checkpoint(tmp_path):
     assert torch.equal(second.weights.weights, first.weights.weights)
 
 
+def test_a_checkpoint_gives_the_optimizer_back(tmp_path):
+    module = language_module(optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.3, betas=(0.8, 0.95)))
+    _, trainer = fit(module=module, data=language_data(tmp_path), max_steps=2)
+    trainer.save_checkpoint("x.ckpt")
+    parts = {"model": tiny_model(len(TOKENIZER)), "tokenizer": TOKENIZER}
+    loaded = fl.CausalLanguageModule.load_from_checkpoint("x.ckpt", weights_only=True, **parts)
+    made = loaded.optimizer(loaded.parameters())
+    assert type(made) is torch.optim.AdamW
+    assert (made.defaults["weight_decay"], made.defaults["betas"]) == (0.3, (0.8, 0.95))
+
+
 def test_selective_token_masking_trains(tmp_path):
     flow = fl.FlowWeightingCallback(per="token", weighting="threshold", temperature=5.8)
     module, _ = fit(flow, module=language_module(), data=language_data(tmp_path))

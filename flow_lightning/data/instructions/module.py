@@ -103,7 +103,7 @@ class InstructionDataModule(LightningDataModule):
         self._prepared: dict[str, InstructionDataset] = {}
 
     def prepare_data(self) -> None:
-        """Read and tokenise what the trainer is about to use. In a fit callbacks measure on the test set as well."""
+        """Read and tokenise what the trainer is about to use. In a fit callbacks may ask for the test set as well."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for name in self._missing(stage) + (self._missing("test") if stage == "fit" else []):
             if name not in self._prepared:
