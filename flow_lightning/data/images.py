@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.data.sources import ImageArrays, split_positions, targets_of
+from flow_lightning.data.sources import ImageArrays, class_folders, split_positions, targets_of
 from flow_lightning.data.transforms import RecipeName, Transform, recipe
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
@@ -166,12 +166,10 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; for "folder" known after `setup` only.
-
-        Raises:
-            RuntimeError: For "folder" before `setup`.
-        """
+        """Number of classes; for "folder" the folders below `train`."""
         named = CATALOGUE[self.dataset].num_classes
+        if named is None and self._splits is None:
+            return len(class_folders(Path(self.root) / "train"))
         return named if named is not None and self._splits is None else len(self.class_names)
 
     def train_dataloader(self) -> DataLoader[Any]:
