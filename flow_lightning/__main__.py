@@ -7,7 +7,7 @@ Next: `cli.py`.
 import sys
 from collections.abc import Sequence
 
-from flow_lightning.configurations import method_names, shipped
+from flow_lightning.configurations import OptionError, method_names, shipped, with_files
 
 _HELP = """\
 usage: flow-lightning {{fit,score,compare,validate,test,predict}} -c NAME [-c NAME ...] [options]
@@ -59,6 +59,11 @@ def main(args: Sequence[str] | None = None) -> None:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(help_text(), end="")
         return
+    try:
+        with_files(arguments)
+    except OptionError as error:  # a wrong name needs no seconds of imports
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     from flow_lightning.cli import main as run  # imports Lightning, which takes seconds
 
     run(arguments)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.predictions import PredictionsCallback
@@ -66,10 +66,12 @@ class FlowCLI(LightningCLI):
         FlowParser.keys.update(f"data.{name}" for name in signature(ImageDataModule).parameters)
 
     def before_instantiate_classes(self) -> None:
-        """Let `validate` run on all batches where a configuration leaves validation out of the fit."""
-        trainer = self.config[self.subcommand].trainer if self.subcommand == "validate" else None
-        if trainer is not None and trainer.limit_val_batches == 0:
-            trainer.limit_val_batches = 1.0
+        """Say which model is measured; `validate` runs on all batches where a configuration leaves validation out."""
+        config = self.config[self.subcommand]
+        if self.subcommand in ("validate", "test", "predict") and config.ckpt_path is None:
+            rank_zero_warn(f"{self.subcommand} has no --ckpt_path, so it takes the model as it is before training.")
+        if self.subcommand == "validate" and config.trainer.limit_val_batches == 0:
+            config.trainer.limit_val_batches = 1.0
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a value that one of them refuses is a wrong option."""
@@ -162,9 +164,11 @@ def main(args: Sequence[str] | None = None) -> FlowCLI | None:
     Returns:
         The `FlowCLI` that ran; None for `compare`, which runs several.
     """
-    # Arguments come changed to the parser, and frozen BatchNorm layers stand in evaluation mode on purpose.
+    # The parser gets changed arguments, frozen BatchNorm layers are in evaluation mode on purpose, and the last warning
+    # is about Lightning's own code.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         words = [_renamed(word) for word in with_files(sys.argv[1:] if args is None else args)]
         check_command(words)

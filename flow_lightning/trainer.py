@@ -8,11 +8,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
+from flow_lightning.run import run_directory
 
 
 class FinishingFitLoop(_FitLoop):
@@ -60,3 +62,4 @@ class FlowTrainer(Trainer):
         self.num_sanity_val_steps = 0
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)
+        rank_zero_info(f"Weights, picture and metrics.json: {run_directory(self) or 'not written'}")

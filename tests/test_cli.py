@@ -37,6 +37,7 @@ QUICK = [
     *(option for option in TINY if "root" not in option),
 ]
 
+FOLDER = ["--data.dataset=folder", "--data.root=data"]  # 24 images
 OWN = ["--model=tests.examples.LinearRegression", "--data=tests.examples.RegressionData", "--trainer.fast_dev_run=1"]
 RATES = "--config={learning_rate: {standard: 0.02, flow: 0.01}}"
 
@@ -139,8 +140,10 @@ def test_a_method_and_weights_that_do_not_agree_stop_the_fit(method, callbacks, 
     assert message in error_of(capsys, "fit", *QUICK, f"--method={method}", "-c=own.yaml")
 
 
-def test_score_computes_weights_without_training():
-    cli = main(["score", *QUICK])
+def test_score_computes_weights_without_training(caplog):
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        cli = main(["score", *QUICK])
+    assert f"Weights, picture and metrics.json: {cli.trainer.log_dir}" in caplog.text
     assert cli.trainer.global_step == 0
     folder = Path(cli.trainer.log_dir)
     weights = fl.SampleWeights.load(folder / "flow_weights.safetensors")
@@ -150,19 +153,21 @@ def test_score_computes_weights_without_training():
     assert "target/top1" not in json.loads((folder / "metrics.json").read_text())
 
 
-def test_weights_that_score_wrote_serve_a_fit():
-    scored = Path(main(["score", *QUICK]).trainer.log_dir) / "flow_weights.safetensors"
+def test_weights_that_score_wrote_serve_a_fit(fake_data):
+    fake_data("folder")
+    scored = Path(main(["score", *QUICK, *FOLDER]).trainer.log_dir) / "flow_weights.safetensors"
     Path("method.yaml").write_text(
         "method: flow\ntrainer: {callbacks+: [{class_path: flow_lightning.FlowWeightingCallback, "
         f"init_args: {{weights_file: {scored.absolute()}}}}}]}}\n"
     )
-    cli = main(["fit", *QUICK, "-c=method.yaml"])
+    cli = main(["fit", *QUICK, *FOLDER, "-c=method.yaml"])
     assert metrics_of(cli)["flow/temperature"] == fl.SampleWeights.load(scored).temperature
 
 
-def test_a_run_goes_on_from_its_last_checkpoint():
-    """The command of the README: the same for the first run and for those after it."""
-    options = [*QUICK, "--method=flow", "-c=resumable", "--trainer.callbacks.dirpath=one"]
+def test_a_run_goes_on_from_its_last_checkpoint(fake_data):
+    """The command of configs/README.md: the same for the first run and for those after it."""
+    fake_data("folder")
+    options = [*QUICK, *FOLDER, "--method=flow", "-c=resumable", "--trainer.callbacks.dirpath=one"]
     options += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.limit_train_batches=3", "--ckpt_path=last"]
     first = main(["fit", *options, "--trainer.max_steps=2"])
     assert first.trainer.global_step == 2 and Path("one/last.ckpt").exists()
@@ -180,7 +185,8 @@ def test_a_run_goes_on_from_its_last_checkpoint():
 def test_validate_and_test_measure(command, metric):
     """Though the quickstart leaves validation out of its fits."""
     options = [option for option in QUICK if "limit_val" not in option]
-    cli = main([command, *options, "--trainer.limit_test_batches=1"])
+    with pytest.warns(UserWarning, match="no --ckpt_path, so it takes the model as it is before training"):
+        cli = main([command, *options, "--trainer.limit_test_batches=1"])
     assert cli.trainer.global_step == 0 and 0 <= cli.trainer.callback_metrics[metric] <= 1
 
 

@@ -34,7 +34,15 @@ def test_every_option_of_the_help_exists(capsys):
         assert option in FlowParser.keys or f"--{option}" in every or option in ("method", "model.help"), option
 
 
+def test_a_wrong_name_is_told_at_once():
+    command = [sys.executable, "-m", "flow_lightning", "fit", "-c", "cifar"]
+    started = time.perf_counter()
+    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert time.perf_counter() - started < 3
+    assert end.returncode == 2 and "Did you mean cifar10?" in end.stderr and len(end.stderr.splitlines()) == 1
+
+
 def test_other_words_reach_the_command_line(capsys):
     with pytest.raises(SystemExit) as end:
-        main(["fit", "-c", "cifar"])
-    assert end.value.code == 2 and "Did you mean cifar10?" in capsys.readouterr().err
+        main(["fit", "-c", "cifar10", "--max_epochs=3"])
+    assert end.value.code == 2 and "Did you mean trainer.max_epochs?" in capsys.readouterr().err
