@@ -1,4 +1,4 @@
-"""The Trainer of the command line: `score` and `compare`, and runs that lose nothing when they are killed."""
+"""The Trainer of the command line: `score`, and runs that lose nothing when they are killed."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
-
-_METHODS = ["configs/methods/standard.yaml", "configs/methods/flow.yaml"]
+from flow_lightning.run import run_directory
 
 
 class FinishingFitLoop(_FitLoop):
@@ -29,7 +29,7 @@ class FinishingFitLoop(_FitLoop):
 
 
 class FlowTrainer(Trainer):
-    """A Trainer with the two further commands of the command line.
+    """A Trainer with the command `score`.
 
     Its checkpoints are whole or absent, those of a model in shards, too, and a resumed run whose training was over does
     what was left: head refit, measurements, the model in its final format.
@@ -62,24 +62,4 @@ class FlowTrainer(Trainer):
         self.num_sanity_val_steps = 0
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)
-
-    def compare(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        methods: list[str] = _METHODS,
-        seeds: list[int] | None = None,
-        output: str = "runs/compare",
-    ) -> None:
-        """Fit one configuration under several method files, one after the other: a table and a picture side by side.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            methods: Method files, each put on top of the configuration.
-            seeds: Seeds, each fitted under every method; by default the configuration's own.
-            output: Folder for the runs, `comparison.json` and `comparison.png`.
-        """
-        raise NotImplementedError(
-            "compare fits several models: call it from the command line, `python main.py compare`."
-        )
+        rank_zero_info(f"Weights, picture and metrics.json: {run_directory(self) or 'not written'}")

@@ -15,7 +15,7 @@ from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.samplers import check_fraction, hold_out
-from flow_lightning.data.sources import targets_of
+from flow_lightning.data.sources import class_folders, targets_of
 from flow_lightning.data.transforms import RecipeName, Transform, recipe
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
@@ -165,12 +165,10 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes. For "folder" it is known after `setup`.
-
-        Raises:
-            RuntimeError: For "folder" before `setup`.
-        """
+        """Number of classes; for "folder" the folders below `train`."""
         named = CATALOGUE[self.dataset].num_classes
+        if named is None and self._splits is None:
+            return len(class_folders(Path(self.root) / "train"))
         return named if named is not None and self._splits is None else len(self.class_names)
 
     def train_dataloader(self) -> DataLoader[Any]:

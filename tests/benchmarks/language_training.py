@@ -10,7 +10,6 @@ one training step at Gemma 2's geometry with random weights, each way in a proce
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import time
 from typing import Any
@@ -20,8 +19,6 @@ import torch.nn.functional as F
 
 import flow_lightning as fl
 from tests.benchmarks.language_scoring import PeakMemory
-
-os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 
 
 def plain_loss(model: Any, batch: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ EfficientNet-Lite0, agreement with the pre-trained model on photographs.
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from torch.utils.data import DataLoader, Subset
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from flow_lightning.method.objective import Reduction
-
-os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 
 PROBE, TUNE, REFIT, BATCH = 0.005, 0.003, 0.005, 64
 
@@ -98,7 +95,7 @@ def ours(data: Digits, epochs: int, reduction: Reduction = "batch") -> nn.Module
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[fl.LinearProbeCallback(), fl.FlowWeightingCallback(), fl.HeadRefitCallback()],
+        callbacks=[fl.LinearProbeCallback(), fl.FlowWeightingCallback()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -198,8 +198,9 @@ def test_class_names_and_number_of_classes(tmp_path: Path) -> None:
     assert ImageDataModule("CIFAR100").num_classes == 100
     make_folder(tmp_path)
     data = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
+    assert data.num_classes == 3
     with pytest.raises(RuntimeError, match=r"known after setup\(\)"):
-        _ = data.num_classes
+        _ = data.class_names
     data.setup()
     assert (data.num_classes, data.class_names) == (3, list(CLASSES))
 
