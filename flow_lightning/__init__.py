@@ -3,7 +3,6 @@
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
-from flow_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
 from flow_lightning.callbacks.retention import RetentionCallback
 from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback
 from flow_lightning.data.images import ImageDataModule
@@ -16,10 +15,12 @@ from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.causal_language import CausalLanguageModule
 from flow_lightning.modules.image_classification import ImageClassificationModule
+from flow_lightning.resume import ExactResumeCallback
 
 __all__ = [
     "AtomicCheckpointIO",
     "CausalLanguageModule",
+    "ExactResumeCallback",
     "FlowWeightingCallback",
     "ImageClassificationModule",
     "ImageDataModule",
@@ -28,7 +29,6 @@ __all__ = [
     "InstructionDataModule",
     "LanguageRetentionCallback",
     "LinearProbeCallback",
-    "ResumableCheckpoint",
     "RetentionCallback",
     "SampleWeights",
     "SavePretrainedCallback",

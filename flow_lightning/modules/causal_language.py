@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Trainer
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from flow_lightning.data.indexing import batch_index
-from flow_lightning.distributed import shard
+from flow_lightning.distributed import is_attached, shard
 from flow_lightning.method.losses import linear_cross_entropy
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
@@ -60,8 +60,6 @@ class CausalLanguageModule(WeightedLossModule):
         ImportError: If transformers (or for `lora` peft) is not installed.
         ValueError: If the model cannot be loaded, or an argument is unknown.
     """
-
-    not_in_losses: ClassVar[frozenset[str]] = WeightedLossModule.not_in_losses | {"tokenizer"}
 
     def __init__(
         self,
@@ -176,7 +174,7 @@ class CausalLanguageModule(WeightedLossModule):
 
     def setup(self, stage: str) -> None:
         """Check that the losses are the model's own, and that the precision suits the machine."""
-        if self.is_attached and _bfloat16_is_slow(self.trainer):
+        if is_attached(self) and _bfloat16_is_slow(self.trainer):
             rank_zero_warn(
                 f"precision={self.trainer.precision!r} on a CPU without AVX-512 is several times slower than "
                 "'32-true'. Use 32-true here."
