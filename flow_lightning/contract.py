@@ -44,6 +44,7 @@ class ModuleContract(Protocol):
         max_positions: The longest sequence that it takes, in tokens; None if it has no bound.
         save_pretrained: Writes the model into a folder in the format of transformers; takes `merge`.
         sample_weights: Set by FlowWeightingCallback: the weights to train with.
+        batch_samples: Set by FlowWeightingCallback: indices of the samples in the batch, if it carries none.
         flow_reference: Fingerprint of the pre-trained model behind the checkpoint that the module was loaded from.
         batch_losses: The losses of the last training batch, for the callbacks that a `WeightedLossModule` brings along.
         run_seed: Set by ExactResumeCallback, which reseeds torch's generator: the seed of the run.
@@ -65,6 +66,7 @@ class ModuleContract(Protocol):
     max_positions: int | None = None
     save_pretrained: Callable[..., None] | None = None
     sample_weights: Any = None
+    batch_samples: Tensor | None = None
     flow_reference: str | None = None
     batch_losses: BatchLosses | None = None
     run_seed: int | None = None

@@ -86,7 +86,7 @@ def _message(batch: int, kept: BatchLosses) -> str:
     start = f"The training loss is NaN or infinite at batch {batch}"
     if kept.samples is None:
         return f"{start}. If its samples are sound, the model has diverged. {_FIX}"
-    broken = ~torch.isfinite(kept.losses)
+    broken = ~torch.isfinite(kept.losses).to(kept.samples.device)
     own = broken.shape == kept.samples.shape
     samples = (kept.samples[broken] if own else kept.samples).tolist()
     shown = ", ".join(map(str, samples[:20])) + (", ..." if len(samples) > 20 else "")

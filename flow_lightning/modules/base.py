@@ -49,6 +49,7 @@ class WeightedLossModule(LightningModule):
 
     # Plain attributes, so that neither checkpoints nor weight averaging see them; see ModuleContract.
     sample_weights: SampleWeights | TokenWeights | None = None
+    batch_samples: Tensor | None = None
     flow_reference: str | None = None
     batch_losses: BatchLosses | None = None
     run_seed: int | None = None
@@ -97,7 +98,19 @@ class WeightedLossModule(LightningModule):
 
     def training_weights(self, batch: Any) -> Tensor | None:
         """Look up the weight of each term of the objective, `[K]`; None without FlowWeightingCallback."""
-        return None if self.sample_weights is None else self.sample_weights.lookup(batch_index(batch))
+        return None if self.sample_weights is None else self.sample_weights.lookup(self.sample_index(batch))
+
+    def sample_index(self, batch: Any) -> Tensor:
+        """Return the indices of the samples in a training batch, `[B]`, on the module's device.
+
+        They are the batch's own `index`, or what FlowWeightingCallback knows from the loader.
+
+        Raises:
+            KeyError: If neither is there; the message names the fix.
+        """
+        if find_index(batch) is None and self.batch_samples is not None:
+            return self.batch_samples.to(self.device)
+        return batch_index(batch)
 
     def weighted_loss(self, batch: Any, losses: Tensor) -> Tensor:
         """Reduce the losses of a batch, `[K]`, with their weights, to the scalar to minimise.
@@ -135,4 +148,5 @@ class WeightedLossModule(LightningModule):
 
     def _note(self, batch: Any, losses: Tensor, size: Tensor | float) -> None:
         if self.training and torch.is_grad_enabled():
-            self.batch_losses = BatchLosses(find_index(batch), losses.detach(), size)
+            index = find_index(batch)
+            self.batch_losses = BatchLosses(self.batch_samples if index is None else index, losses.detach(), size)

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from flow_lightning.data.indexing import batch_index
 from flow_lightning.distributed import is_attached, shard
 from flow_lightning.method.losses import linear_cross_entropy
 from flow_lightning.method.objective import Reduction
@@ -153,7 +152,7 @@ class CausalLanguageModule(WeightedLossModule):
         """Look up the weight of each supervised token, `[K]`: its own, or that of its sequence."""
         if self.sample_weights is None:
             return None
-        weights = self.sample_weights.lookup(batch_index(batch))
+        weights = self.sample_weights.lookup(self.sample_index(batch))
         return (
             weights
             if isinstance(self.sample_weights, TokenWeights)
