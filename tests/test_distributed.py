@@ -207,9 +207,9 @@ def interrupted(ckpt_path, dies_at=None):
     torch.save = dying(torch.save, "meta")
     Path.rename = dying(Path.rename, "rename")
     shutil.rmtree = dying(shutil.rmtree, "rmtree")
-    flow, checkpoint = Record(), fl.ResumableCheckpoint("ckpt", **STEPS)
+    flow, checkpoint = Record(), ModelCheckpoint("ckpt", **STEPS)
     trainer = make_trainer(
-        *(flow, checkpoint),
+        *(flow, checkpoint, fl.ExactResumeCallback()),
         make=FlowTrainer,
         strategy=ModelParallelStrategy(2, 1),
         devices=2,
