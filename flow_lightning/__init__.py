@@ -1,7 +1,6 @@
 """Fine-tune without forgetting, for PyTorch Lightning."""
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
-from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint
 from flow_lightning.callbacks.retention import RetentionCallback
@@ -26,7 +25,6 @@ __all__ = [
     "IndexedDataset",
     "IndexedSample",
     "InstructionDataModule",
-    "LanguageRetentionCallback",
     "LinearProbeCallback",
     "ResumableCheckpoint",
     "RetentionCallback",

@@ -1,0 +1,137 @@
+"""Data and models for tests of what a fit learned and kept: pictures with a pre-trained task, instructions and text."""
+
+import json
+
+import numpy as np
+import timm
+import torch
+from lightning import Callback, LightningDataModule
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+import flow_lightning as fl
+from flow_lightning.data.retention_images import retention_images
+from tests.examples import fit
+from tests.language import SENTENCES, TOKENIZER, instructions, language_module
+
+SIZE, CLASSES, IMAGES = 32, 12, 7
+TEXT = " ".join(SENTENCES)
+TEMPLATE = "Q: {instruction} A: "
+
+
+class Pictures(Dataset):
+    def __init__(self, length, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(length, 3, SIZE, SIZE, generator=generator)
+        self.targets = torch.randint(3, (length,), generator=generator).tolist()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "target": self.targets[index]}
+
+
+class TrainingOnly(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(fl.IndexedDataset(Pictures(12, seed=1)), batch_size=4, shuffle=True)
+
+
+class Target(TrainingOnly):
+    """Sets up the test set only when asked for, as Lightning's own examples do."""
+
+    def setup(self, stage):
+        if stage == "test":
+            self.test_set = Pictures(9, seed=2)
+
+    def test_dataloader(self):
+        return DataLoader(self.test_set, batch_size=4)
+
+
+def pretrained():
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet", pretrained=False, num_classes=CLASSES)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+    torch.nn.init.normal_(model.get_classifier().weight)
+    return model.eval()
+
+
+def image_module(**settings):
+    return fl.ImageClassificationModule(
+        pretrained(), num_classes=3, **({"learning_rate": 0.05, "batch_norm": "train"} | settings)
+    )
+
+
+def image_fit(*callbacks, module=None, data=None, **settings):
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0} | settings
+    return fit(*callbacks, module=module or image_module(), data=data or Target(), **settings)
+
+
+def unlabelled_images(folder):
+    """Write images of the pre-trained task into a folder and return its path."""
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for number in range(IMAGES):
+        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+    return str(folder / "images")
+
+
+def labelled_images(folder):
+    """Write the same images and labels that the pre-trained model gets right for some of them."""
+    labels = logits(pretrained(), unlabelled_images(folder)).argmax(1)
+    labels[::3] = (labels[::3] + 1) % CLASSES
+    rows = "".join(f"images/{number}.png,{label}\n" for number, label in enumerate(labels))
+    (folder / "labels.csv").write_text("file,class_index\n" + rows)
+    return str(folder / "labels.csv")
+
+
+@torch.no_grad()
+def logits(model, path):
+    config = timm.data.resolve_model_data_config(model)
+    settings = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
+    dataset = retention_images(path, SIZE, num_classes=CLASSES, **settings)
+    return torch.cat([model(dataset[i]["image"][None]) for i in range(len(dataset))]).double().numpy()
+
+
+def text_file():
+    with open("text.txt", "w") as file:
+        file.write(TEXT)
+    return "text.txt"
+
+
+def language_data(test=True, **settings):
+    """Nine instructions to train on, three others to test on."""
+    for name, records in (("train", instructions(9)), ("test", instructions(12)[9:])):
+        with open(f"{name}.jsonl", "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    held_out = "test.jsonl" if test else None
+    return fl.InstructionDataModule("train.jsonl", held_out, template=TEMPLATE, tokenizer=TOKENIZER, **settings)
+
+
+def language_fit(*callbacks, module=None, data=None, **settings):
+    settings = {"max_epochs": 2, "limit_val_batches": 0} | settings
+    return fit(*callbacks, module=module or language_module(), data=data or language_data(), **settings)
+
+
+class OnFitStart(Callback):
+    """Calls a function where a fit starts; processes do not share memory, so each rank's answer is a file."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_fit_start(self, trainer, pl_module):
+        torch.save(self.function(trainer, pl_module), f"answer{trainer.global_rank}.pt")
+
+
+def measured(measure, module=None, data=None, **settings):
+    """Let a measure prepare and measure at the start of a fit, and return what each rank says."""
+
+    def function(trainer, module):
+        facts = measure.prepare(trainer, module)
+        return {**facts, **measure.measure(trainer, module, "before")}
+
+    _, trainer = language_fit(OnFitStart(function), module=module, data=data, **({"max_epochs": 0} | settings))
+    return [torch.load(f"answer{rank}.pt") for rank in range(trainer.world_size)]
