@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from tests.examples import fit
-from tests.language import SENTENCES, TOKENIZER, instructions, language_module
+from tests.language import SENTENCES, TOKENIZER, instructions, language_module, tiny_model
 
 SIZE, CLASSES, IMAGES = 32, 12, 7
 TEXT = " ".join(SENTENCES)
@@ -114,6 +114,24 @@ def language_data(test=True, **settings):
 def language_fit(*callbacks, module=None, data=None, **settings):
     settings = {"max_epochs": 2, "limit_val_batches": 0} | settings
     return fit(*callbacks, module=module or language_module(), data=data or language_data(), **settings)
+
+
+class Scripted(fl.CausalLanguageModule):
+    """Says what `replies` has for a prompt, else always the same, and writes down what it is asked."""
+
+    def __init__(self, default, replies=None):
+        super().__init__(tiny_model(len(TOKENIZER)), TOKENIZER)
+        self.default, self.replies, self.asked = default, replies or {}, []
+        self.causal_lm.generate = self.generate
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, **settings):
+        assert not do_sample and not self.causal_lm.training
+        self.asked.append(input_ids)
+        prompts = [TOKENIZER.decode(ids[mask.bool()]) for ids, mask in zip(input_ids, attention_mask)]
+        answers = [TOKENIZER(self.replies.get(prompt, self.default))["input_ids"] for prompt in prompts]
+        width = max(map(len, answers))
+        padded = [answer + [settings["pad_token_id"]] * (width - len(answer)) for answer in answers]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
 
 class OnFitStart(Callback):
