@@ -11,12 +11,43 @@ from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
+from flow_lightning.measures import Measure, Metric, Panel
 from tests.examples import fit
 from tests.language import SENTENCES, TOKENIZER, instructions, language_module, tiny_model
 
 SIZE, CLASSES, IMAGES = 32, 12, 7
 TEXT = " ".join(SENTENCES)
 TEMPLATE = "Q: {instruction} A: "
+
+
+#: What a run on images measures, with labels and without.
+RUN = {
+    "target/before/top1": 0.6,
+    "target/top1": 0.8,
+    "target/hard_top1": 0.3,
+    "retention/before/top1": 0.5,
+    "retention/after/top1": 0.4,
+    "retention/after/top1_original_bn": 0.42,
+}
+UNLABELLED = {"target/top1": 0.8, "retention/after/agreement": 0.7, "retention/after/kl": 0.2, "average": 0.75}
+
+
+class SizeOfHead(Measure):
+    """A measure of one's own: the largest weight of the head, which every step changes."""
+
+    part = "retention"
+    metrics = (
+        Metric("retention/before/size", "size of the head before training", "number"),
+        Metric("retention/after/size", "size of the head", "number", "down"),
+    )
+    panels = (Panel("size of the head", "number", "down", {"size": "retention/after/size"}),)
+
+    def __init__(self):
+        self.measured = []
+
+    def measure(self, trainer, module, when):
+        self.measured.append(when)
+        return {"size": module.head.weight.abs().max().item()}
 
 
 class Pictures(Dataset):

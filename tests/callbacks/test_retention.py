@@ -15,9 +15,6 @@ from flow_lightning.measures import (
     Answers,
     GeneralText,
     HarnessTasks,
-    Measure,
-    Metric,
-    Panel,
     PretrainedImages,
     TargetAccuracy,
     TargetLoss,
@@ -27,6 +24,7 @@ from tests.examples import LinearRegression, RegressionData, fit
 from tests.images import PictureData, tiny_module
 from tests.retention import (
     SIZE,
+    SizeOfHead,
     image_fit,
     image_module,
     labelled_images,
@@ -36,24 +34,6 @@ from tests.retention import (
 )
 
 TWO = {"devices": 2, "strategy": "ddp_fork"}
-
-
-class SizeOfHead(Measure):
-    """A measure of one's own: the largest weight of the head, which every step changes."""
-
-    part = "retention"
-    metrics = (
-        Metric("retention/before/size", "size of the head before training", "number"),
-        Metric("retention/after/size", "size of the head", "number", "down"),
-    )
-    panels = (Panel("size of the head", "number", "down", {"size": "retention/after/size"}),)
-
-    def __init__(self):
-        self.measured = []
-
-    def measure(self, trainer, module, when):
-        self.measured.append(when)
-        return {"size": module.head.weight.abs().max().item()}
 
 
 class AtTrainEnd(Callback):
@@ -153,8 +133,8 @@ def test_checkpoints_are_chosen_by_what_was_kept(settings):
 
 @pytest.mark.parametrize("settings", [{}, TWO])
 def test_training_stops_when_too_little_is_kept(settings):
-    """The size of the head is never below 0, so that patience ends after one more epoch."""
-    stop = EarlyStopping("retention/epoch/size", mode="min", stopping_threshold=-1.0, min_delta=100.0, patience=1)
+    """No change is as large as 100, so patience ends with the second epoch."""
+    stop = EarlyStopping("retention/epoch/size", min_delta=100.0, patience=1)
     regression_fit(own(every_n_epochs=1), stop, max_epochs=9, **settings)
     assert [entry["epoch"] for entry in read_metrics("run/metrics.json")["retention/epochs"]] == [1, 2]
 
