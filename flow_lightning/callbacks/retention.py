@@ -96,15 +96,11 @@ class RetentionCallback(RunCallback):
                 "already, so there are no numbers from before training. For them, start the fit from the pre-trained "
                 "model with RetentionCallback."
             )
-        self.run.record(trainer, self._facts | self.before | ({"retention/epochs": self.epochs} if self.epochs else {}))
-        # Last, so that the end is measured when every callback has changed the model; Lightning has checkpoints last.
-        others = _others(trainer, self)
-        checkpoints = [callback for callback in others if isinstance(callback, Checkpoint)]
-        trainer.callbacks = [  # type: ignore[attr-defined]
-            *(callback for callback in others if callback not in checkpoints),
-            self,
-            *checkpoints,
-        ]
+        course = {"retention/epochs": self.epochs} if self.epochs else {}
+        self.run.record(trainer, self._facts | self.before | course)
+        # Last but for checkpoints, as in Lightning: the end is measured when every callback has changed the model.
+        callbacks = [*_others(trainer, self), self]
+        trainer.callbacks = sorted(callbacks, key=lambda other: isinstance(other, Checkpoint))  # type: ignore[attr-defined]
         self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,11 +109,8 @@ class RetentionCallback(RunCallback):
         if self.every_n_epochs is None or epoch % self.every_n_epochs:
             return
         values = self._measure(trainer, pl_module, "epoch")
-        start = "retention/epoch/"
-        self.epochs.append(
-            {"epoch": epoch, "step": trainer.global_step}
-            | {key.removeprefix(start): value for key, value in values.items()}
-        )
+        by_name = {key.removeprefix("retention/epoch/"): value for key, value in values.items()}
+        self.epochs.append({"epoch": epoch, "step": trainer.global_step, **by_name})
         pl_module.log_dict(values, batch_size=1, sync_dist=True)
         self.run.record(trainer, {"retention/epochs": self.epochs})
 
@@ -144,12 +137,9 @@ class RetentionCallback(RunCallback):
 
     def _chosen(self, module: LightningModule) -> dict[str, Measure]:
         """Return the measures of this fit by the name of their class."""
-        is_language_model = module_contract(module).token_losses is not None
-        measures = self.measures
-        if measures is None:
-            measures = [TargetLoss() if is_language_model else TargetAccuracy()]
-        if self.images is not None:
-            measures = [*measures, PretrainedImages(self.images)]
+        default = TargetAccuracy if module_contract(module).token_losses is None else TargetLoss
+        measures: list[Measure] = [default()] if self.measures is None else list(self.measures)
+        measures += [] if self.images is None else [PretrainedImages(self.images)]
         names = Counter(type(measure).__name__ for measure in measures)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(

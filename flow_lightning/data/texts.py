@@ -54,9 +54,9 @@ def _read(path: Path) -> str:
 class TextWindows(Dataset[dict[str, Any]]):
     """Cut texts into windows of tokens: `{"input_ids": int64 [T], "prompt_length": 1, "index": int}`.
 
-    Windows do not overlap and do not go across texts. The first token of each is context only. If the tokenizer starts a
-    text with a token of its own (BOS), each window starts with it, because some models need it. A last window of fewer
-    than 2 tokens is dropped.
+    Windows do not overlap and do not go across texts. The first token of each is context only. If the tokenizer starts
+    a text with a token of its own (BOS), each window starts with it, because some models need it. A last window of
+    fewer than 2 tokens is dropped.
 
     Attributes:
         lengths: Tokens of each window, int64 `[N]`.

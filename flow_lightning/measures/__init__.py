@@ -7,14 +7,7 @@ from flow_lightning.measures.images import PretrainedImages, TargetAccuracy
 from flow_lightning.measures.text import GeneralText, TargetLoss
 
 #: All measures of this library. Of what was learned, and of what was kept, the first that has a value leads.
-MEASURES: tuple[type[Measure], ...] = (
-    TargetAccuracy,
-    PretrainedImages,
-    Answers,
-    TargetLoss,
-    HarnessTasks,
-    GeneralText,
-)
+MEASURES = (TargetAccuracy, PretrainedImages, Answers, TargetLoss, HarnessTasks, GeneralText)
 
 __all__ = [
     "MEASURES",

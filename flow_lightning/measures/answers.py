@@ -72,19 +72,31 @@ class Answers(Measure):
         """Generate answers and compare the final ones; rank r takes samples r, r + world, r + 2 world, ..."""
         if self.dataset is None:
             return {}
-        lengths, (rank, world) = self.dataset.prompt_lengths.tolist(), data_rank(trainer)
-        mine = sorted(range(rank, len(self.dataset), world), key=lambda index: -lengths[index])
-        batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
-        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        right = 0
-        with progress(len(batches), f"Answers {when}", show) as bar, evaluation(module):
-            for indices in batches:
-                prompts = [self.dataset[index]["input_ids"][: lengths[index]] for index in indices]
-                answers = generate(trainer, module, prompts, self.max_new_tokens)
-                right += sum(final_answer(text) == self.references[index] for index, text in zip(indices, answers))
-                bar.update()
+        length, (rank, world) = len(self.dataset), data_rank(trainer)
+        mine = list(range(rank, length, world))
+        # In shards, a model runs on all ranks or on none: a rank with one sample less takes one for nothing.
+        spare = [0] if trainer.strategy.restore_checkpoint_after_setup and len(mine) * world < length else []
+        answers = self._answers(trainer, module, mine + spare, f"Answers {when}")
+        right = sum(final_answer(answers[index]) == self.references[index] for index in mine)
         (of_all_ranks,) = gather(trainer, [(torch.tensor([right]),)])
-        return {"exact_match": int(of_all_ranks.sum()) / len(self.dataset)}
+        return {"exact_match": int(of_all_ranks.sum()) / length}
+
+    def _answers(
+        self, trainer: Trainer, module: LightningModule, samples: Sequence[int], description: str
+    ) -> dict[int, str]:
+        """Return the generated text by index of the sample; the longest prompts come first."""
+        assert self.dataset is not None
+        lengths = self.dataset.prompt_lengths.tolist()
+        answers: dict[int, str] = {}
+        ordered = sorted(samples, key=lambda index: -lengths[index])
+        batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with progress(len(batches), description, show) as bar, evaluation(module):
+            for batch in batches:
+                prompts = [self.dataset[index]["input_ids"][: lengths[index]] for index in batch]
+                answers |= dict(zip(batch, generate(trainer, module, prompts, self.max_new_tokens)))
+                bar.update()
+        return answers
 
 
 def final_answer(text: str) -> str | None:
@@ -164,6 +176,7 @@ def generate(trainer: Trainer, module: LightningModule, prompts: Sequence[Tensor
             **batch,
             **settings,
             use_cache=True,
+            synced_gpus=trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1,
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad,

@@ -23,18 +23,15 @@ from flow_lightning.measures.text import check_language_model
 from flow_lightning.scoring.evaluation import evaluation
 
 #: Metrics of the harness that can be a task's score, with their filter; the first that a task has counts. None: any.
-_MAIN_METRICS = (
-    ("exact_match", None),
-    ("acc", "none"),
-    ("acc_norm", "none"),
-    ("pass@1", None),
-    ("pass_at_1", None),
-)
+_MAIN_METRICS = (("exact_match", None), ("acc", "none"), ("acc_norm", "none"), ("pass@1", None), ("pass_at_1", None))
 _TASK = re.compile(r"([^:].*?)(?::(\d+))?")
 
 
 class HarnessTasks(Measure):
-    """The scores of tasks of the lm-evaluation-harness, and their mean.
+    """The scores of tasks of the lm-evaluation-harness, and their mean; `retention/tasks` lists the names.
+
+    Rank 0 evaluates and the other ranks wait. If that takes longer than the timeout of the process group (30 minutes by
+    default), raise it, for instance with `DDPStrategy(timeout=...)`.
 
     Args:
         tasks: Tasks or groups, as `name` or `name:shots`.
@@ -74,18 +71,24 @@ class HarnessTasks(Measure):
         self.index: Any = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Check the module, and that the harness knows the tasks."""
+        """Check the module, and that the harness knows the tasks.
+
+        Raises:
+            TypeError: If the module is no language model, or in shards on several processes.
+            ValueError: If there is no such task.
+        """
         check_language_model(module, "HarnessTasks")
+        if trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1:
+            raise TypeError(
+                f"Under {type(trainer.strategy).__name__} the model is in shards, so rank 0 cannot evaluate it alone. "
+                "Leave out HarnessTasks, and evaluate the model that SavePretrainedCallback writes."
+            )
         names = [split_task(entry)[0] for entry in self.tasks]
         self.index = on_rank_zero(trainer, lambda: find_tasks(names, self.tasks_path))
         return {"retention/tasks": sorted(names)}
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
-        """Score the tasks on rank 0; the other ranks wait.
-
-        If that takes longer than the timeout of the process group (30 minutes by default), raise it, for instance with
-        DDPStrategy(timeout=...).
-        """
+        """Score the tasks."""
         scores = from_rank_zero(trainer, lambda: self._scores(trainer, module))
         mean = {"accuracy": statistics.fmean(scores.values())}
         return mean | {f"task/{name}": score for name, score in scores.items()}

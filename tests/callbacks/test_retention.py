@@ -79,8 +79,11 @@ def probe_weight():
 
 
 def test_missing_data_are_found_before_anything_is_scored():
+    def score(batch):
+        raise AssertionError("scored")
+
     module = tiny_module()
-    module.features = None  # scoring would fail in another way
+    module.sample_losses = score
     with pytest.raises(FileNotFoundError, match="absent"):
         fit(fl.FlowWeightingCallback(), fl.RetentionCallback(images="absent"), module=module, data=PictureData())
 

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.measures import Answers
 from flow_lightning.measures.answers import final_answer
 from tests.language import TOKENIZER, instructions, language_module, tiny_model, tiny_tokenizer
+from tests.processes import launch
 from tests.retention import TEMPLATE, Scripted, language_data, measured
 
 
@@ -75,6 +77,21 @@ def test_two_processes_answer_as_one():
     (one,) = measured(measure, Scripted("the answer is 2"), data)
     two = measured(measure, Scripted("the answer is 2"), data, devices=2, strategy="ddp_fork")
     assert two == [one, one] and one["exact_match"] == 1 / 5  # 1 and 1 more
+
+
+def in_shards(samples):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    measured(
+        Answers(max_new_tokens=4, batch_size=1), data=held_out(instructions(samples)), strategy=strategy, devices=2
+    )
+
+
+@pytest.mark.parametrize("samples", [5, 1])
+def test_a_model_in_shards_answers_on_all_processes_or_on_none(samples):
+    """Ranks have 3 and 2 samples, or 1 and none; a rank that generates alone would wait for ever."""
+    launch(in_shards, samples)
+    one, two = (torch.load(f"answer{rank}.pt") for rank in (0, 1))
+    assert one == two and one["target/samples"] == samples
 
 
 def test_answers_need_a_reference_positions_and_records():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
     with pytest.raises(ValueError, match=r"no task 'helaswag'; similar ones are \['hellaswag'\]"):
         measured(HarnessTasks(["helaswag"]), language_module())
+
+
+def test_a_model_in_shards_is_refused():
+    trainer = SimpleNamespace(strategy=SimpleNamespace(restore_checkpoint_after_setup=True), world_size=2)
+    with pytest.raises(TypeError, match="the model is in shards, so rank 0 cannot evaluate it alone"):
+        HarnessTasks(["piqa"]).prepare(trainer, language_module())
 
 
 @pytest.mark.parametrize("entry", ["", ":5"])
