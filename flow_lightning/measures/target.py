@@ -1,4 +1,4 @@
-"""The test set of the target task, and the data that a fit finds it by.
+"""The test set of the target task: where a fit finds it.
 
 In: Trainer and module. Out: a loader with samples numbered by position. Next: `images.py`, `text.py`.
 """
@@ -19,9 +19,9 @@ from flow_lightning.scoring.samples import cut_batches
 def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
     """Find the test set of the data module, else of the module, and number its samples by position.
 
-    A fit sets up its data with `setup("fit")` only. The test set is asked for first as it is: a data module may split
-    anew in each setup. If that fails, `setup("test")` is called, as in `Trainer.test`, and the test set is asked for
-    again; what fails then comes through as it is.
+    A fit calls `setup("fit")` only. So `test_dataloader()` is first called as things are: a data module may split anew
+    in each setup, and training samples would get into the test set. If it raises an exception, `setup("test")` is
+    called, as `Trainer.test` would, and `test_dataloader()` again. What they raise then is not caught.
 
     Returns:
         A loader in the order of the data set; None, with a warning, if there is no test set.
@@ -48,11 +48,6 @@ def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
     )
-
-
-def size(loader: DataLoader[Any]) -> int:
-    """Return the number of samples of a loader's data set."""
-    return len(loader.dataset)  # type: ignore[arg-type]
 
 
 def _test_dataloader(trainer: Trainer) -> Any:
