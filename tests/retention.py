@@ -139,7 +139,8 @@ def language_data(test=True, **settings):
         with open(f"{name}.jsonl", "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
     held_out = "test.jsonl" if test else None
-    return fl.InstructionDataModule("train.jsonl", held_out, template=TEMPLATE, tokenizer=TOKENIZER, **settings)
+    settings = {"template": TEMPLATE, "tokenizer": TOKENIZER, "validation_fraction": 0.0} | settings
+    return fl.InstructionDataModule("train.jsonl", held_out, **settings)
 
 
 def language_fit(*callbacks, module=None, data=None, **settings):

@@ -4,7 +4,6 @@ In: Trainer, module, names of tasks. Out: a score for each. Next: `callbacks/ret
 """
 
 import difflib
-import importlib
 import logging
 import re
 import statistics
@@ -20,6 +19,7 @@ from flow_lightning.contract import module_contract
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.measures.base import Measure, Metric, Panel, When, check_at_least
 from flow_lightning.measures.text import check_language_model
+from flow_lightning.optional import optional_import
 from flow_lightning.scoring.evaluation import evaluation
 
 #: Metrics of the harness that can be a task's score, with their filter; the first that a task has counts. None: any.
@@ -128,13 +128,7 @@ def split_task(entry: str) -> tuple[str, int | None]:
 
 
 def _import_harness(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"Tasks need the lm-evaluation-harness, which could not be imported ({error}). Install it: "
-            'pip install "flow-lightning[eval]"'
-        ) from error
+    return optional_import(name, "eval", "tasks of the lm-evaluation-harness")
 
 
 @contextmanager

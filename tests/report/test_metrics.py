@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,11 +117,3 @@ def test_every_key_is_documented_once():
     rows = metrics_markdown().splitlines()
     assert len(rows) == len(METRICS) + 2
     assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
-
-
-def test_the_documentation_lists_every_metric():
-    root = Path(__file__).parents[2]
-    texts = [
-        path.read_text(encoding="utf-8") for path in (root / "README.md", root / "configs/README.md") if path.exists()
-    ]
-    assert any(metrics_markdown() in text for text in texts)
