@@ -11,7 +11,6 @@ __version__ = "0.2.0"
 #: Each module below this package, with its public names.
 _PUBLIC = {
     "callbacks.flow_weighting": ("FlowWeightingCallback",),
-    "callbacks.language_retention": ("LanguageRetentionCallback",),
     "callbacks.linear_probe": ("LinearProbeCallback",),
     "callbacks.retention": ("RetentionCallback",),
     "callbacks.save_pretrained": ("SavePretrainedCallback",),
@@ -33,7 +32,6 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:  # for type checkers and editors
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
-    from flow_lightning.callbacks.language_retention import LanguageRetentionCallback as LanguageRetentionCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
