@@ -33,7 +33,7 @@ class ResumableSampler(DistributedSampler[int]):
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.start = 0  # samples of this process to leave out once, as they had their turn before
-        self.start_epoch: int | None = None  # in this epoch only, if it is known
+        self.start_epoch: int | None = None  # in this epoch alone
 
     def order(self) -> Tensor:
         """Return the positions of all samples, in the order of this epoch, before processes share them: `[n]`."""
@@ -44,11 +44,14 @@ class ResumableSampler(DistributedSampler[int]):
         return torch.Generator().manual_seed(self.seed + self.epoch)
 
     def __iter__(self) -> Iterator[int]:
-        order, start = self.order(), self.start if self.start_epoch in (None, self.epoch) else 0
-        self.start, self.start_epoch = 0, None
-        # Repeated samples come last, so that the steps before are those of one process with the joined batch.
+        order, start, self.start_epoch = self.order(), self.position(), None
+        # Repeated samples come last, so that the steps before are those of one process with the same batches.
         mine = torch.arange(self.rank, self.total_size, self.num_replicas)[start:] % len(order)
         return iter(order[mine].tolist())
+
+    def position(self) -> int:
+        """Return how many samples of this process the next iteration leaves out."""
+        return self.start if self.start_epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler and data set which epoch it is: random transforms may depend on it."""
@@ -63,7 +66,8 @@ class ResumableDataLoader(DataLoader[Any]):
     _served = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._served = self._start // (self.batch_size or 1)
+        start = self.sampler.position() if isinstance(self.sampler, ResumableSampler) else 0
+        self._served = start // (self.batch_size or 1)
         for batch in super().__iter__():
             self._served += 1
             yield batch
@@ -78,14 +82,7 @@ class ResumableDataLoader(DataLoader[Any]):
         self._served = state_dict["batches"]
         if isinstance(self.sampler, ResumableSampler):
             self.sampler.start = state_dict["batches"] * (self.batch_size or 1)
-            self.sampler.start_epoch = state_dict.get("epoch")
-
-    @property
-    def _start(self) -> int:
-        sampler = self.sampler
-        if not isinstance(sampler, ResumableSampler) or sampler.start_epoch not in (None, sampler.epoch):
-            return 0
-        return sampler.start
+            self.sampler.start_epoch = state_dict["epoch"]
 
 
 class EpochSeed:
