@@ -27,10 +27,6 @@ _WRITTEN = 2**23
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically: into a temporary file of the same folder, flushed to disk, then renamed.
 
-    Args:
-        path: Where to write; missing folders are made.
-        content: The whole content.
-
     Raises:
         OSError: If the folder cannot be written to or the disk is full; an older file at `path` is then untouched.
     """
@@ -99,14 +95,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_writable(folder: str | Path, size: int = 0) -> None:
-    """Write a temporary file and remove it, so that a full disk or a read-only folder shows at once.
-
-    Args:
-        folder: Where to write; missing folders are made.
-        size: How many bytes must be free; up to 8 MiB of them are written.
+    """Write a temporary file of up to 8 MiB and remove it, so that a full disk or a read-only folder shows at once.
 
     Raises:
-        OSError: If that is not possible; the message names the folder.
+        OSError: If `folder` cannot be made or written to, or fewer than `size` bytes are free there.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -124,30 +116,17 @@ def check_writable(folder: str | Path, size: int = 0) -> None:
         ) from error
 
 
-def save_tensors(path: str | Path, file_format: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write a file, atomically: a reader sees the old file or the new one, never a part.
-
-    Args:
-        path: Where to write; missing folders are made.
-        file_format: What the file is, by which `load_tensors` knows it again.
-        tensors: Its content.
-        metadata: Further content, in words.
-
-    Returns:
-        The checksum of the content.
-    """
+def save_tensors(
+    path: str | Path, file_format: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file with a checksum, atomically; `load_tensors` asks for the same `file_format`."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     words = {"format": file_format, **metadata}
-    found = checksum(content, words)
-    write_bytes(path, save(content, {**words, "checksum": found}))
-    return found
+    write_bytes(path, save(content, {**words, "checksum": _checksum(content, words)}))
 
 
 def load_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a file that `save_tensors` wrote.
-
-    Returns:
-        Tensors and metadata.
+    """Read tensors and metadata that `save_tensors` wrote.
 
     Raises:
         ValueError: If the file is of another format, or its content is not what was written. The message says why, not
@@ -161,14 +140,13 @@ def load_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-    if metadata.pop("checksum", None) != checksum(tensors, metadata):
+    if metadata.pop("checksum", None) != _checksum(tensors, metadata):
         raise ValueError("its content has changed since it was written (the checksum is another one)")
     del metadata["format"]
     return tensors, metadata
 
 
-def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Hash tensors, on the CPU, and metadata: 32 hexadecimal digits."""
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.blake2b(json.dumps(metadata, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

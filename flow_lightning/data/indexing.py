@@ -80,24 +80,18 @@ def find_index(batch: Any) -> Tensor | None:
     return index if isinstance(index, Tensor) else None
 
 
-def select(batch: Any, positions: Tensor) -> Any:
-    """Take some samples out of a batch, at any depth of dicts, tuples and lists.
+def select(batch: Any, positions: Tensor, size: int) -> Any:
+    """Take some samples out of a batch of `size`, at any depth of dicts, tuples and lists.
 
-    Args:
-        batch: A batch of B samples that carries `index`; each tensor in it is `[B, ...]`.
-        positions: Positions in the batch, `[K]`, on its device.
-
-    Returns:
-        A batch of the same structure, each tensor `[K, ...]`.
+    Each tensor `[size, ...]` becomes `[K, ...]`: the samples at `positions` `[K]`.
 
     Raises:
         TypeError: If something in it is no tensor of B samples, so that it is not clear what belongs to a sample.
 
     Example:
-        >>> select({"x": torch.tensor([5, 6, 7]), "index": torch.tensor([0, 1, 2])}, torch.tensor([0, 2]))
+        >>> select({"x": torch.tensor([5, 6, 7]), "index": torch.tensor([0, 1, 2])}, torch.tensor([0, 2]), size=3)
         {'x': tensor([5, 7]), 'index': tensor([0, 2])}
     """
-    size = batch_index(batch).numel()
 
     def take(part: Any) -> Any:
         if isinstance(part, Tensor) and part.shape[:1] == (size,):

@@ -43,13 +43,7 @@ class _Stored:
         return {**tensors, **settings, "fingerprint": dict(self.fingerprint)}
 
     def save(self, path: str | Path, beside: Mapping[str, Tensor] | None = None, scored: str = "") -> None:
-        """Write a safetensors file, atomically: a reader sees the old file or the new one, never a part.
-
-        Args:
-            path: Where to write.
-            beside: Further tensors for the same file.
-            scored: What was scored, for whoever reads these tensors.
-        """
+        """Write a safetensors file, atomically, with further tensors `beside` and what was `scored` to get them."""
         tensors = {name: getattr(self, name) for name in self._tensors} | dict(beside or {})
         words = {"temperature": repr(self.temperature), "weighting": self.weighting, "scored": scored}
         save_tensors(path, self.file_format, tensors, {**words, "fingerprint": json.dumps(self.fingerprint)})
@@ -63,9 +57,7 @@ class _Stored:
             ValueError: If the file is damaged, or holds something else.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"No weights file at {path}. A fit with FlowWeightingCallback writes one, `score` does, too."
-            )
+            raise FileNotFoundError(f"No weights file at {path}. `score`, or a fit with FlowWeightingCallback, writes one.")
         try:
             tensors, metadata = load_tensors(path, cls.file_format)
             settings: dict[str, Any] = {
@@ -165,10 +157,8 @@ class TokenWeights(_Stored):
         losses: `[K]`, the supervised tokens of sample 0, then those of sample 1, and so on; float16, or float32 where
             half precision would move a weight by more than 1e-3.
         offsets: `[n + 1]` int64; sample i has the tokens `offsets[i]` to `offsets[i + 1]`.
-        temperature: tau.
-        fingerprint: What the losses were computed from, for example `{"dataset": "...", "reference": "..."}`.
-        weighting: Name of the rule from losses to weights, see `flow_lightning.method.flow.WEIGHTINGS`.
-        lookups: How often `lookup` was called.
+
+    The other attributes are those of `SampleWeights`.
     """
 
     losses: Tensor
@@ -228,14 +218,9 @@ class TokenWeights(_Stored):
 
 
 def token_positions(offsets: Tensor, index: Tensor) -> Tensor:
-    """Return the positions of the tokens of some samples, one sample after the other.
+    """Return the positions `[K]` of the tokens of samples `index` `[B]`, one sample after the other.
 
-    Args:
-        offsets: `[n + 1]`; sample i has the positions `offsets[i]` to `offsets[i + 1]`.
-        index: Samples, `[B]`.
-
-    Returns:
-        Positions, `[K]`, K the number of tokens of these samples.
+    Sample i has the positions `offsets[i]` to `offsets[i + 1]`.
 
     Example:
         >>> token_positions(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 1, 0]))

@@ -119,13 +119,14 @@ class WeightedLossModule(LightningModule):
         whole step.
         """
         weights = self.training_weights(batch)
-        self._note(batch, losses, denominator(losses, weights, self.reduction))
+        index = self.batch_samples if (own := find_index(batch)) is None else own
+        self._note(index, losses, denominator(losses, weights, self.reduction))
         return weighted_loss(losses, weights, self.reduction)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted loss of a batch and log it."""
         if self.reduction == "sampling" and self.sample_weights is not None:
-            loss, size = self._drawn_loss(batch), batch_index(batch).numel()
+            loss, size = self._drawn_loss(batch), self.sample_index(batch).numel()
         else:
             losses = self.training_losses(batch)
             loss, size = self.weighted_loss(batch, losses), losses.numel()
@@ -134,19 +135,18 @@ class WeightedLossModule(LightningModule):
 
     def _drawn_loss(self, batch: Any) -> Tensor:
         """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
-        index = batch_index(batch)
+        index = self.sample_index(batch)
         weights = self.sample_weights.lookup(index)  # type: ignore[union-attr]
         seed = torch.initial_seed() if self.run_seed is None else self.run_seed
         drawn = draw(weights, index, hash((seed, self.current_epoch)))
         share = float(drawn.numel() > 0)
         if drawn.numel() == 0:  # every rank must take part in the backward pass
             drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
-        batch = select(batch, drawn)
+        batch = select(batch, drawn, index.numel())
         losses = self.sample_losses(batch)
-        self._note(batch, losses, weights.numel())
+        self._note(index[drawn], losses, weights.numel())
         return losses.sum() * share / weights.numel()
 
-    def _note(self, batch: Any, losses: Tensor, size: Tensor | float) -> None:
+    def _note(self, index: Tensor | None, losses: Tensor, size: Tensor | float) -> None:
         if self.training and torch.is_grad_enabled():
-            index = find_index(batch)
-            self.batch_losses = BatchLosses(self.batch_samples if index is None else index, losses.detach(), size)
+            self.batch_losses = BatchLosses(index, losses.detach(), size)

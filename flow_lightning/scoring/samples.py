@@ -47,7 +47,7 @@ def find_samples(trainer: Trainer, module: LightningModule, loader: DataLoader[A
     Args:
         trainer: Runs the fit.
         module: Is put into evaluation mode while samples are read: transforms may depend on it.
-        loader: Where the samples come from; by default the fit's own scoring or training loader.
+        loader: By default the fit's own scoring or training loader.
 
     Raises:
         TypeError: If there is no DataLoader, or its data set is iterable-style.
@@ -66,11 +66,7 @@ def find_samples(trainer: Trainer, module: LightningModule, loader: DataLoader[A
 
 
 def training_loader(trainer: Trainer) -> DataLoader[Any]:
-    """Return `scoring_dataloader()` of data module or module, else the loader that the fit trains on.
-
-    Raises:
-        TypeError: If there is neither, or it is no DataLoader.
-    """
+    """Return `scoring_dataloader()` of data module or module, else the loader that the fit trains on."""
     scoring_dataloader = data_contract(trainer).scoring_dataloader
     loader = training_source(trainer) if scoring_dataloader is None else scoring_dataloader()
     if not isinstance(loader, DataLoader):
@@ -81,11 +77,8 @@ def training_loader(trainer: Trainer) -> DataLoader[Any]:
 def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
     """Cut the data set of a loader into batches: its fixed batches if it has some, else in order.
 
-    They do not depend on the number of processes, so the values do not either.
-
-    Raises:
-        TypeError: If the data set is iterable-style, or makes the batches itself.
-        ValueError: If the data set is empty.
+    They do not depend on the number of processes, so the values do not either. A data set that is empty, iterable-style
+    or makes the batches itself is refused.
     """
     check_map_style(loader.dataset)
     length = len(loader.dataset)  # type: ignore[arg-type]

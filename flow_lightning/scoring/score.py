@@ -72,17 +72,9 @@ def score_blocks(
 ) -> Iterator[Block]:
     """Apply a function to batches of a data set and yield its values block by block, the same on every rank.
 
-    Rank r takes batches r, r + world, r + 2 world, ...: none twice, none padded. The bare module is called, not the
-    wrapped one, whose forward would wait for ranks that have no batch left. A block takes about ten seconds.
-
-    Args:
-        trainer: See `score_dataset`.
-        module: See `score_dataset`.
-        loader: See `score_dataset`.
-        batches: Positions in the data set, by batch.
-        function: See `score_dataset`.
-        description: See `score_dataset`.
-        done: Batches to leave out at the beginning, because an earlier run has scored them.
+    Rank r takes batches r, r + world, r + 2 world, ... of `batches[done:]`: none twice, none padded. The bare module is
+    called, not the wrapped one, whose forward would wait for ranks that have no batch left. A block takes about ten
+    seconds. Arguments are those of `score_dataset`.
     """
     rank, world = data_rank(trainer)
     mine, before = batches[done + rank :: world], len(batches[:done:world])
@@ -127,11 +119,7 @@ def by_index(
 ) -> tuple[Tensor, ...]:
     """Put the values of blocks in the order of the samples: for each tensor of the function one `[n, ...]`.
 
-    Args:
-        blocks: What `score_blocks` yields.
-        length: n, the number of samples.
-        allocate: Makes the tensors for the results, called with `size, dtype=`.
-        wanted: Whether this rank needs them; if not, it takes no memory and gets nothing.
+    A rank that does not want them takes no memory and gets nothing. `allocate(size, dtype=)` makes the tensors.
     """
     results: tuple[Tensor, ...] = ()
     for _, (index, *values) in blocks:
@@ -144,11 +132,7 @@ def by_index(
 
 
 def ragged_by_index(blocks: Iterable[Block], length: int) -> tuple[Tensor, Tensor]:
-    """Put the values of samples that have several each in the order of the samples.
-
-    Args:
-        blocks: Blocks of index, number of values of each sample, and the values, sample by sample.
-        length: n, the number of samples.
+    """Put values in the order of the samples, where blocks hold index, number of values of each sample, and values.
 
     Returns:
         Values of all samples `[K]`, and offsets `[n + 1]`: sample i has `offsets[i]` to `offsets[i + 1]`.
@@ -173,11 +157,7 @@ def on_device(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]
 
 
 def _score_batch(batch: Any, expected: Sequence[int], function: BatchFunction) -> tuple[Tensor, ...]:
-    """Return the samples' index `[B]` and the function's values, on the CPU.
-
-    Raises:
-        ValueError: If the batch holds other samples than `expected`, or the function returned a wrong shape.
-    """
+    """Return the samples' index `[B]` and the function's values, on the CPU; refuse other samples and wrong shapes."""
     index, own = torch.as_tensor(expected), find_index(batch)
     if own is not None:
         check_indices(own, index)
@@ -191,12 +171,5 @@ def _score_batch(batch: Any, expected: Sequence[int], function: BatchFunction) -
 
 
 def progress(total: int, description: str, enabled: bool = True, initial: int = 0) -> "tqdm[Any]":
-    """Make a progress bar with rate and remaining time, which stays on the screen at the end.
-
-    Args:
-        total: Number of batches.
-        description: What it says.
-        enabled: Whether it is shown.
-        initial: Batches that are done already, which do not count for the rate.
-    """
+    """Make a progress bar that stays on the screen; `initial` batches are done and do not count for the rate."""
     return tqdm(total=total, desc=description, unit="batch", dynamic_ncols=True, disable=not enabled, initial=initial)

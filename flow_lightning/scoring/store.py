@@ -92,13 +92,7 @@ def batches_to_check(batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
 
 
 def rows_of(kind: Kind, blocks: Iterable[Block], wanted: Tensor | None = None) -> Rows:
-    """Join the rows of blocks, in the order of the samples, so that the number of ranks does not show.
-
-    Args:
-        kind: Says what a row is.
-        blocks: What `score_blocks` yields.
-        wanted: Samples whose rows are taken; by default all.
-    """
+    """Join the rows of blocks, of the wanted samples if given, ordered by sample whatever the number of ranks."""
     index, values = map(torch.cat, zip(*(kind.rows(block.values) for block in blocks)))
     if wanted is not None:
         here = torch.isin(index, wanted)

@@ -67,7 +67,7 @@ def test_indexed_sample_is_collated_with_its_names():
 
 def test_select_takes_samples_at_any_depth():
     batch = IndexedSample([torch.arange(6).reshape(3, 2), {"name": ["a", "b", "c"]}], torch.tensor([7, 8, 9]))
-    taken = select(batch, torch.tensor([2, 0]))
+    taken = select(batch, torch.tensor([2, 0]), 3)
     assert type(taken) is IndexedSample and taken.index.tolist() == [9, 7]
     assert taken.sample[0].tolist() == [[4, 5], [0, 1]] and taken.sample[1] == {"name": ["c", "a"]}
 
@@ -75,4 +75,4 @@ def test_select_takes_samples_at_any_depth():
 @pytest.mark.parametrize("part", [torch.zeros(()), torch.zeros(2, 2), "abc"])
 def test_select_refuses_what_is_not_split_by_sample(part):
     with pytest.raises(TypeError, match="reduction='batch'"):
-        select({"x": part, "index": torch.arange(3)}, torch.tensor([0]))
+        select({"x": part, "index": torch.arange(3)}, torch.tensor([0]), 3)

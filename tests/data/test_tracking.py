@@ -95,6 +95,21 @@ def test_flags_of_the_trainer_change_nothing(settings):
     assert module.checked > 0
 
 
+class Sampled(Plain):
+    """Trains on samples drawn with probability w."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduction = "sampling"
+        self.body[1].eval()
+
+
+def test_sampling_needs_no_index_either():
+    flow, module = fl.FlowWeightingCallback(), Sampled()
+    make_trainer(flow, max_epochs=2).fit(module, DataLoader(DATA, 4, True))
+    assert flow.weights.lookups == 2 * 6 and module.checked == 46
+
+
 class Scheduled(Plain):
     """Asks for the number of steps, which makes Lightning build the loader before on_fit_start."""
 
