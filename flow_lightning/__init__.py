@@ -11,9 +11,7 @@ __version__ = "0.2.0"
 #: Each module below this package, with its public names.
 _PUBLIC = {
     "callbacks.flow_weighting": ("FlowWeightingCallback",),
-    "callbacks.language_retention": ("LanguageRetentionCallback",),
     "callbacks.linear_probe": ("LinearProbeCallback",),
-    "callbacks.resumable_checkpoint": ("ResumableCheckpoint",),
     "callbacks.retention": ("RetentionCallback",),
     "callbacks.save_pretrained": ("SavePretrainedCallback",),
     "data.images": ("ImageDataModule",),
@@ -26,6 +24,7 @@ _PUBLIC = {
     "modules.base": ("WeightedLossModule",),
     "modules.causal_language": ("CausalLanguageModule",),
     "modules.image_classification": ("ImageClassificationModule",),
+    "resume": ("ExactResumeCallback", "ResumableDataLoader", "ResumableSampler"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -33,9 +32,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:  # for type checkers and editors
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
-    from flow_lightning.callbacks.language_retention import LanguageRetentionCallback as LanguageRetentionCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
-    from flow_lightning.callbacks.resumable_checkpoint import ResumableCheckpoint as ResumableCheckpoint
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
     from flow_lightning.data.images import ImageDataModule as ImageDataModule
@@ -53,6 +50,9 @@ if TYPE_CHECKING:  # for type checkers and editors
     from flow_lightning.modules.base import WeightedLossModule as WeightedLossModule
     from flow_lightning.modules.causal_language import CausalLanguageModule as CausalLanguageModule
     from flow_lightning.modules.image_classification import ImageClassificationModule as ImageClassificationModule
+    from flow_lightning.resume import ExactResumeCallback as ExactResumeCallback
+    from flow_lightning.resume import ResumableDataLoader as ResumableDataLoader
+    from flow_lightning.resume import ResumableSampler as ResumableSampler
 
 
 def __getattr__(name: str) -> Any:

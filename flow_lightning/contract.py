@@ -5,10 +5,24 @@ In: a module or data module of any class. Out: a view of it with every name of t
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
+
+
+class BatchLosses(NamedTuple):
+    """The loss terms of a training batch.
+
+    Attributes:
+        samples: Indices of its samples, `[B]`; None if the batch carries none.
+        losses: Their losses, `[B]`, or those of their tokens, `[K]`; detached.
+        size: What the mean was divided by: samples, tokens, or the sum of their weights.
+    """
+
+    samples: Tensor | None
+    losses: Tensor
+    size: Tensor | float
 
 
 class ModuleContract(Protocol):
@@ -30,7 +44,10 @@ class ModuleContract(Protocol):
         max_positions: The longest sequence that it takes, in tokens; None if it has no bound.
         save_pretrained: Writes the model into a folder in the format of transformers; takes `merge`.
         sample_weights: Set by FlowWeightingCallback: the weights to train with.
+        batch_samples: Set by FlowWeightingCallback: indices of the samples in the batch, if it carries none.
         flow_reference: Fingerprint of the pre-trained model behind the checkpoint that the module was loaded from.
+        batch_losses: The losses of the last training batch, for the callbacks that a `WeightedLossModule` brings along.
+        run_seed: Set by ExactResumeCallback, which reseeds torch's generator: the seed of the run.
         flow_run: Set by our callbacks: what they share during a fit.
     """
 
@@ -49,7 +66,10 @@ class ModuleContract(Protocol):
     max_positions: int | None = None
     save_pretrained: Callable[..., None] | None = None
     sample_weights: Any = None
+    batch_samples: Tensor | None = None
     flow_reference: str | None = None
+    batch_losses: BatchLosses | None = None
+    run_seed: int | None = None
     flow_run: Any = None
 
 

@@ -79,7 +79,7 @@ def whole_parameters(trainer: Trainer, module: LightningModule) -> Iterator[None
     elif in_wrapper(trainer, module):
         raise TypeError(
             f"Under {type(trainer.strategy).__name__} a fitted head cannot be put into the model. Use ddp, "
-            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback and HeadRefitCallback out."
+            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback out."
         )
     else:
         yield
@@ -143,30 +143,19 @@ def is_attached(module: LightningModule) -> bool:
 
 
 def gather(trainer: Trainer, values: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Concatenate tensors of all ranks, in the order of ranks; the same on every rank, on the CPU.
+    """Concatenate tensors on the CPU over batches and ranks, in the order of ranks; the same on every rank.
 
     Args:
         trainer: Gives the ranks. Processes that share data (tensor parallelism) count once.
-        values: The tensors of this rank, by batch; none if it had no batch. Rank 0 has at least one.
+        values: The tensors of this rank, by batch; none if it had no batch.
     """
-    processes_per_share = trainer.world_size // data_rank(trainer)[1]
-    mine = () if trainer.global_rank % processes_per_share else tuple(map(torch.cat, zip(*values)))
+    mine = tuple(map(torch.cat, zip(*values)))
     if trainer.world_size == 1:
         return mine
-    # A rank without a batch does not know the shapes: rank 0 tells it.
-    shapes = trainer.strategy.broadcast([(value.shape[1:], value.dtype) for value in mine])
-    device = trainer.strategy.root_device
-    rows = torch.zeros(trainer.world_size, len(shapes), dtype=torch.long, device=device)
-    rows[trainer.global_rank] = torch.tensor([len(value) for value in mine] or [0] * len(shapes))
-    rows = trainer.strategy.reduce(rows, reduce_op="sum").cpu()
-    joined = []
-    for position, (shape, dtype) in enumerate(shapes):
-        whole = torch.zeros(int(rows[:, position].sum()), *shape, dtype=dtype, device=device)
-        if mine:
-            start = int(rows[: trainer.global_rank, position].sum())
-            whole[start : start + len(mine[position])] = mine[position]
-        joined.append(trainer.strategy.reduce(whole, reduce_op="sum").cpu())
-    return tuple(joined)
+    parts: list[tuple[Tensor, ...]] = [()] * trainer.world_size
+    torch.distributed.all_gather_object(parts, mine)
+    different = parts[:: trainer.world_size // data_rank(trainer)[1]]
+    return tuple(map(torch.cat, zip(*(part for part in different if part))))
 
 
 def in_forward(trainer: Trainer, module: LightningModule, function: Callable[[], T]) -> T:

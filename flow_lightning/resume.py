@@ -1,12 +1,21 @@
-"""Loaders that go on in the middle of an epoch: with the batches, and the augmentation, of an unbroken run."""
+"""All that a resumed fit needs to end as the unbroken one: loader, random numbers, position of the loops.
+
+In: seed, epoch, a checkpoint. Out: the batches, dropout and steps of the unbroken run. Next: `lightning_internals.py`.
+"""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
+
+from flow_lightning.lightning_internals import end_restart, restore_loader_state
 
 
 class ResumableSampler(DistributedSampler[int]):
@@ -24,7 +33,7 @@ class ResumableSampler(DistributedSampler[int]):
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.start = 0  # samples of this process to leave out once, as they had their turn before
-        self.start_epoch: int | None = None  # in this epoch only, if it is known
+        self.start_epoch: int | None = None  # in this epoch alone
 
     def order(self) -> Tensor:
         """Return the positions of all samples, in the order of this epoch, before processes share them: `[n]`."""
@@ -35,11 +44,14 @@ class ResumableSampler(DistributedSampler[int]):
         return torch.Generator().manual_seed(self.seed + self.epoch)
 
     def __iter__(self) -> Iterator[int]:
-        order, start = self.order(), self.start if self.start_epoch in (None, self.epoch) else 0
-        self.start, self.start_epoch = 0, None
-        # Repeated samples come last, so that the steps before are those of one process with the joined batch.
+        order, start, self.start_epoch = self.order(), self.position(), None
+        # Repeated samples come last, so that the steps before are those of one process with the same batches.
         mine = torch.arange(self.rank, self.total_size, self.num_replicas)[start:] % len(order)
         return iter(order[mine].tolist())
+
+    def position(self) -> int:
+        """Return how many samples of this process the next iteration leaves out."""
+        return self.start if self.start_epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler and data set which epoch it is: random transforms may depend on it."""
@@ -54,7 +66,8 @@ class ResumableDataLoader(DataLoader[Any]):
     _served = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._served = self._start // (self.batch_size or 1)
+        start = self.sampler.position() if isinstance(self.sampler, ResumableSampler) else 0
+        self._served = start // (self.batch_size or 1)
         for batch in super().__iter__():
             self._served += 1
             yield batch
@@ -66,16 +79,10 @@ class ResumableDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Start that epoch after the batches that were served; the next one, if it was over, at its beginning."""
+        self._served = state_dict["batches"]
         if isinstance(self.sampler, ResumableSampler):
             self.sampler.start = state_dict["batches"] * (self.batch_size or 1)
-            self.sampler.start_epoch = state_dict.get("epoch")
-
-    @property
-    def _start(self) -> int:
-        sampler = self.sampler
-        if not isinstance(sampler, ResumableSampler) or sampler.start_epoch not in (None, sampler.epoch):
-            return 0
-        return sampler.start
+            self.sampler.start_epoch = state_dict["epoch"]
 
 
 class EpochSeed:
@@ -88,3 +95,190 @@ class EpochSeed:
     def of(self, position: int) -> int:
         """Return the seed of a sample in this epoch."""
         return hash((self.seed, int(self.epoch), position)) % 2**63
+
+
+class LoopRepairs(Callback):
+    """Mend what Lightning's loops forget in a resumed fit; `WeightedLossModule` brings it along.
+
+    - The training loader starts at its beginning if `configure_optimizers` used `estimated_stepping_batches`
+      (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
+    - With `max_steps`, a checkpoint of an epoch's end starts an epoch without batches
+      (https://github.com/Lightning-AI/pytorch-lightning/issues/19617).
+    - A checkpoint of an epoch's last batch starts an epoch that is not counted as begun.
+    - A `ReduceLROnPlateau` misses the metric of the epoch in which the fit resumes.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the loader its position, and finish or begin an epoch as the unbroken run would."""
+        restore_loader_state(trainer)
+        fit_loop: Any = trainer.fit_loop
+        epochs, epoch_loop = fit_loop.epoch_progress, fit_loop.epoch_loop
+        vars(epoch_loop).pop("run", None)  # of an earlier fit that failed here
+        done = epoch_loop.batch_progress.current
+        if epochs.current.processed == epochs.current.ready:  # between two epochs
+            for count in (epochs.current, epochs.total):
+                count.completed = count.processed
+            fit_loop.reset_restart_stage()
+            if not epoch_loop.restarted_on_train_batch_end:
+                end_restart(trainer)
+        elif fit_loop.restarted_mid_epoch and epoch_loop.batch_progress.is_last_batch and done.ready == done.completed:
+            epoch_loop.run = partial(_end_epoch, trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the loops that the resumed run is under way."""
+        end_restart(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the batches of a validation that is done anew from 0."""
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        if validation.restarted_mid_evaluation:
+            validation.batch_progress.total.reset()
+
+
+def _end_epoch(trainer: Trainer, data_fetcher: Any) -> None:
+    """Do what is left of an epoch whose batches are all done: a validation, if one is due and was not done."""
+    epoch_loop: Any = trainer.fit_loop.epoch_loop
+    del epoch_loop.run
+    limit = trainer.limit_val_batches
+    if not epoch_loop.val_loop.restarted_mid_evaluation:
+        trainer.limit_val_batches = 0  # it was done
+    epoch_loop.on_advance_end(data_fetcher)
+    trainer.limit_val_batches = limit
+    epoch_loop.on_iteration_done()
+    end_restart(trainer)
+
+
+class ExactResumeCallback(LoopRepairs):
+    """Make a fit that was killed, at any time and several times, end as the unbroken one, to the last bit.
+
+    Every checkpoint, whoever writes it (`ModelCheckpoint`, `trainer.save_checkpoint`), carries the position after the
+    last optimizer step, so that no half-accumulated gradient is lost, and an epoch's end that was not reached is run on
+    resume. Dropout depends on seed, epoch, batch and rank alone.
+
+    It needs a loader that can start anywhere (`ResumableDataLoader`; our data modules have it) and the same seed in
+    each run (`seed_everything`). Not restored: training metrics averaged over an epoch, which start anew, and what
+    other callbacks did after the checkpoint.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> checkpoint = ModelCheckpoint("runs/one", save_last=True, every_n_train_steps=100)
+        >>> trainer = Trainer(callbacks=[ExactResumeCallback(), checkpoint], logger=False)
+    """
+
+    _KEY = "exact_resume"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        self._seed: int | None = None
+        self._position: dict[str, Any] | None = None  # the loops' state after the last step; None: as they are
+        self._step = 0
+        self._buffers: dict[str, Tensor] | None = None  # as they were then; None: no batch was begun since
+        self._restored: dict[str, Any] = {}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take seed, position and metrics of a checkpoint."""
+        self._restored = checkpoint.get(self._KEY, {})
+        self._position = deepcopy(checkpoint.get("loops", {}).get("fit_loop"))
+        self._seed = self._restored.get("seed")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the seed of the run, that of rank 0, and let schedulers see the metrics of the checkpoint."""
+        super().on_train_start(trainer, pl_module)
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed())
+        pl_module.run_seed = self._seed  # type: ignore[assignment]
+        self._step = trainer.global_step
+        trainer.callback_metrics.update(self._restored.get("metrics", {}))
+        if self._restored.get("is_plateau_due"):
+            epoch: Any = trainer.fit_loop.epoch_progress.current
+            epoch.completed -= 1  # the schedulers' frequency counts the epoch that has ended
+            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            epoch.completed += 1
+        self._restored = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the position before the epoch's first batch."""
+        self._note(trainer, _between_epochs(trainer.fit_loop.state_dict()))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed dropout, and keep the buffers that the batches of a step will change."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        torch.manual_seed(hash((self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)) % 2**63)
+        if self._buffers is None:
+            self._buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the position after an optimizer step."""
+        if trainer.global_step != self._step:
+            self._note(trainer, _before_validation(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the validation after the last step is done."""
+        if not trainer.sanity_checking and self._buffers is None and self._position is not None:
+            self._note(trainer, trainer.fit_loop.state_dict())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the position after the last step into a checkpoint."""
+        loops, epoch = checkpoint["loops"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
+        checkpoint[self._KEY] = {"seed": self._seed, "metrics": metrics, "is_plateau_due": False}
+        if not epoch["ready"] == epoch["started"] == epoch["processed"] + 1:  # between two epochs
+            checkpoint[self._KEY]["is_plateau_due"] = epoch["completed"] == epoch["processed"] - 1
+            loops["fit_loop"] = _between_epochs(loops["fit_loop"])
+            return
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.global_step != self._step and batches.processed == batches.ready:
+            self._note(trainer, _before_validation(trainer))
+        if trainer.global_step != self._step:
+            rank_zero_warn(
+                "This checkpoint is written in the middle of an optimizer step: a run that resumes from it repeats "
+                "that step. Save in on_train_batch_end or later."
+            )
+        elif self._position is not None:
+            loops["fit_loop"] = self._position
+            state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # the former: WeightAveraging
+            state.update({name: value for name, value in (self._buffers or {}).items() if name in state})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the seed back."""
+        pl_module.run_seed = None  # type: ignore[assignment]
+
+    def _note(self, trainer: Trainer, position: dict[str, Any]) -> None:
+        self._position, self._step, self._buffers = position, trainer.global_step, None
+
+
+def _between_epochs(fit_loop: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of the loops such that the next epoch has not begun."""
+    for count in fit_loop["epoch_progress"].values():
+        count.update(dict.fromkeys(count, count["processed"]))
+    return fit_loop
+
+
+def _before_validation(trainer: Trainer) -> dict[str, Any]:
+    """Return the state of the loops after a batch such that a validation or the epoch's end, if due, comes next.
+
+    In the state that Lightning writes, they are taken for done. See also
+    https://github.com/Lightning-AI/pytorch-lightning/issues/19815.
+    """
+    state = trainer.fit_loop.state_dict()
+    batches, validation = state["epoch_loop.batch_progress"], state["epoch_loop.val_loop.batch_progress"]
+    if batches["is_last_batch"] or _is_validation_due(trainer):
+        for count in (batches["current"], batches["total"]):
+            count["completed"] = count["processed"]
+        # As if killed in its first batch: Lightning then runs the validation, from its beginning.
+        validation["current"] = dict.fromkeys(validation["current"], 0)
+        validation["total"] = validation["current"] | {"ready": 1, "started": 1}
+    return state
+
+
+def _is_validation_due(trainer: Trainer) -> bool:
+    """Tell whether a validation follows a batch that is not the last of its epoch."""
+    epochs, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or not isinstance(batches, int):
+        return False
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % batches == 0
+    return (trainer.current_epoch + 1) % epochs == 0 and (trainer.fit_loop.batch_idx + 1) % batches == 0

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import DummyLogger
 
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import check_writable
@@ -34,9 +33,9 @@ class Run:
     """
 
     directory: Path | None
+    scoring: Scoring
     resumed: bool = False
     metrics: dict[str, Any] = field(default_factory=dict)
-    scoring: Scoring = field(default_factory=Scoring)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
         """Weight averaging copies the module; the copy belongs to the same run."""
@@ -89,7 +88,7 @@ def start_run(trainer: Trainer, module: LightningModule) -> Run:
     Raises:
         OSError: If a directory is read-only or full: before scoring and training, not after.
     """
-    run = Run(run_directory(trainer))
+    run = Run(run_directory(trainer), Scoring(trainer, module))
     checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     model = sum(tensor.nbytes for tensor in module.state_dict().values() if hasattr(tensor, "nbytes"))
 
@@ -113,7 +112,7 @@ def run_directory(trainer: Trainer) -> Path | None:
         None where the run is to leave no files: in a `fast_dev_run`, and with `logger=False` in the working directory.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
-    if isinstance(logger, DummyLogger):
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     if logger is None:
         root = Path(trainer.default_root_dir)

@@ -1,11 +1,13 @@
-"""The Trainer of the command line: `score`, and runs that lose nothing when they are killed."""
+"""The Trainer of the command line: `score`, and checkpoints that are complete or absent.
+
+In: a configuration, through `cli.py`. Out: a fit or a scoring. Next: `resume.py`, `files.py`.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,33 +19,19 @@ from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
 from flow_lightning.run import run_directory
 
 
-class FinishingFitLoop(_FitLoop):
-    """Lightning's loop, which also ends a run that was killed after its last step, but before the work of its end."""
-
-    def run(self) -> None:
-        """Train; of a run whose training is over, do what comes after training."""
-        super().run()
-        if self.is_resuming and self.trainer.limit_train_batches != 0:  # it has trained nothing, and called no hook
-            self.on_run_start()
-            self.on_run_end()
-
-
 class FlowTrainer(Trainer):
     """A Trainer with the command `score`.
 
-    Its checkpoints are whole or absent, those of a model in shards, too, and a resumed run whose training was over does
-    what was left: head refit, measurements, the model in its final format.
+    It writes checkpoints atomically, also those of a model in shards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        loop = FinishingFitLoop(self, self.fit_loop.min_epochs, self.fit_loop.max_epochs)
-        loop.epoch_loop, self.fit_loop = self.fit_loop.epoch_loop, loop
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def save_checkpoint(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint; one that is a folder of shards gets its name when it is whole."""
+        """Write a checkpoint; a folder of shards gets its name when it is complete."""
         if not isinstance(self.strategy, FSDPStrategy | ModelParallelStrategy) or "://" in str(filepath):
             super().save_checkpoint(filepath, *args, **kwargs)
             return

@@ -23,7 +23,7 @@ class Record(fl.FlowWeightingCallback):
 
 
 def run(where: str = ".", samples: int = 23, **settings) -> None:
-    callback = Record(cache=str(Path(where) / "cache"))
+    callback = Record()
     callback.where = where
     settings = {"default_root_dir": str(Path(where) / "run")} | settings
     fit(callback, module=LinearRegression(), data=RegressionData(regression_data(samples)), **settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import seed_everything
+from lightning import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, model_parallel
 from torch.distributed.fsdp import _init_utils, fully_shard, fully_sharded_data_parallel
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
-from flow_lightning.distributed import data_rank, whole_parameters
+from flow_lightning.distributed import data_rank, from_rank_zero, on_rank_zero, whole_parameters
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 from flow_lightning.trainer import FlowTrainer
@@ -79,7 +79,7 @@ def regression(callback, **settings):
 def pictures(callback, **settings):
     module, data = tiny_module("test_vit.r160_in1k"), PicturesInOrder(n=21)
     fit(
-        fl.LinearProbeCallback(cache=callback.cache),
+        fl.LinearProbeCallback(refit=False),
         callback,
         module=module,
         data=data,
@@ -128,34 +128,33 @@ def test_a_model_in_shards_has_the_weights_and_the_steps_of_a_whole_one(function
         torch.testing.assert_close(found[0]["parameters"][name], value, rtol=1e-4, atol=tolerance, msg=name)
 
 
-def cached() -> dict[str, int]:
-    """Return the files of the cache and when they were written."""
-    return {str(path): path.stat().st_mtime_ns for path in Path("cache").glob("*/*")}
+FILE = "weights/w.safetensors"
 
 
-def kept(function, per="sample"):
-    launch(in_shards_with_cache, function, per)
-    return cached()
+def with_file(function, per="sample"):
+    """Fit in shards with a weights file; return when the file was written."""
+    launch(in_shards_with_file, function, per)
+    assert [path.name for path in Path("weights").iterdir()] == ["w.safetensors"]
+    return Path(FILE).stat().st_mtime_ns
 
 
-def in_shards_with_cache(function, per):
-    in_shards(function, per, (2, 1), cache="cache")
+def in_shards_with_file(function, per):
+    in_shards(function, per, (2, 1), weights_file=FILE)
 
 
 @pytest.mark.parametrize(
     ("function", "per"), [(regression, "sample"), (pictures, "sample"), (language, "token"), (lora, "sample")]
 )
-def test_scores_of_a_model_in_shards_are_found_again(function, per):
-    first = kept(function, per)
-    assert len(first) == 1
+def test_a_weights_file_of_a_model_in_shards_is_believed(function, per):
+    first = with_file(function, per)
     weights = torch.load("found0.pt", weights_only=True)["weights"]
-    assert kept(function, per) == first
+    assert with_file(function, per) == first
     assert torch.equal(torch.load("found1.pt", weights_only=True)["weights"], weights)
 
 
 @pytest.mark.parametrize("row", [0, -1])
-def test_scores_are_made_anew_whichever_shard_changed(row, monkeypatch):
-    first = kept(regression)
+def test_a_change_in_any_shard_is_noticed(row, monkeypatch):
+    first = with_file(regression)
     original = Regression.__init__
 
     def changed(self):
@@ -164,7 +163,7 @@ def test_scores_are_made_anew_whichever_shard_changed(row, monkeypatch):
             self.body[0].weight[row, 0] += 1e-3
 
     monkeypatch.setattr(Regression, "__init__", changed)
-    assert len(kept(regression)) == len(first) + 1
+    assert with_file(regression) > first
 
 
 def resumed(ckpt_path, max_epochs):
@@ -208,9 +207,9 @@ def interrupted(ckpt_path, dies_at=None):
     torch.save = dying(torch.save, "meta")
     Path.rename = dying(Path.rename, "rename")
     shutil.rmtree = dying(shutil.rmtree, "rmtree")
-    flow, checkpoint = Record(), fl.ResumableCheckpoint("ckpt", **STEPS)
+    flow, checkpoint = Record(), ModelCheckpoint("ckpt", **STEPS)
     trainer = make_trainer(
-        *(flow, checkpoint),
+        *(flow, checkpoint, fl.ExactResumeCallback()),
         make=FlowTrainer,
         strategy=ModelParallelStrategy(2, 1),
         devices=2,
@@ -244,7 +243,7 @@ def test_a_checkpoint_of_shards_is_the_old_or_the_new_one(death):
     assert torch.equal(found["weights"], expected["weights"])
     for name, value in expected["parameters"].items():
         torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
-    assert [path.name for path in Path("ckpt").iterdir() if path.name != ".flow_lightning.lock"] == ["last.ckpt"]
+    assert [path.name for path in Path("ckpt").iterdir()] == ["last.ckpt"]
 
 
 class CpuFSDP(FSDPStrategy):
@@ -288,7 +287,7 @@ class RecordWhole(Record):
 
 
 def fit_pictured(callback, probe, **settings):
-    callbacks = [fl.LinearProbeCallback(), callback] if probe else [callback]
+    callbacks = [fl.LinearProbeCallback(refit=False), callback] if probe else [callback]
     data, settings = PicturesInOrder(n=21), {"max_steps": 2, "use_distributed_sampler": False} | settings
     fit(*callbacks, module=Pictured(), data=data, **settings)
 
@@ -350,7 +349,7 @@ def test_scoring_goes_through_a_wrapper_that_holds_the_parameters():
     module = LinearRegression()
     fit(found, module=module, strategy=WrappingStrategy("cpu"), max_steps=1)
     assert torch.equal(found.weights.weights, expected.weights.weights)
-    assert not hasattr(module, "scored_by_wrapper")
+    assert "validation_step" not in vars(module)
 
 
 def test_a_head_that_cannot_be_put_into_the_model_names_what_can():
@@ -358,11 +357,32 @@ def test_a_head_that_cannot_be_put_into_the_model_names_what_can():
         fit(fl.LinearProbeCallback(), module=tiny_module(), data=PictureData(), strategy=WrappingStrategy("cpu"))
 
 
-def test_nothing_is_cached_of_a_model_that_cannot_be_seen_whole(caplog):
-    """Outside of the wrapper's forward all models look the same."""
+def test_a_weights_file_of_a_wrapped_model_is_not_taken_for_that_of_another():
     for seed in (0, 1):
-        expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback(cache="cache")
+        expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback(weights_file=FILE)
         fit(expected, module=LinearRegression(seed=seed))
         fit(found, module=LinearRegression(seed=seed), strategy=WrappingStrategy("cpu"), max_steps=1)
         assert torch.equal(found.weights.weights, expected.weights.weights)
-    assert not cached() and "no rank sees the parameters" in caplog.text
+
+
+class OnRankZero(Callback):
+    """Rank 0 returns something, then fails at something."""
+
+    def on_fit_start(self, trainer, pl_module):
+        rank = trainer.global_rank
+        found = [on_rank_zero(trainer, lambda: 5), from_rank_zero(trainer, lambda: {"rank": rank})]
+        try:
+            on_rank_zero(trainer, self.fail)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+        torch.save(found, f"found{rank}.pt")
+
+    def fail(self):
+        raise ValueError("the disk is on fire")
+
+
+def test_what_fails_on_rank_0_fails_on_every_rank():
+    fit(OnRankZero(), devices=2, strategy="ddp_fork", max_steps=1)
+    found = [torch.load(f"found{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert found[0] == [5, {"rank": 0}, "ValueError: the disk is on fire"]
+    assert found[1] == [None, {"rank": 0}, "RuntimeError: Rank 0 failed: ValueError: the disk is on fire"]

@@ -48,7 +48,7 @@ def test_two_nodes_weigh_as_one_process_and_only_the_first_writes(expected, tmp_
 
 
 def start(*command: str, **environment: str) -> subprocess.Popen:
-    settings = {"FLOW_LIGHTNING_CACHE": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     return subprocess.Popen([sys.executable, *command], env={**os.environ, **settings})
 
 

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
+from flow_lightning.data.tracking import BatchTracker
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.weights import SampleWeights, TokenWeights
@@ -75,6 +77,7 @@ class FlowWeightingCallback(RunCallback):
         self.weights: Weights | None = None
         self._is_settled, self._seconds = False, 0.0
         self._of_checkpoint: dict[str, str] = {}
+        self._tracker = BatchTracker()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before anything is computed, and take the fingerprint of the reference."""
@@ -88,7 +91,8 @@ class FlowWeightingCallback(RunCallback):
         if self.per == "token":
             scoring.choose(TokenLosses())
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
-        scoring.look_at_model(pl_module)
+        scoring.look_at_model()
+        self._follow_training_loader(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, and take the fingerprint of the model in its checkpoint."""
@@ -101,20 +105,27 @@ class FlowWeightingCallback(RunCallback):
             self._resume(trainer, pl_module)
             return
         scoring, started = self.run.scoring, time.perf_counter()
-        result = scoring.result(trainer, pl_module)
+        result = scoring.scored()
         _warn_if_fine_tuned(pl_module, scoring.reference)
-        self._take(pl_module, self._weights_from(result, scoring.fingerprint(trainer, pl_module)))
+        self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._settle(trainer, pl_module)
+            self._settle(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take restored weights under strategies that restore late, and check that they fit the data trained on."""
         if not self._is_settled:
-            (self._resume if self.run.resumed else self._settle)(trainer, pl_module)
+            if self.run.resumed:
+                self._resume(trainer, pl_module)
+            else:
+                self._settle(trainer)
         weights: Any = self.weights
         _check_length(trainer, len(weights))
         weights.lookups = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Tell the module which samples are in a batch that carries no index."""
+        pl_module.batch_samples = self._tracker.next_index()  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -130,12 +141,12 @@ class FlowWeightingCallback(RunCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the weights back: a later fit without this callback is plain training."""
         super().teardown(trainer, pl_module, stage)
-        pl_module.sample_weights = None  # type: ignore[assignment]
+        self._give_back(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the weights back when the fit has failed."""
         super().on_exception(trainer, pl_module, exception)
-        pl_module.sample_weights = None  # type: ignore[assignment]
+        self._give_back(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the reference, so that the fine-tuned model cannot be mistaken for it later."""
@@ -151,16 +162,34 @@ class FlowWeightingCallback(RunCallback):
         if state_dict:
             self.weights = (TokenWeights if "offsets" in state_dict else SampleWeights)(**state_dict)
 
+    def _follow_training_loader(self, trainer: Trainer) -> None:
+        """Follow the training loader from the moment it is made, which `configure_optimizers` may already cause."""
+        process = trainer.strategy.process_dataloader
+
+        def process_and_follow(loader: object) -> object:
+            processed = process(loader)
+            if trainer.training:
+                self._tracker.follow(processed)
+            return processed
+
+        vars(trainer.strategy)["process_dataloader"] = process_and_follow
+
+    def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave module, loader and strategy as they were."""
+        module.sample_weights = module.batch_samples = None  # type: ignore[assignment]
+        self._tracker.release()
+        vars(trainer.strategy).pop("process_dataloader", None)
+
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
-        parts = {name: result[name] for name in ("losses", "offsets") if name in result}
-        kind = self.run.scoring.kind
-        return kind.weights.from_losses(
-            **parts,
-            temperature=self.temperature,
-            quantile=self.quantile,
-            fingerprint=fingerprint,
-            weighting=self.weighting,
+        temperature, parts = self.temperature, {n: result[n] for n in ("losses", "offsets") if n in result}
+        if temperature is None and "quantile" in result and (known := result["quantile"])[0] == self.quantile:
+            temperature = float(known[1])  # token losses are in half precision in a file: their quantile is another one
+        weights = self.run.scoring.kind.weights.from_losses(
+            **parts, temperature=temperature, quantile=self.quantile, fingerprint=fingerprint, weighting=self.weighting
         )
+        if self.temperature is None:
+            result["quantile"] = torch.tensor([self.quantile, weights.temperature], dtype=torch.float64)
+        return weights
 
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check the weights of the checkpoint against the data set and the reference of this run, and take them."""
@@ -171,22 +200,22 @@ class FlowWeightingCallback(RunCallback):
             weights = from_rank_zero(trainer, lambda: load(file))
         if weights is None:
             raise RuntimeError(
-                f"{where} holds no FLOW weights, and its model is fine-tuned, so they cannot be computed from it. Resume "
-                "a run that had FlowWeightingCallback, or pass its FlowWeightingCallback(weights_file=...)."
+                f"{where} holds no FLOW weights, and its model is fine-tuned, so they cannot be computed from it. "
+                "Resume a run that had FlowWeightingCallback, or pass the weights_file of such a run."
             )
-        expected = scoring.fingerprint(trainer, module)
+        expected = scoring.fingerprint
         if expected["reference"] in ("", join_fingerprints(self._of_checkpoint, scoring.new_parts)):
             del expected["reference"]  # made in configure_model, or by load_from_checkpoint: no pre-trained one is here
         _check_origin(weights, expected, where)
         self._take(module, weights)
-        self._settle(trainer, module)
+        self._settle(trainer)
 
     def _take(self, module: LightningModule, weights: Weights) -> None:
         """Hand the weights to the module."""
         self.weights = weights
         module.sample_weights = weights  # type: ignore[assignment]
 
-    def _settle(self, trainer: Trainer, module: LightningModule) -> None:
+    def _settle(self, trainer: Trainer) -> None:
         """Say which weights the fit trains with, and write them down."""
         self._is_settled = True
         weights, run = self.weights, self.run
@@ -195,14 +224,14 @@ class FlowWeightingCallback(RunCallback):
         rank_zero_info(_in_words(weights, summary))
         run.record(trainer, summary | ({} if run.resumed else {"time/scoring_s": self._seconds}))
         if not run.resumed:
-            on_rank_zero(trainer, lambda: self._draw(trainer, weights, summary))
+            on_rank_zero(trainer, lambda: self._draw(trainer, weights))
         kept, name = run.scoring.to_keep(), run.scoring.kind.name
         files = [run.directory and run.directory / WEIGHTS_FILE]
         files += [] if run.resumed or run.scoring.is_from_file else [self.weights_file]
         on_rank_zero(trainer, lambda: [weights.save(file, kept, name) for file in files if file is not None])
-        run.scoring.forget_blocks(trainer, module)
+        run.scoring.forget_blocks()
 
-    def _draw(self, trainer: Trainer, weights: Weights, summary: dict[str, float]) -> None:
+    def _draw(self, trainer: Trainer, weights: Weights) -> None:
         from flow_lightning.report.pictures import log_weights, plot_weights  # matplotlib is slow to import
 
         picture = None if self.run.directory is None else self.run.directory / "flow_weights.png"

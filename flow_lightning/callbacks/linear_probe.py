@@ -43,16 +43,17 @@ class LinearProbeCallback(RunCallback):
         if stage != "fit":
             return
         self.probe = None
-        self.run.scoring.choose(ProbeFeatures(self.folds, self.memory_budget))
-        self.run.scoring.new_parts += head_names(pl_module)
-        self.run.scoring.look_at_model(pl_module)
+        head = probed_head(pl_module)
+        self.run.scoring.choose(ProbeFeatures(head.out_features, self.folds, self.memory_budget))
+        self.run.scoring.new_parts += tuple(f"{name}." for name, part in pl_module.named_modules() if part is head)
+        self.run.scoring.look_at_model()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head; a resumed fit finds the head in its checkpoint."""
         if self.run.resumed:
             return
         started = time.perf_counter()
-        self.probe = Probe.from_tensors(self.run.scoring.result(trainer, pl_module))
+        self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(trainer, pl_module, self.probe, "Linear probe")
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
@@ -63,8 +64,9 @@ class LinearProbeCallback(RunCallback):
         if not (weights is not None if self.refit is None else self.refit):
             return
         started = time.perf_counter()
-        kind = ProbeFeatures(0, self.memory_budget, "Head refit", None if weights is None else weights.weights.cpu())
-        probe = Probe.from_tensors(self.run.scoring.of_trained_model(kind).result(trainer, pl_module))
+        kind = ProbeFeatures(probed_head(pl_module).out_features, 0, self.memory_budget, "Head refit")
+        kind.sample_weights = None if weights is None else weights.weights.cpu()
+        probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(trainer, pl_module, probe, "Head refit")
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "refitted.ckpt", weights_only=False)
@@ -73,7 +75,7 @@ class LinearProbeCallback(RunCallback):
 
     def _install(self, trainer: Trainer, module: LightningModule, probe: Probe, description: str) -> None:
         """Put the probe into the module's head."""
-        head: Any = module_contract(module).head
+        head = probed_head(module)
         with whole_parameters(trainer, module):
             fill(head.weight, probe.head.weight)
             fill(head.bias, probe.head.bias)
@@ -83,8 +85,8 @@ class LinearProbeCallback(RunCallback):
         )
 
 
-def head_names(module: LightningModule) -> tuple[str, ...]:
-    """Return the prefixes of the head's parameters.
+def probed_head(module: LightningModule) -> torch.nn.Linear:
+    """Return the head to fit.
 
     Raises:
         TypeError: If the module has no `features`, or no linear `head` with a bias; the message says what is missing.
@@ -98,4 +100,4 @@ def head_names(module: LightningModule) -> tuple[str, ...]:
         )
     if head.bias is None:
         raise TypeError("The head has no bias, which the probe fits too. Give the model a head with bias=True.")
-    return tuple(f"{name}." for name, submodule in module.named_modules() if submodule is head)
+    return head

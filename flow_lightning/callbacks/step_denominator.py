@@ -1,69 +1,61 @@
-"""One denominator for the whole optimizer step: over its micro-batches and over all ranks."""
+"""One denominator for the whole optimizer step: over its micro-batches and over all ranks.
 
-from collections.abc import Iterable
+In: `module.batch_losses.size` of each micro-batch. Out: the gradients, divided once. Next: `flow_weighting.py`.
+"""
 
 import torch
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
+from flow_lightning.contract import module_contract
 from flow_lightning.distributed import local
 
 
-class StepDenominator:
+class StepDenominator(Callback):
     """Make the gradient of a step `sum of all loss terms / sum of all sizes`, as one big batch would have it.
 
     Lightning divides by the number of micro-batches and DDP by the number of ranks, so that terms of short
     micro-batches would count more than others. Here each backward pass adds the gradient of a sum, and right before
     the optimizer step, before clipping, the gradient is divided once. Until then it is kept in a unit, a power of two
     near the size of a micro-batch, so that nothing is rounded and float16 gradients are as large as those of a mean.
+
+    `WeightedLossModule` brings it along. DeepSpeed keeps the gradients to itself, and a module that optimises manually
+    divides them itself: there each micro-batch keeps its own denominator.
     """
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget an unfinished step, and the sizes of an earlier fit."""
-        self.total: Tensor | None = None
+        self._total: Tensor | None = None
         self._unit: Tensor | None = None
-        self._step = -1
 
-    def loss(self, mean: Tensor, size: Tensor | float, trainer: Trainer) -> Tensor:
-        """Return a scalar with the value of a micro-batch's `mean` and the gradient of its sum, `mean * size`.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an unfinished step, and the sizes of an earlier fit."""
+        self._total = self._unit = None
 
-        Args:
-            mean: Mean loss of the micro-batch, scalar.
-            size: Its denominator: samples, supervised tokens, or the sum of their weights.
-            trainer: Runs the fit.
-
-        Raises:
-            RuntimeError: If the gradient of an earlier step was never divided.
-        """
-        size = torch.as_tensor(size, dtype=torch.float32, device=mean.device).detach()
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Let the backward pass of a micro-batch's mean give the gradient of its sum."""
+        losses = module_contract(pl_module).batch_losses
+        if losses is None or not pl_module.automatic_optimization or not _spans_batches(trainer):
+            return
+        size = torch.as_tensor(losses.size, dtype=torch.float32, device=loss.device).detach()
         if self._unit is None:
             self._unit = _power_of_two(trainer.strategy.reduce(size.clone(), reduce_op="mean"))  # reduces in place
-        if self.total is None:
-            self.total, self._step = size, trainer.global_step
-        elif self._step == trainer.global_step:
-            self.total = self.total + size
-        else:
-            raise RuntimeError(
-                "The gradient of the last optimizer step was not divided by its number of samples. A module with an "
-                "on_before_optimizer_step of its own must call super().on_before_optimizer_step(optimizer)."
-            )
-        total = mean * (size / self._unit)
-        return mean.detach() + (total - total.detach())
+        self._total = size if self._total is None else self._total + size
+        factor = size / self._unit
+        loss.register_hook(lambda gradient: gradient * factor.to(gradient.dtype))
 
-    def normalise(self, gradients: Iterable[Tensor], trainer: Trainer) -> None:
-        """Divide the gradients of the step by the size of the whole step; does nothing where `loss` was not called."""
-        if self.total is None or self._unit is None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Divide the gradients by the size of the whole step."""
+        if self._total is None or self._unit is None:
             return
-        total: Tensor = trainer.strategy.reduce(self.total, reduce_op="sum")
+        total: Tensor = trainer.strategy.reduce(self._total, reduce_op="sum")
         parts = trainer.accumulate_grad_batches * trainer.world_size
         factor = parts * self._unit / total.clamp_min(1e-30)
-        for gradient in gradients:
-            local(gradient).mul_(factor)
-        self.total, self._unit = None, _power_of_two(total / parts)
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                local(parameter.grad).mul_(factor)
+        self._total, self._unit = None, _power_of_two(total / parts)
 
 
 def _power_of_two(size: Tensor) -> Tensor:
@@ -72,10 +64,7 @@ def _power_of_two(size: Tensor) -> Tensor:
     return size / torch.frexp(size).mantissa
 
 
-def spans_batches(trainer: Trainer) -> bool:
-    """Tell whether an optimizer step takes more than one batch, so that one denominator must be found for all.
-
-    DeepSpeed keeps the gradients to itself; there each micro-batch keeps its own denominator.
-    """
+def _spans_batches(trainer: Trainer) -> bool:
+    """Tell whether an optimizer step takes more than one batch."""
     parts = trainer.accumulate_grad_batches * trainer.world_size
     return parts > 1 and not isinstance(trainer.strategy, DeepSpeedStrategy)

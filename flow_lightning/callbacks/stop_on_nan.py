@@ -1,69 +1,73 @@
-"""Stop at the first loss that is NaN or infinite, and say which samples it came from."""
+"""Stop at the first loss that is NaN or infinite, before it reaches a checkpoint, and name its samples.
+
+In: `module.batch_losses` of each batch. Out: FloatingPointError. Next: `step_denominator.py`.
+"""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from flow_lightning.contract import BatchLosses, module_contract
 from flow_lightning.distributed import local
 
 _FIX = (
     "Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0), or train in 32-true or bf16-mixed, not "
     "16-mixed."
 )
+#: Batches between two checks where the Trainer logs nothing.
+_INTERVAL = 50
 
 
-class _Pending(NamedTuple):
-    step: int
-    samples: Tensor
-    losses: Tensor
-    finite: Tensor
-    ready: torch.cuda.Event | None
+class StopOnNaN(Callback):
+    """Check the losses every `log_every_n_steps` batches, when Lightning waits for the device anyway.
 
+    It also checks losses and parameters before each checkpoint is written, and at the end of a validation and an epoch.
+    `WeightedLossModule` brings it along.
 
-class FiniteLosses:
-    """Check the losses of each step, one step later: by then a GPU has them ready, and nothing waits."""
+    Raises:
+        FloatingPointError: On every rank, if a loss or a parameter is NaN or infinite on one of them. The message names
+            the first such batch and its samples.
+    """
 
     def __init__(self) -> None:
-        self._pending: _Pending | None = None
+        self._unchecked: list[tuple[int, BatchLosses]] = []
 
-    def note(self, step: int, index: Tensor, losses: Tensor) -> None:
-        """Check the losses of the step before, and remember these.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier fit."""
+        self._unchecked = []
 
-        Args:
-            step: Number of the batch in training.
-            index: Indices of the samples, `[B]`.
-            losses: Their losses, `[B]`, or `[K]` of their tokens.
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the losses, and check those kept if it is time."""
+        number, losses = trainer.fit_loop.total_batch_idx, module_contract(pl_module).batch_losses
+        if losses is not None:
+            self._unchecked.append((number, losses))
+            pl_module.batch_losses = None  # type: ignore[assignment]
+        checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        if any(checkpoint.save_weights_only and not checkpoint.every_n_epochs for checkpoint in checkpoints):
+            self._check(trainer, pl_module.parameters())  # Lightning calls no hook of ours before it writes them
+        elif (number + 1) % (trainer.log_every_n_steps or _INTERVAL) == 0:  # type: ignore[attr-defined]
+            self._check(trainer)
 
-        Raises:
-            FloatingPointError: If a loss of the step before is NaN or infinite.
-        """
-        self.check()
-        losses = losses.detach()
-        finite = torch.isfinite(losses).all().to("cpu", non_blocking=True)
-        ready = torch.cuda.Event() if losses.is_cuda else None
-        if ready is not None:
-            ready.record()
-        self._pending = _Pending(step, index, losses, finite, ready)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check everything."""
+        self._check(trainer, pl_module.parameters())
 
-    def check(self) -> None:
-        """Check what was noted last.
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check everything."""
+        self._check(trainer, pl_module.parameters())
 
-        Raises:
-            FloatingPointError: If a loss is NaN or infinite; the message names step and samples.
-        """
-        if (problem := self._problem()) is not None:
-            raise FloatingPointError(problem)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check everything: a model that has diverged must not take the place of a sound one."""
+        self._check(trainer, pl_module.parameters())
 
-    def check_everywhere(self, trainer: Trainer, parameters: Iterable[Tensor] = ()) -> None:
-        """Check what was noted last on any rank, and parameters; to be called on every rank.
-
-        Raises:
-            FloatingPointError: On every rank, if a loss or a parameter is NaN or infinite on one of them.
-        """
-        problem = self._problem()
+    def _check(self, trainer: Trainer, parameters: Iterable[Tensor] = ()) -> None:
+        problem = self._broken_losses()
         if problem is None and not all(bool(torch.isfinite(local(value)).all()) for value in parameters):
             problem = (
                 f"Parameters of the model are NaN or infinite after batch {trainer.fit_loop.total_batch_idx}: it has "
@@ -72,21 +76,21 @@ class FiniteLosses:
         if not trainer.strategy.reduce_boolean_decision(problem is None, all=True):
             raise FloatingPointError(problem or "Training has diverged in another process; see its message.")
 
-    def _problem(self) -> str | None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return None
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        return None if pending.finite else _message(pending)
+    def _broken_losses(self) -> str | None:
+        unchecked, self._unchecked = self._unchecked, []
+        finite = torch.stack([kept.losses.isfinite().all() for _, kept in unchecked]).tolist() if unchecked else []
+        return None if all(finite) else _message(*unchecked[finite.index(False)])
 
 
-def _message(pending: _Pending) -> str:
-    broken = ~torch.isfinite(pending.losses)
-    own = broken.shape == pending.samples.shape
-    samples = (pending.samples[broken] if own else pending.samples).tolist()
+def _message(batch: int, kept: BatchLosses) -> str:
+    start = f"The training loss is NaN or infinite at batch {batch}"
+    if kept.samples is None:
+        return f"{start}. If its samples are sound, the model has diverged. {_FIX}"
+    broken = ~torch.isfinite(kept.losses).to(kept.samples.device)
+    own = broken.shape == kept.samples.shape
+    samples = (kept.samples[broken] if own else kept.samples).tolist()
     shown = ", ".join(map(str, samples[:20])) + (", ..." if len(samples) > 20 else "")
     return (
-        f"The training loss is NaN or infinite at batch {pending.step}, {'for' if own else 'in a batch of'} the "
-        f"samples {shown} of the training set. If these samples are sound, the model has diverged. {_FIX}"
+        f"{start}, {'for' if own else 'in a batch of'} the samples {shown} of the training set. If these samples are "
+        f"sound, the model has diverged. {_FIX}"
     )

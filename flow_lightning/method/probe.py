@@ -1,20 +1,21 @@
-"""Room 2, for a model whose head is new: cached features of the frozen body to a linear probe and its losses.
+"""A linear probe for a model whose head is new: multinomial logistic regression on cached features.
 
-A new head is random, so its losses say nothing about the pre-trained model (all are near log C). The probe is a
-multinomial logistic regression with an L2 penalty, solved to convergence on features that are extracted once.
+A new head is random, so its losses say nothing about the pre-trained model (all are near log C). The probe is solved to
+convergence on features that are extracted once; its losses take their place.
 Source: paper, vision protocol, step 1; the authors train the head by SGD over the images instead.
+
+In: features, targets, weights. Out: `Probe`: head and losses. Next: `weights.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
+#: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
 _ROWS = 65_536
 
@@ -50,13 +51,9 @@ class Probe:
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file."""
         validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
-        return {
-            "weight": self.head.weight,
-            "bias": self.head.bias,
-            "losses": self.losses,
-            "strength": torch.tensor(self.strength, dtype=torch.float64),
-            "validation": torch.tensor(validation, dtype=torch.float64),
-        }
+        head = {"weight": self.head.weight, "bias": self.head.bias}
+        numbers = {"strength": torch.tensor(self.strength, dtype=torch.float64)}
+        return head | numbers | {"losses": self.losses, "validation": torch.tensor(validation, dtype=torch.float64)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
@@ -94,19 +91,16 @@ def fit_probe(
     """
     _check(features, targets, num_classes, folds)
     weights = torch.ones(len(targets)) if weights is None else weights.float()
-    scale = _Scale(features)
+    problem = _Problem(features, targets, weights, num_classes, device)
     parts = stratified_parts(targets, folds or 5)
-    validation = _held_out_losses(
-        features, targets, weights, num_classes, scale, parts == 0, strengths, device, on_step
-    )
+    validation = _held_out_losses(problem, parts == 0, strengths, on_step)
     strength = strongest_within_one_error(validation)
-    everything = torch.ones(len(targets), dtype=torch.bool)
-    head = _solve(features, targets, weights, num_classes, scale, everything, strength, device)
+    head = problem.solve(torch.ones(len(targets), dtype=torch.bool), strength)
     on_step()
     losses = head_losses(head, features, targets, device)
     for fold in range(folds):
         unseen = parts == fold
-        other = _solve(features, targets, weights, num_classes, scale, ~unseen, strength, device)
+        other = problem.solve(~unseen, strength)
         losses[unseen] = head_losses(other, features[unseen], targets[unseen], device)
         on_step()
     return Probe(head, losses, strength, validation)
@@ -115,9 +109,9 @@ def fit_probe(
 def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
     """Choose the strongest penalty whose held-out loss is within one standard error of the best (Breiman et al., 1984).
 
-    The weights of FLOW need losses that still tell easy samples from hard ones. The penalty with the lowest held-out
-    loss of all is often one at which nearly all training losses have collapsed to 0, and one that is no worse for all
-    that the held-out samples can tell keeps them apart.
+    The weights of FLOW need losses that still tell easy samples from hard ones. At the penalty with the lowest held-out
+    loss nearly all training losses have often collapsed to 0. One that is no worse, for all that the held-out samples
+    can tell, keeps them apart.
 
     Args:
         validation: Strength to mean held-out loss and its standard error.
@@ -156,126 +150,98 @@ def head_losses(head: LinearHead, features: Tensor, targets: Tensor, device: tor
     """Compute the cross-entropy of a head on cached features, `[n]`, float32, on the CPU."""
     head = LinearHead(head.weight.to(device), head.bias.to(device))
     blocks = zip(features.split(_ROWS), targets.split(_ROWS))
-    return torch.cat(
-        [F.cross_entropy(head(x.to(device).float()), y.to(device), reduction="none").cpu() for x, y in blocks]
-    )
+    losses = [F.cross_entropy(head(x.to(device).float()), y.to(device), reduction="none").cpu() for x, y in blocks]
+    return torch.cat(losses)
 
 
-class _Scale:
-    """Mean of each feature and one scale for all: the penalty then means the same for every body.
+class _Problem:
+    """Logistic regression on standardised features: the mean of each feature, and one scale for all.
 
-    A scale for each feature would let the head lean on features that hardly vary: its large weights there send large
-    gradients into the body, and fine-tuning forgets far more.
+    With one scale the penalty means the same for every body. A scale for each feature would let the head lean on
+    features that hardly vary: its large weights there send large gradients into the body, and fine-tuning forgets more.
     """
 
-    def __init__(self, features: Tensor) -> None:
-        count, total, square = 0, 0.0, 0.0
+    def __init__(
+        self, features: Tensor, targets: Tensor, weights: Tensor, num_classes: int, device: torch.device | str
+    ) -> None:
+        self.features, self.targets, self.weights = features, targets, weights
+        self.num_classes, self.device = num_classes, device
+        total, square = 0.0, 0.0
         for block in features.split(_ROWS):
-            block = block.double()
-            count, total, square = count + len(block), total + block.sum(0), square + block.square().sum(0)
-        self.mean = (torch.as_tensor(total) / count).float()
-        variance = torch.as_tensor(square) / count - self.mean.double().square()
-        deviation = float(variance.clamp_min(0).mean().sqrt())
-        self.std = deviation if deviation > 0 else 1.0
+            total, square = total + block.double().sum(0), square + block.double().square().sum(0)
+        mean = torch.as_tensor(total) / len(features)
+        variance = torch.as_tensor(square) / len(features) - mean.float().double().square()
+        self.mean, self.scale = mean.float(), float(variance.clamp_min(0).mean().sqrt()) or 1.0
 
-    def to_plain(self, weight: Tensor, bias: Tensor) -> LinearHead:
-        """Turn a head for standardised features into one for features as they are."""
-        plain = weight / self.std
-        return LinearHead(plain, bias - plain @ self.mean)
+    def solve(self, chosen: Tensor, strength: float, start: LinearHead | None = None) -> LinearHead:
+        """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` by L-BFGS, in float32.
 
-    def to_standardised(self, head: LinearHead) -> tuple[Tensor, Tensor]:
-        """Turn a head for features as they are into one for standardised features."""
-        return head.weight * self.std, head.bias + head.weight @ self.mean
+        Args:
+            chosen: Which samples count, `[n]` booleans.
+            strength: The L2 penalty, for standardised features.
+            start: Where to begin; by default at 0.
+
+        Returns:
+            The head, for features as they are.
+        """
+        weight = torch.zeros(self.num_classes, len(self.mean), device=self.device)
+        bias = torch.zeros(self.num_classes, device=self.device)
+        if start is not None:
+            weight.copy_(start.weight * self.scale)
+            bias.copy_(start.bias + start.weight @ self.mean)
+        rows = chosen.nonzero().flatten().split(_ROWS)
+        resident = list(self._blocks(rows)) if len(rows) == 1 else None
+        total_weight = float(self.weights[chosen].double().sum().clamp_min(1e-30))
+        optimizer = torch.optim.LBFGS(
+            [weight.requires_grad_(), bias.requires_grad_()],
+            max_iter=500,
+            tolerance_grad=1e-5,
+            tolerance_change=1e-8,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            total = 0.5 * strength * weight.square().sum()
+            total.backward()
+            for x, y, w in resident or self._blocks(rows):
+                loss = (w * F.cross_entropy(F.linear(x, weight, bias), y, reduction="none")).sum() / total_weight
+                loss.backward()
+                total = total + loss.detach()
+            return total.detach()
+
+        with torch.enable_grad():
+            optimizer.step(objective)
+        plain = weight.detach().cpu() / self.scale
+        return LinearHead(plain, bias.detach().cpu() - plain @ self.mean)
+
+    def _blocks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        mean = self.mean.to(self.device)
+        for chosen in rows:
+            x = (self.features[chosen].to(self.device).float() - mean) / self.scale
+            yield x, self.targets[chosen].to(self.device), self.weights[chosen].to(self.device)
 
 
 def _held_out_losses(
-    features: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    num_classes: int,
-    scale: _Scale,
-    held_out: Tensor,
-    strengths: Sequence[float],
-    device: torch.device | str,
-    on_step: Callable[[], None],
+    problem: _Problem, held_out: Tensor, strengths: Sequence[float], on_step: Callable[[], Any]
 ) -> dict[float, tuple[float, float]]:
     """Follow the penalties from strong to weak, each from the last solution, until held-out loss has risen twice."""
-    held_features, held_targets = features[held_out], targets[held_out]
-    found: dict[float, tuple[float, float]] = {}
+    features, targets = problem.features[held_out], problem.targets[held_out]
+    weights = problem.weights[held_out].double()
+    total = weights.sum().clamp_min(1e-30)
+    validation: dict[float, tuple[float, float]] = {}
     head: LinearHead | None = None
     for strength in strengths:
-        head = _solve(features, targets, weights, num_classes, scale, ~held_out, strength, device, head)
-        losses = head_losses(head, held_features, held_targets, device).double()
-        found[strength] = _mean_and_error(losses, weights[held_out].double())
+        head = problem.solve(~held_out, strength, head)
+        losses = head_losses(head, features, targets, problem.device).double()
+        mean = (weights * losses).sum() / total
+        error = (weights * (losses - mean)).square().sum().sqrt() / total  # for weights of 1, std / sqrt(n)
+        validation[strength] = (float(mean), float(error))
         on_step()
-        if sum(loss > min(found.values())[0] for loss, _ in list(found.values())[-2:]) == 2:
+        if sum(loss > min(validation.values())[0] for loss, _ in list(validation.values())[-2:]) == 2:
             break
-    return found
-
-
-def _mean_and_error(losses: Tensor, weights: Tensor) -> tuple[float, float]:
-    """Return the weighted mean and its standard error; for weights of 1, `std / sqrt(n)`."""
-    total = weights.sum().clamp_min(1e-30)
-    mean = (weights * losses).sum() / total
-    return float(mean), float((weights * (losses - mean)).square().sum().sqrt() / total)
-
-
-def _solve(
-    features: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    num_classes: int,
-    scale: _Scale,
-    chosen: Tensor,
-    strength: float,
-    device: torch.device | str,
-    start: LinearHead | None = None,
-) -> LinearHead:
-    """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` over the chosen samples by L-BFGS, in float32."""
-    weight = torch.zeros(num_classes, features.shape[1], device=device)
-    bias = torch.zeros(num_classes, device=device)
-    if start is not None:
-        for parameter, value in zip((weight, bias), scale.to_standardised(start)):
-            parameter.copy_(value)
-    mean, std = scale.mean.to(device), scale.std
-    rows = chosen.nonzero().flatten().split(_ROWS)
-    total_weight = weights[chosen].double().sum().clamp_min(1e-30)
-    block = partial(_block, features, targets, weights / total_weight.float(), mean, std, device)
-    resident = [block(r) for r in rows] if len(rows) == 1 else None
-    optimizer = torch.optim.LBFGS(
-        [weight.requires_grad_(), bias.requires_grad_()],
-        max_iter=500,
-        tolerance_grad=1e-5,
-        tolerance_change=1e-8,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        total = 0.5 * strength * weight.square().sum()
-        total.backward()
-        for x, y, share in resident or map(block, rows):
-            loss = (share * F.cross_entropy(F.linear(x, weight, bias), y, reduction="none")).sum()
-            loss.backward()
-            total = total + loss.detach()
-        return total.detach()
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    return scale.to_plain(weight.detach().cpu(), bias.detach().cpu())
-
-
-def _block(
-    features: Tensor,
-    targets: Tensor,
-    shares: Tensor,
-    mean: Tensor,
-    std: float,
-    device: torch.device | str,
-    rows: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (features[rows].to(device).float() - mean) / std, targets[rows].to(device), shares[rows].to(device)
+    return validation
 
 
 def _check(features: Tensor, targets: Tensor, num_classes: int, folds: int) -> None:
@@ -286,13 +252,12 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, folds: int) -> N
         if wrong.any():
             shown = (wrong.nonzero().flatten()[:10] + start).tolist()
             raise ValueError(
-                f"The features of samples {shown} are NaN or infinite. Score in 32-bit precision, or look at them."
+                f"Features of samples {shown} are NaN or infinite. Score in 32-bit precision, or look there."
             )
     if targets.min() < 0 or targets.max() >= num_classes:
         raise ValueError(
-            f"Targets run from {int(targets.min())} to {int(targets.max())}, but num_classes is {num_classes}: "
-            f"expected targets from 0 to {num_classes - 1}. Set model.num_classes to the number of classes of the data "
-            "set."
+            f"Targets are {int(targets.min())} to {int(targets.max())}; expected targets from 0 to {num_classes - 1}. "
+            "Set model.num_classes to the number of classes of the data set."
         )
     if folds == 1 or folds < 0 or folds > len(targets):
         raise ValueError(f"folds is {folds} for {len(targets)} samples; expected 0 (in sample) or 2 to {len(targets)}.")

@@ -63,7 +63,9 @@ class _Stored:
             ValueError: If the file is damaged, or holds something else.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"No weights file at {path}. A fit with FlowWeightingCallback writes one.")
+            raise FileNotFoundError(
+                f"No weights file at {path}. A fit with FlowWeightingCallback writes one, `score` does, too."
+            )
         try:
             tensors, metadata = load_tensors(path, cls.file_format)
             settings: dict[str, Any] = {

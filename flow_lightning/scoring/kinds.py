@@ -18,10 +18,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from flow_lightning.contract import module_contract
 from flow_lightning.distributed import from_rank_zero
 from flow_lightning.method.flow import check_losses
-from flow_lightning.method.probe import STRENGTHS, Probe, fit_probe
+from flow_lightning.method.probe import STRENGTHS, fit_probe
 from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.scoring.score import Block, by_index, ragged_by_index
 
@@ -44,7 +43,7 @@ class Kind(ABC):
         """Compute the values of a batch; the first tensor has one row per sample."""
 
     @abstractmethod
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Turn the blocks of all n samples into losses and whatever belongs to them."""
 
     def rows(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -67,7 +66,7 @@ class SampleLosses(Kind):
             )
         return (losses.float(),)
 
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Return `losses`."""
         (losses,) = by_index(blocks, n)
         check_losses(losses)
@@ -85,7 +84,7 @@ class TokenLosses(Kind):
         """Return the number of supervised tokens `[B]` and their losses `[K]`."""
         return module.token_counts(batch), module.token_losses(batch)  # type: ignore[operator]
 
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Return `losses` and `offsets`."""
         losses, offsets = ragged_by_index(blocks, n)
         check_losses(losses)
@@ -102,11 +101,13 @@ class ProbeFeatures(Kind):
     """`module.features` and targets, to a linear probe: its tensors (see `Probe.tensors`), `losses` `[n]` among them.
 
     Attributes:
+        classes: C, the number of classes.
         folds: 0 for the probe's losses on its own training samples, as in the paper; k > 1 for k-fold out-of-fold ones.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
         sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
     """
 
+    classes: int
     folds: int = 0
     memory_budget: float = 4.0
     description: str = "Linear probe"
@@ -115,7 +116,7 @@ class ProbeFeatures(Kind):
     @property
     def name(self) -> str:  # type: ignore[override]
         """Name the probe with what its result depends on."""
-        return f"linear probe, folds {self.folds}"
+        return f"linear probe, {self.classes} classes, folds {self.folds}"
 
     def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """Return features `[B, D]` float32 and targets `[B]`."""
@@ -123,28 +124,21 @@ class ProbeFeatures(Kind):
             raise KeyError(f"A training batch has no 'target' (keys {sorted(batch)}): the probe cannot be fitted.")
         return module.features(batch).float(), batch["target"]  # type: ignore[operator]
 
-    def result(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Collect the features on rank 0, solve there, and hand the solution to every rank."""
-        head: Any = module_contract(module).head
         with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
             allocate = allocator(self.memory_budget, Path(folder))
             found = by_index(blocks, n, allocate, wanted=trainer.is_global_zero)
-            solve = partial(self._solve, found, head.out_features, module.device, trainer.progress_bar_callback is None)
+            solve = partial(self._solve, found, module.device, trainer.progress_bar_callback is None)
             return from_rank_zero(trainer, solve)
 
-    def _solve(self, found: tuple[Tensor, ...], classes: int, device: torch.device, quiet: bool) -> dict[str, Tensor]:
+    def _solve(self, found: tuple[Tensor, ...], device: torch.device, quiet: bool) -> dict[str, Tensor]:
         features, targets = found
         steps = len(STRENGTHS) + self.folds + 1
         with tqdm(total=steps, desc=f"{self.description}: solving", unit="fit", leave=False, disable=quiet) as bar:
-            probe = fit_probe(
-                features, targets, classes, self.folds, device=device, weights=self.sample_weights, on_step=bar.update
-            )
+            settings: Any = {"device": device, "weights": self.sample_weights, "on_step": bar.update}
+            probe = fit_probe(features, targets, self.classes, self.folds, **settings)
         return probe.tensors()
-
-
-def probe_of(result: dict[str, Tensor]) -> Probe | None:
-    """Return the probe in a result, or None if there is none."""
-    return Probe.from_tensors(result) if "validation" in result else None
 
 
 def allocator(budget: float, folder: Path) -> Callable[..., Tensor]:

@@ -84,7 +84,7 @@ def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
     They do not depend on the number of processes, so the values do not either.
 
     Raises:
-        TypeError: If the data set is iterable-style.
+        TypeError: If the data set is iterable-style, or makes the batches itself.
         ValueError: If the data set is empty.
     """
     check_map_style(loader.dataset)
@@ -93,6 +93,11 @@ def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
         raise ValueError("The data set is empty: there is nothing to score. Check its path and its split.")
     if isinstance(loader.batch_sampler, FixedBatches):
         return loader.batch_sampler.batches
+    if loader.batch_sampler is None:
+        raise TypeError(
+            "The training loader has batch_size=None: its data set makes the batches, so samples have no index. Give "
+            "the DataLoader single samples and a batch_size; flow_lightning.IndexedDataset numbers any map-style data."
+        )
     size = loader.batch_size or 64
     return [range(start, min(start + size, length)) for start in range(0, length, size)]
 

@@ -1,13 +1,12 @@
 """The frozen model over the training set, once per fit, however many callbacks ask.
 
-In: Trainer and module. Out: losses by sample, and the probe behind them. Next: `callbacks/flow_weighting.py`.
+In: Trainer and module of a fit. Out: losses by sample, and the probe behind them. Next: `callbacks/flow_weighting.py`.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,23 @@ class Scoring:
     """What is scored in a fit, and what came of it. Callbacks say so in their `setup`.
 
     Attributes:
+        trainer: Runs the fit.
+        module: The model.
         kind: What is computed.
         file: Where the result is kept for later fits, and blocks while scoring; None to keep nothing.
         loader: Where the samples come from, if not from the fit's own loaders.
         new_parts: Prefixes of parameters that are not pre-trained.
-        is_frozen: Whether the pre-trained model is scored (with adapters off), not the model as it is.
         is_from_file: Whether the result was read, not computed.
     """
 
+    trainer: Trainer
+    module: LightningModule
     kind: Kind = field(default_factory=SampleLosses)
     file: Path | None = None
     loader: DataLoader[Any] | None = None
     new_parts: tuple[str, ...] = ()
-    is_frozen: bool = True
     is_from_file: bool = False
     _reference: dict[str, str] = field(default_factory=dict)
-    _samples: Samples | None = None
     _result: dict[str, Tensor] | None = None
     _checked: Rows | None = None
 
@@ -60,39 +60,40 @@ class Scoring:
             raise ValueError(f"This fit is to score {self.kind.name} and {kind.name}: use one of the two callbacks.")
         self.kind = kind
 
-    def of_trained_model(self, kind: Kind) -> "Scoring":
-        """Return a scoring of the same samples by the model as it is now."""
-        return replace(self, kind=kind, file=None, is_frozen=False, _result=None, _checked=None)
+    @cached_property
+    def samples(self) -> Samples:
+        """The samples to score."""
+        return find_samples(self.trainer, self.module, self.loader)
 
-    def samples(self, trainer: Trainer, module: LightningModule) -> Samples:
-        """Return the samples to score; found once."""
-        if self._samples is None:
-            self._samples = find_samples(trainer, module, self.loader)
-        return self._samples
-
-    def look_at_model(self, module: LightningModule) -> None:
+    def look_at_model(self) -> None:
         """Take the fingerprint of the pre-trained model, once: in `setup`, before any checkpoint is restored.
 
         Nothing can be taken while the model's parts are still to be made, in `configure_model`.
         """
-        self._reference = self._reference or model_fingerprints(module.state_dict())
+        self._reference = self._reference or model_fingerprints(self.module.state_dict())
 
     @property
     def reference(self) -> str:
         """The fingerprint of the pre-trained model, without its new parts; nothing if it is not known."""
         return join_fingerprints(self._reference, self.new_parts)
 
-    def fingerprint(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
-        """Return what the result belongs to: hashes of the data set and of the pre-trained model."""
-        return {"dataset": self.samples(trainer, module).fingerprint, "reference": self.reference}
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the result belongs to: hashes of the data set and of the pre-trained model."""
+        return {"dataset": self.samples.fingerprint, "reference": self.reference}
 
-    def result(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        """Return the losses and what belongs to them, see `Kind.result`: scored once, the same on every rank."""
+    def scored(self) -> dict[str, Tensor]:
+        """Return the losses and what belongs to them, see `Kind.collect`: scored once, the same on every rank."""
         if self._result is None:
-            self.look_at_model(module)
-            with module_contract(module).frozen_reference() if self.is_frozen else nullcontext():
-                self._result = self._from_file(trainer, module) or self._score(trainer, module)
+            self.look_at_model()
+            with module_contract(self.module).frozen_reference():
+                self._result = self._from_file() or self._score(self._blocks())
         return self._result
+
+    def scored_now(self, kind: Kind) -> dict[str, Tensor]:
+        """Score the same samples by the model as it is now: not frozen, not kept."""
+        now = replace(self, kind=kind, file=None, loader=self.samples.loader)
+        return kind.collect(self.trainer, self.module, now._blocks(), len(self.samples))
 
     def to_keep(self) -> dict[str, Tensor]:
         """Return the tensors that a later fit needs from the file, beside the weights."""
@@ -102,70 +103,71 @@ class Scoring:
         result = {f"result/{name}": value for name, value in self._result.items() if name not in ("losses", "offsets")}
         return {**result, "checked/index": index, "checked/values": values}
 
-    def forget_blocks(self, trainer: Trainer, module: LightningModule) -> None:
+    def forget_blocks(self) -> None:
         """Remove the blocks of a finished scoring: its file is written."""
-        if self.file is not None and not self.is_from_file:
-            on_rank_zero(trainer, self._store(trainer, module).clear)
+        if (store := self._store) is not None and not self.is_from_file:
+            on_rank_zero(self.trainer, store.clear)
 
-    def _from_file(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor] | None:
+    def _from_file(self) -> dict[str, Tensor] | None:
         """Return the result in the file if it is still true, after scoring a few batches anew."""
-        file, samples, expected = self.file, self.samples(trainer, module), self.fingerprint(trainer, module)
+        file, expected = self.file, self.fingerprint
         if file is None:
             return None
-        found: Any = from_rank_zero(trainer, lambda: read_file(file, self.kind, expected))
+        found: Any = from_rank_zero(self.trainer, lambda: read_file(file, self.kind, expected))
         if found is None:
             return None
         if isinstance(found, str):
             rank_zero_warn(f"{file} is not used: {found}. Scoring anew.")
             return None
         result, checked = found
-        now = rows_of(self.kind, self._run(trainer, module, batches_to_check(samples.batches)))
+        now = rows_of(self.kind, self._run(batches_to_check(self.samples.batches)))
         if why := first_difference(checked, now):
             rank_zero_warn(f"{file} is no longer true: {why}. Scoring anew.")
             return None
-        rank_zero_info(f"FLOW: {file} is still true, so {len(samples)} samples need no scoring.")
+        rank_zero_info(f"FLOW: {file} is still true, so {len(self.samples)} samples need no scoring.")
         self.is_from_file, self._checked = True, checked
         return result  # type: ignore[no-any-return]
 
-    def _score(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        samples = self.samples(trainer, module)
-        blocks = self._blocks(trainer, module, samples.batches)
-        return self.kind.result(trainer, module, self._noting(blocks, samples), len(samples))
+    def _score(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
+        """Turn all blocks into the result, and note the values of the batches that a later fit checks."""
+        wanted = torch.tensor([index for batch in batches_to_check(self.samples.batches) for index in batch])
+        noted: list[Rows] = []
 
-    def _blocks(self, trainer: Trainer, module: LightningModule, batches: Sequence[Any]) -> Iterator[Block]:
+        def noting() -> Iterator[Block]:
+            for block in blocks:
+                noted.append(rows_of(self.kind, [block], wanted))
+                yield block
+
+        result = self.kind.collect(self.trainer, self.module, noting(), len(self.samples))
+        index, values = map(torch.cat, zip(*noted))
+        order = index.argsort(stable=True)
+        self._checked = index[order], values[order]
+        return result
+
+    def _blocks(self) -> Iterator[Block]:
         """Yield the blocks of an interrupted scoring that are still true, then those that are missing."""
-        if self.file is None:
-            yield from self._run(trainer, module, batches)
+        store, batches, done = self._store, self.samples.batches, 0
+        if store is None:
+            yield from self._run(batches)
             return
-        store, done = self._store(trainer, module), 0
         earlier = store.blocks(batches)
-        while (block := from_rank_zero(trainer, lambda: next(earlier, None))) is not None:
-            first = rows_of(self.kind, self._run(trainer, module, batches[done : done + 1]))
+        while (block := from_rank_zero(self.trainer, lambda: next(earlier, None))) is not None:
+            first = rows_of(self.kind, self._run(batches[done : done + 1]))
             if why := first_difference(rows_of(self.kind, [block], first[0]), first):
                 rank_zero_warn(f"Blocks of {self.file} are no longer true: {why}. Scoring them anew.")
                 break
             done = block.end
             yield block
-        for block in self._run(trainer, module, batches, done):
-            on_rank_zero(trainer, partial(store.add, done, block))
+        for block in self._run(batches, done):
+            on_rank_zero(self.trainer, partial(store.add, done, block))
             done = block.end
             yield block
 
-    def _noting(self, blocks: Iterable[Block], samples: Samples) -> Iterator[Block]:
-        """Pass blocks on, and note the values of the batches that a later fit checks."""
-        wanted = torch.tensor([index for batch in batches_to_check(samples.batches) for index in batch])
-        noted: list[Rows] = []
-        for block in blocks:
-            noted.append(rows_of(self.kind, [block], wanted))
-            yield block
-        index, values = map(torch.cat, zip(*noted))
-        order = index.argsort(stable=True)
-        self._checked = index[order], values[order]
+    def _run(self, batches: Sequence[Any], done: int = 0) -> Iterator[Block]:
+        values, loader = partial(self.kind.values, self.module), self.samples.loader
+        return score_blocks(self.trainer, self.module, loader, batches, values, self.kind.description, done)
 
-    def _run(self, trainer: Trainer, module: LightningModule, batches: Sequence[Any], done: int = 0) -> Iterator[Block]:
-        loader, values = self.samples(trainer, module).loader, partial(self.kind.values, module)
-        return score_blocks(trainer, module, loader, batches, values, self.kind.description, done)
-
-    def _store(self, trainer: Trainer, module: LightningModule) -> BlockStore:
-        assert self.file is not None
-        return BlockStore(self.file, json.dumps([self.kind.name, self.fingerprint(trainer, module)]))
+    @property
+    def _store(self) -> BlockStore | None:
+        key = json.dumps([self.kind.name, self.fingerprint])
+        return None if self.file is None else BlockStore(self.file, key)

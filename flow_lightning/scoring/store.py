@@ -44,7 +44,11 @@ class BlockStore:
         if not all(torch.isfinite(value).all() for value in block.values):
             return
         tensors = {f"value{i}": value for i, value in enumerate(block.values)} | {"end": torch.tensor(block.end)}
-        save_tensors(self._path(start), _FORMAT, tensors, {"key": self.key})
+        path = self._path(start)
+        try:
+            save_tensors(path, _FORMAT, tensors, {"key": self.key})
+        except OSError as error:
+            raise OSError(f"Cannot write {path.absolute()} ({error}). Make room, or choose another file.") from error
 
     def blocks(self, batches: Sequence[Sequence[int]]) -> Iterator[Block]:
         """Yield what an interrupted scoring has left, from the first batch on.
@@ -57,10 +61,12 @@ class BlockStore:
                 tensors, metadata = load_tensors(path, _FORMAT)
             except ValueError:
                 return
-            end = int(tensors.pop("end"))
+            end = int(tensors.pop("end", torch.tensor(-1)))
             values = tuple(tensors[name] for name in sorted(tensors))
             samples = torch.tensor(list(chain.from_iterable(batches[done:end])))
-            if metadata != {"key": self.key} or not torch.equal(values[0].sort()[0], samples.sort()[0]):
+            if metadata != {"key": self.key} or not done < end <= len(batches):
+                return
+            if not torch.equal(values[0].sort()[0], samples.sort()[0]):
                 return
             done = end
             yield Block(done, values)

@@ -33,7 +33,7 @@ from flow_lightning.scoring.score import score_blocks
 def data_module(a: argparse.Namespace, tokenizer: Any) -> fl.InstructionDataModule:
     data = fl.InstructionDataModule(
         a.data, instruction_field="question", response_field="answer", limit_train=a.samples, tokenizer=tokenizer,
-        tokens_per_batch=a.tokens,
+        tokens_per_batch=a.tokens, validation_fraction=0,
     )  # fmt: skip
     data.setup("fit")
     return data

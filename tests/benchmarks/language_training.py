@@ -38,7 +38,7 @@ def speed(a: argparse.Namespace) -> None:
             module = fl.CausalLanguageModule(a.model)
             data = fl.InstructionDataModule(
                 a.data, instruction_field="question", response_field="answer", limit_train=a.samples, batch_size=8,
-                tokenizer=module.tokenizer, seed=round_,
+                tokenizer=module.tokenizer, seed=round_, validation_fraction=0,
             )  # fmt: skip
             data.setup("fit")
             grouped = data.train_dataloader()

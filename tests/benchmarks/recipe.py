@@ -34,7 +34,8 @@ class Digits(fl.ImageDataModule):
     """The first `samples` training images."""
 
     def __init__(self, samples: int, size: int) -> None:
-        super().__init__("digits", image_size=size, batch_size=BATCH, mean=[0.5] * 3, std=[0.5] * 3, num_workers=0)
+        half = [0.5] * 3
+        super().__init__("digits", "data", size, BATCH, num_workers=0, mean=half, std=half, validation_fraction=0)
         self.samples = samples
 
     def setup(self, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback
@@ -97,8 +98,15 @@ def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
 
 
 def test_the_order_of_the_callbacks_does_not_matter():
-    with pytest.raises(ValueError, match="before FlowWeightingCallback"):
-        make_trainer(fl.FlowWeightingCallback(), fl.LinearProbeCallback()).fit(tiny_module(), datamodule=PictureData())
+    results = []
+    for turn in (1, -1):
+        flow, counter = fl.FlowWeightingCallback(), CountForwards()
+        probe = fl.LinearProbeCallback(refit=False)
+        make_trainer(*[probe, flow][::turn], counter).fit(tiny_module(), datamodule=PictureData())
+        assert counter.scored == 30
+        results.append((flow.weights.weights, flow.weights.fingerprint, counter.head))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][2], results[1][2])
+    assert results[0][1] == results[1][1]
 
 
 def test_a_module_that_cannot_be_probed_is_told_what_is_missing():
@@ -119,3 +127,46 @@ def test_a_full_disk_for_the_features_is_an_error_and_not_a_crash(monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"take .* GiB, and .* cannot take them .*No space left.*TMPDIR"):
         make_trainer(fl.LinearProbeCallback(memory_budget=0.0)).fit(tiny_module(), datamodule=PictureData())
+
+
+# -- after training --------------------------------------------------------------------------------------------------
+
+
+def refitted(*callbacks, **settings):
+    """Fit two steps; return module and Trainer."""
+    module = tiny_module(learning_rate=0.1)
+    trainer = make_trainer(*callbacks, max_steps=2, **settings)
+    trainer.fit(module, datamodule=PictureData())
+    return module, trainer
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_refit_is_scikit_learns_solution_on_the_fine_tuned_body(weighted):
+    flow = fl.FlowWeightingCallback()
+    module, trainer = refitted(fl.LinearProbeCallback(refit=True), *([flow] if weighted else []))
+    batch = all_images(PictureData())
+    with torch.no_grad():
+        x = module.eval().features(batch).double().numpy()
+        probabilities = module(batch["image"]).softmax(1)
+    x = (x - x.mean(0)) / x.var(0).mean() ** 0.5
+    weights = flow.weights.weights.numpy() if weighted else np.ones(30)
+    strength = float(trainer.callback_metrics["refit/strength"])
+    reference = LogisticRegression(C=1 / (strength * weights.sum()), tol=1e-10, max_iter=100_000)
+    expected = reference.fit(x, batch["target"].numpy(), sample_weight=weights).predict_proba(x)
+    torch.testing.assert_close(probabilities, torch.from_numpy(expected).float(), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("refit", "weighted", "happens"),
+    [(None, True, True), (None, False, False), (True, False, True), (False, True, False)],
+)
+def test_a_refit_happens_under_flow_or_if_asked_for(refit, weighted, happens):
+    flow = [fl.FlowWeightingCallback()] if weighted else []
+    _, trainer = refitted(fl.LinearProbeCallback(refit=refit), *flow)
+    assert ("refit/strength" in trainer.callback_metrics) == happens
+
+
+def test_the_refitted_model_has_a_checkpoint_of_its_own():
+    module, _ = refitted(fl.LinearProbeCallback(refit=True), enable_checkpointing=True)
+    saved = torch.load("run/checkpoints/refitted.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
+    assert torch.equal(saved, module.head.weight)

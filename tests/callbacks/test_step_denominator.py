@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from lightning import Callback, LightningModule, seed_everything
+from lightning import Callback, seed_everything
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
 from flow_lightning.callbacks.step_denominator import StepDenominator
+from flow_lightning.contract import BatchLosses
 from flow_lightning.method.objective import denominator
 from tests.examples import make_trainer
 
@@ -54,10 +55,13 @@ class Linear(fl.WeightedLossModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)  # the gradients of all steps are at one point
 
 
-def gradients(reduction, sizes, **settings):
-    module = Linear(reduction, sum(sizes))
-    loader = DataLoader(Rows(sizes), batch_size=1, collate_fn=whole)
-    make_trainer(**settings).fit(module, loader)
+def loader_of(sizes):
+    return DataLoader(Rows(sizes), batch_size=1, collate_fn=whole)
+
+
+def gradients(reduction, sizes, kind=None, **settings):
+    module = (kind or Linear)(reduction, sum(sizes))
+    make_trainer(**settings).fit(module, loader_of(sizes))
     return module.gradients
 
 
@@ -70,17 +74,14 @@ def test_accumulated_micro_batches_are_one_big_batch(reduction):
 
 
 def test_lightnings_own_division_would_differ():
-    """The test above can fail: without the hook the gradients are others."""
+    """The test above can fail: without the callback the gradients are others."""
 
     class Plain(Linear):
-        def on_before_optimizer_step(self, optimizer):
-            LightningModule.on_before_optimizer_step(self, optimizer)
-
-        def _over_the_step(self, loss, size):
-            return loss
+        def configure_callbacks(self):
+            return []
 
     module = Plain("batch", sum(SIZES))
-    make_trainer(accumulate_grad_batches=4).fit(module, DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole))
+    make_trainer(accumulate_grad_batches=4).fit(module, loader_of(SIZES))
     expected = gradients("batch", [10, 6])
     assert (module.gradients[0] - expected[0]).norm() > 0.05 * expected[0].norm()
 
@@ -88,10 +89,9 @@ def test_lightnings_own_division_would_differ():
 def test_the_value_is_that_of_the_micro_batch():
     module = Linear("batch", 16)
     values = []
-    trainer = make_trainer(accumulate_grad_batches=4)
     module.training_step = lambda batch, batch_idx: values.append(step(batch, batch_idx)) or values[-1]
     step = fl.WeightedLossModule.training_step.__get__(module)
-    trainer.fit(module, DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole))
+    make_trainer(accumulate_grad_batches=4).fit(module, loader_of(SIZES))
     rows, weights = Rows(SIZES), module.sample_weights.weights
     for i, value in enumerate(values):
         batch = rows[i]
@@ -135,19 +135,40 @@ def test_no_trainer_is_a_plain_loss():
     batch = Rows(SIZES)[0]
     loss = module.weighted_loss(batch, module.sample_losses(batch))
     loss.backward()
-    assert module.step_denominator.total is None
+    gradient = torch.autograd.grad(
+        (module.sample_weights.lookup(batch["index"]) * module.sample_losses(batch)).mean(), module.linear.weight
+    )
+    torch.testing.assert_close(module.linear.weight.grad, gradient[0])
 
 
 class Own(Linear):
     def on_before_optimizer_step(self, optimizer):
-        """Forgets its base class."""
+        """Does not call its base class."""
 
 
-def test_a_gradient_that_is_never_divided_is_an_error():
+def test_a_hook_of_the_users_own_changes_nothing():
     module = Own("batch", sum(SIZES))
-    with pytest.raises(RuntimeError, match="must call super"):
-        loader = DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole)
-        make_trainer(accumulate_grad_batches=2).fit(module, loader)
+    make_trainer(accumulate_grad_batches=4).fit(module, loader_of(SIZES))
+    assert torch.equal(torch.stack(module.gradients), torch.stack(gradients("batch", SIZES, accumulate_grad_batches=4)))
+
+
+class Decayed(Linear):
+    """Adds a term of its own to the loss."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 3 * self.linear.weight.square().sum()
+
+
+def test_a_term_that_is_added_to_the_loss_keeps_its_weight():
+    expected, module = gradients("batch", [10, 6], kind=Decayed), Decayed("batch", sum(SIZES))
+    make_trainer(accumulate_grad_batches=3).fit(module, loader_of([3, 1, 6, 5, 1]))
+    torch.testing.assert_close(module.gradients[:1], expected[:1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_trainer_that_has_one_keeps_one():
+    module = Linear("batch", sum(SIZES))
+    make_trainer(StepDenominator(), accumulate_grad_batches=4).fit(module, loader_of(SIZES))
+    assert torch.equal(torch.stack(module.gradients), torch.stack(gradients("batch", SIZES, accumulate_grad_batches=4)))
 
 
 class Stop(Callback):
@@ -156,7 +177,7 @@ class Stop(Callback):
 
 
 def test_an_unfinished_step_does_not_spoil_the_next_fit():
-    module, loader = Linear("batch", sum(SIZES)), DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole)
+    module, loader = Linear("batch", sum(SIZES)), loader_of(SIZES)
     with pytest.raises(KeyError):
         make_trainer(Stop(), accumulate_grad_batches=4).fit(module, loader)
     module.zero_grad()
@@ -178,15 +199,17 @@ def scaled_gradient(reduction, weight, dtype, parts):
     half = dtype == torch.float16
     if not half:
         layer, x = layer.double(), x.double()
-    trainer, step = make_trainer(accumulate_grad_batches=parts), StepDenominator()
+    trainer, step, module = make_trainer(accumulate_grad_batches=parts), StepDenominator(), fl.WeightedLossModule()
     for rows in torch.arange(64).split(64 // parts):
         with torch.autocast("cpu", dtype=torch.float16, enabled=half):
             logits = layer(x[rows])
         losses = cross_entropy(logits.float() if half else logits, y[rows], reduction="none")
         weights = torch.full((len(rows),), weight, dtype=losses.dtype)
-        loss = step.loss(fl.weighted_loss(losses, weights, reduction), denominator(losses, weights, reduction), trainer)
-        (SCALE * loss / parts).backward()  # Lightning divides by the number of micro-batches
-    step.normalise([layer.weight.grad], trainer)
+        module.batch_losses = BatchLosses(None, losses, denominator(losses, weights, reduction))
+        loss = SCALE * fl.weighted_loss(losses, weights, reduction) / parts  # as Lightning does
+        step.on_before_backward(trainer, module, loss)
+        loss.backward()
+    step.on_before_optimizer_step(trainer, module, torch.optim.SGD(layer.parameters()))
     return layer.weight.grad.double() / SCALE
 
 

@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import flow_lightning as fl
-from flow_lightning.callbacks.stop_on_nan import FiniteLosses
+from flow_lightning.callbacks.stop_on_nan import StopOnNaN
 from tests.examples import LinearRegression, RegressionData, fit
+from tests.processes import launch
 
 
 class Breaking(LinearRegression):
@@ -21,13 +23,16 @@ class Breaking(LinearRegression):
         return torch.where(torch.isin(batch.index, self.broken) & late, torch.full_like(losses, torch.nan), losses)
 
 
+@pytest.mark.parametrize("interval", [1, 4, 0])
 @pytest.mark.parametrize("batch", [0, 3, 5])
-def test_a_broken_loss_stops_training_with_step_and_samples(batch):
+def test_a_broken_loss_stops_training_with_batch_and_samples(batch, interval):
+    """Whenever the losses are checked, it is the first broken batch that is named."""
     module = Breaking(range(23), batch)
     with pytest.raises(FloatingPointError, match=rf"at batch {batch}, for the samples .*gradient_clip_val") as error:
-        fit(fl.FlowWeightingCallback(), module=module)
+        fit(fl.FlowWeightingCallback(), module=module, log_every_n_steps=interval)
     named = str(error.value).split("samples ")[1].split(" of the")[0]
     assert named == ", ".join(map(str, module.seen[batch].tolist()))
+    assert len(module.seen) == {1: batch + 1, 4: 4 if batch < 4 else 6, 0: 6}[interval]
 
 
 def test_plain_training_stops_too():
@@ -46,13 +51,55 @@ def test_no_checkpoint_is_written_of_a_broken_epoch():
     assert not list(Path(".").rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 1}, {"every_n_epochs": 1}])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_no_broken_model_is_in_a_checkpoint_of_any_kind(when, weights_only):
+    checkpoint = ModelCheckpoint("ckpt", "{step}", save_top_k=-1, save_weights_only=weights_only, **when)
+    with pytest.raises(FloatingPointError, match="at batch 3"):
+        fit(checkpoint, module=Breaking(range(23), 3), enable_checkpointing=True, log_every_n_steps=100)
+    assert len(list(Path("ckpt").glob("*.ckpt"))) == (3 if "every_n_train_steps" in when else 0)
+
+
+class Tokens(LinearRegression):
+    """Two loss terms for each sample."""
+
+    def training_losses(self, batch):
+        return self.sample_losses(batch).repeat_interleave(2) * torch.where(batch.index == 9, torch.inf, 1.0).sum()
+
+
 def test_token_losses_name_the_batch():
-    finite = FiniteLosses()
-    finite.note(7, torch.tensor([4, 2]), torch.tensor([1.0, torch.inf, 2.0]))
-    with pytest.raises(FloatingPointError, match="at batch 7, in a batch of the samples 4, 2"):
-        finite.check()
-    finite.check()
+    with pytest.raises(FloatingPointError, match=r"at batch \d, in a batch of the samples .*\b9\b"):
+        fit(module=Tokens())
+
+
+class Unnumbered(Breaking):
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch.index)
+        return self.weighted_loss(batch[0], self.sample_losses(batch))
+
+
+def test_batches_without_an_index_name_the_batch():
+    with pytest.raises(FloatingPointError, match=r"at batch 2\. If its samples are sound"):
+        fit(module=Unnumbered(range(23), 2))
 
 
 def test_sound_losses_pass():
     assert fit(fl.FlowWeightingCallback(), data=RegressionData())[1].global_step == 6
+
+
+def test_a_trainer_that_has_one_keeps_one():
+    callbacks = fit(StopOnNaN())[1].callbacks
+    assert len([callback for callback in callbacks if isinstance(callback, StopOnNaN)]) == 1
+
+
+def broken_on_rank_one(rank_of) -> None:
+    import os
+
+    module = Breaking(range(23) if os.environ["RANK"] == "1" else [], 2)
+    text = "at batch 2, for" if os.environ["RANK"] == "1" else "in another process"
+    with pytest.raises(FloatingPointError, match=text):
+        fit(module=module, devices=2, strategy="ddp")
+
+
+def test_all_processes_stop_together():
+    launch(broken_on_rank_one, None)

@@ -122,3 +122,26 @@ def test_constant_features_do_no_harm():
 def test_bad_input_is_an_error(change, arguments, message):
     with pytest.raises(ValueError, match=message):
         fit_probe(*change(*clusters()), 3, **arguments)
+
+
+def test_weights_of_samples_are_scikit_learns():
+    features, targets = clusters()
+    weights = torch.rand(150, generator=torch.Generator().manual_seed(0))
+    probe = fit_probe(features, targets, 3, strengths=[0.03], weights=weights)
+    x, y = features.double().numpy(), targets.numpy()
+    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
+    model = LogisticRegression(C=1 / (0.03 * float(weights.sum())), tol=1e-10, max_iter=100_000)
+    expected = model.fit((x - mean) / scale, y, sample_weight=weights.numpy()).predict_proba((x - mean) / scale)
+    np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
+
+
+def test_samples_of_weight_zero_do_not_count():
+    """Half of the labels are wrong, and their weights are 0: the head is that of the other half alone."""
+    features, targets = clusters(n=300)
+    sound = torch.arange(300) % 2 == 0
+    wrong = torch.where(sound, targets, (targets + 1) % 3)
+    heads = [fit_probe(features, wrong, 3, strengths=[0.1], weights=w).head for w in (sound.float(), None)]
+    weighted, unweighted = ((head(features).argmax(1) == targets).float().mean() for head in heads)
+    assert weighted > unweighted + 0.05
+    alone = sklearn_probabilities(features[sound], targets[sound], 0.1, features).argmax(1)
+    assert (heads[0](features).argmax(1).numpy() == alone).mean() > 0.97  # scales of the features differ a little

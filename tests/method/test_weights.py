@@ -1,6 +1,13 @@
+import json
+import pickle
+import struct
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
 
 from flow_lightning.files import save_tensors
 from flow_lightning.method.flow import WEIGHTINGS, keep_below
@@ -45,16 +52,16 @@ def test_half_precision_where_it_moves_no_weight_by_more_than_a_thousandth():
 
 
 @pytest.mark.parametrize(
-    ("values", "settings"),
+    ("values", "chosen"),
     [
         (torch.tensor([0.1, 1.0, 1e6]), {}),  # too large for half precision
         (torch.tensor([2.49999, 1.0, 3.0]), {"temperature": 2.5, "weighting": "threshold"}),  # rounds to the bound
         (torch.tensor([50.001, 50.0, 49.999]), {"temperature": 1e-3, "weighting": "flow"}),
     ],
 )
-def test_full_precision_where_half_would_move_a_weight(values, settings):
-    stored = TokenWeights.from_losses(values, torch.tensor([0, 3]), **settings)
-    threshold = settings.get("weighting") == "threshold"
+def test_full_precision_where_half_would_move_a_weight(values, chosen):
+    stored = TokenWeights.from_losses(values, torch.tensor([0, 3]), **chosen)
+    threshold = chosen.get("weighting") == "threshold"
     exact = keep_below(values, 2.5) if threshold else torch.exp(-values / stored.temperature)
     assert (stored.weights - exact).abs().max() <= 1e-3
 
@@ -110,3 +117,107 @@ def test_files_of_sequences_and_of_tokens_are_not_mixed_up(tmp_path):
         TokenWeights.load(tmp_path / "w.safetensors")
     with pytest.raises(FileNotFoundError, match="No weights file"):
         TokenWeights.load(tmp_path / "absent.safetensors")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("the loader ran code from a file",))
+
+
+def sample_weights(path):
+    SampleWeights.from_losses(torch.tensor([0.5, 1.0, 2.0])).save(path)
+    return lambda: SampleWeights.load(path)
+
+
+def token_weights(path):
+    TokenWeights.from_losses(torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0, 2, 3])).save(path)
+    return lambda: TokenWeights.load(path)
+
+
+LOADERS = {"sample weights": sample_weights, "token weights": token_weights}
+
+
+def huge_header(content: bytes) -> bytes:
+    return struct.pack("<Q", 2**60) + content[8:]
+
+
+def lying_header(content: bytes) -> bytes:
+    """Tensors said to lie outside the file."""
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    for name in header.keys() - {"__metadata__"}:
+        header[name]["data_offsets"] = [0, 2**40]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+HOSTILE = {
+    "empty": lambda content: b"",
+    "pickle": lambda content: pickle.dumps(Bomb()),
+    "torch": lambda content: b"PK\x03\x04" + content,
+    "huge header": huge_header,
+    "lying header": lying_header,
+    "foreign": lambda content: save({"losses": torch.zeros(3)}),
+    "half": lambda content: content[: len(content) // 2],
+    "longer": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_files_are_refused(tmp_path, kind, attack):
+    path = tmp_path / "file"
+    load = LOADERS[kind](path)
+    load()
+    path.write_bytes(HOSTILE[attack](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"usable.*Delete it"):
+        load()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_no_damage_gets_through_unseen_or_as_another_error(tmp_path_factory, kind):
+    """Any bytes changed, cut or put in: a clear error, or the very content that was written."""
+    path = tmp_path_factory.mktemp("fuzz") / "file"
+    load = LOADERS[kind](path)
+    content, written = path.read_bytes(), comparable(load())
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.integers(0, len(content)), st.integers(0, 8), st.binary(max_size=8))
+    def damaged(start, length, put_in):
+        path.write_bytes(content[:start] + put_in + content[start + length :])
+        try:
+            found = load()
+        except ValueError as error:
+            assert "usable" in str(error)
+        else:
+            assert comparable(found) == written
+
+    damaged()
+
+
+def comparable(loaded):
+    """Return what was loaded, in lists."""
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(loaded).items()}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_each_flipped_bit_is_seen(tmp_path, kind):
+    """Also where the value would make a fine loss: a file has a checksum."""
+    path = tmp_path / "file"
+    load = LOADERS[kind](path)
+    content = path.read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    assert len(content) > start + 8
+    for position in range(start, len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :])
+            with pytest.raises(ValueError, match="checksum"):
+                load()
+
+
+def test_weights_that_do_not_follow_from_the_losses_are_refused(tmp_path):
+    weights = SampleWeights.from_losses(torch.tensor([0.5, 1.0, 2.0]))
+    weights.weights[1] = 0.9
+    weights.save(tmp_path / "w")
+    with pytest.raises(ValueError, match="not exp"):
+        SampleWeights.load(tmp_path / "w")

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
+from flow_lightning.callbacks.step_denominator import StepDenominator
+from flow_lightning.callbacks.stop_on_nan import StopOnNaN
 from tests.examples import LinearRegression, RegressionData, fit, regression_data
 
 
@@ -135,3 +138,82 @@ def test_a_compiled_module_has_the_weights_and_the_steps_of_a_plain_one():
     assert torch.equal(compiled.weights.weights, plain.weights.weights)
     for name, value in expected.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
+
+
+class Busy(LinearRegression):
+    """Has each hook that the library could need for itself, without `super()`."""
+
+    def on_train_start(self):
+        self.called = {"on_train_start"}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.called.add("on_train_batch_start")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.called.add("on_before_optimizer_step")
+
+    def on_train_epoch_end(self):
+        self.called.add("on_train_epoch_end")
+
+    def on_save_checkpoint(self, checkpoint):
+        self.called.add("on_save_checkpoint")
+
+    def on_load_checkpoint(self, checkpoint):
+        self.was_loaded = True
+
+
+def resumed_fit(make):
+    """Two epochs of two batches a step, resumed in the first epoch after 3 of 6 batches."""
+    checkpoint = ModelCheckpoint("ckpt", "{step}", every_n_train_steps=1, save_top_k=-1)
+    settings = {"accumulate_grad_batches": 2, "max_epochs": 2, "enable_checkpointing": True}
+    for path in (None, "ckpt/step=1.ckpt"):
+        callbacks = [fl.FlowWeightingCallback(), fl.ExactResumeCallback(), checkpoint]
+        module, _ = fit(*callbacks, module=make(), ckpt_path=path, **settings)
+    return module
+
+
+def test_all_hooks_are_free_for_the_user():
+    """The weights, the denominators and the resumed fit of a module without hooks."""
+    module, expected = resumed_fit(Busy), resumed_fit(LinearRegression)
+    assert len(module.called) == 5 and module.was_loaded
+    for name, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+class BusyAndBroken(Busy):
+    def sample_losses(self, batch):
+        return super().sample_losses(batch) * (torch.nan if self.training else 1.0)
+
+
+def test_a_module_with_hooks_of_its_own_stops_at_a_nan():
+    with pytest.raises(FloatingPointError, match="at batch 0, for the samples"):
+        fit(module=BusyAndBroken())
+
+
+class Mixin:
+    def on_load_checkpoint(self, checkpoint):
+        self.was_loaded = True
+
+
+class Mixed(Mixin, LinearRegression):
+    pass
+
+
+@pytest.mark.parametrize("make", [LinearRegression, Busy, Mixed])
+def test_a_loaded_module_knows_the_reference_of_its_checkpoint(make):
+    flow = fl.FlowWeightingCallback()
+    _, trainer = fit(flow, module=make())
+    trainer.save_checkpoint("one.ckpt")
+    module = make.load_from_checkpoint("one.ckpt")
+    assert module.flow_reference == flow.weights.fingerprint["reference"] != ""
+    assert getattr(module, "was_loaded", False) == (make is not LinearRegression)
+
+
+def test_callbacks_of_the_users_own_join_those_of_the_module():
+    class Joined(LinearRegression):
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), LearningRateMonitor()]
+
+    _, trainer = fit(module=Joined(), logger=True, default_root_dir="run")
+    kinds = {type(callback) for callback in trainer.callbacks}
+    assert {StopOnNaN, StepDenominator, LearningRateMonitor} <= kinds

@@ -4,7 +4,24 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.scoring.fingerprint import dataset_fingerprint, is_random, model_fingerprint, sample_fingerprint
+from flow_lightning.scoring.fingerprint import (
+    inspect_dataset,
+    join_fingerprints,
+    model_fingerprints,
+    sample_fingerprint,
+)
+
+
+def dataset_fingerprint(dataset):
+    return inspect_dataset(dataset)[0]
+
+
+def is_random(dataset):
+    return inspect_dataset(dataset)[1]
+
+
+def model_fingerprint(state, exclude=()):
+    return join_fingerprints(model_fingerprints(state), exclude)
 
 
 def data(n=40, shift=0.0):
@@ -82,6 +99,19 @@ class Flipped(TensorDataset):
 
     def __getitem__(self, index):
         return super().__getitem__(index)[0] * (1 if torch.rand(()) < 0.5 else -1)
+
+
+def test_each_sample_is_read_at_most_twice():
+    class Counted(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    counted = Counted(torch.zeros(1000))
+    inspect_dataset(counted)
+    assert counted.reads == 32 + 16
 
 
 def test_a_random_flip_is_noticed():

@@ -1,8 +1,10 @@
-"""A sweep over two processes equals one over one: every sample once, ranks without samples included."""
+"""Scoring by two processes equals one over one: every sample once, ranks without samples included."""
 
 import numpy as np
 import pytest
 import torch
+from lightning import Callback
+from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.scoring.score import score_dataset
@@ -62,7 +64,44 @@ def test_two_processes_probe_as_one():
         assert torch.equal(losses, one.probe.losses) and torch.equal(weight, one.probe.head.weight)
 
 
-def test_a_sweep_goes_through_the_transfer_hooks_and_the_precision():
+DATA = fl.IndexedDataset(TensorDataset(torch.arange(11.0)))
+
+
+class Shifted(fl.IndexedDataset):
+    """Numbers its samples from 1."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)._replace(index=index + 1)
+
+
+def scored(dataset, function, **settings):
+    """Apply a function to a data set within a fit."""
+    results = []
+
+    class Score(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            results.append(score_dataset(trainer, pl_module, DataLoader(dataset, batch_size=4), function, "x"))
+
+    fit(Score(), max_epochs=0, **settings)
+    return results[0]
+
+
+def test_values_come_by_sample():
+    squares, shifted = scored(DATA, lambda batch: (batch.sample[0] ** 2, batch.sample[0] + 1))
+    assert squares.tolist() == [i**2 for i in range(11)] and shifted.tolist() == list(range(1, 12))
+
+
+def test_a_data_set_without_an_index_is_scored_by_position():
+    (values,) = scored(TensorDataset(torch.arange(11.0)), lambda batch: (batch[0],))
+    assert values.tolist() == list(range(11))
+
+
+def test_a_data_set_that_numbers_otherwise_is_refused():
+    with pytest.raises(ValueError, match="position in the training data set"):
+        scored(Shifted(TensorDataset(torch.arange(11.0))), lambda batch: (batch.index,))
+
+
+def test_scoring_goes_through_the_transfer_hooks_and_the_precision():
     seen = []
 
     class Hooked(LinearRegression):

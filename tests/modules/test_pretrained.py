@@ -20,6 +20,7 @@ def test_local_checkpoints_of_any_number_of_classes(tmp_path, suffix):
     else:
         torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}} if suffix == ".ckpt" else state, path)
     module = fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=path).eval()
+    assert module.hparams["checkpoint"] == str(path), "weights_only=True loads no Path"
     images = torch.randn(2, 3, 32, 32)
     with module.pretrained_task():
         torch.testing.assert_close(module(images), original(images))

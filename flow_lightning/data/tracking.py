@@ -1,0 +1,83 @@
+"""Which samples are in a batch that carries no `index`: told by the order in which its loader's sampler gave them.
+
+In: the training loader of a fit. Out: the indices of each batch, in turn. Next: `callbacks/flow_weighting.py`.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from flow_lightning.data.indexing import find_index
+
+
+class BatchTracker:
+    """Follows a DataLoader of a map-style data set, whatever its samples, sampler, collate function and workers.
+
+    A DataLoader hands out its batches in the order in which its batch sampler gave their indices, with workers and
+    prefetching, too. So the n-th batch belongs to the n-th list of indices.
+    """
+
+    def __init__(self) -> None:
+        self._followed: DataLoader[Any] | None = None
+        self._recorder: _Recorder | None = None
+
+    def follow(self, loader: Any) -> None:
+        """Follow a loader, unless its batches carry an index of their own or it has no batch sampler.
+
+        Raises:
+            ValueError: If the loader hands out its batches in any order (`in_order=False`).
+        """
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or _is_indexed(loader):
+            return
+        if loader.batch_sampler is None:
+            return
+        if not getattr(loader, "in_order", True):
+            raise ValueError(
+                "The training loader has in_order=False, so it cannot be told which samples are in a batch. Use "
+                "in_order=True, or wrap the data set in flow_lightning.IndexedDataset."
+            )
+        self.release()
+        self._followed, self._recorder = loader, _Recorder(loader.batch_sampler)
+        object.__setattr__(loader, "batch_sampler", self._recorder)  # a DataLoader refuses to be given another one
+
+    def next_index(self) -> Tensor | None:
+        """Return the indices of the next batch, `[B]` on the CPU; None if no loader is followed."""
+        return None if self._recorder is None else torch.tensor(self._recorder.lists.popleft())
+
+    def release(self) -> None:
+        """Give the loader its own batch sampler back."""
+        if self._followed is not None and self._recorder is not None:
+            object.__setattr__(self._followed, "batch_sampler", self._recorder.batches)
+        self._followed = self._recorder = None
+
+
+class _Recorder(Sampler[list[int]]):
+    """A batch sampler that writes down what it gives out; all else is as in the one that it stands for."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+        self.lists: deque[list[int]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        lists: deque[list[int]] = deque()
+        self.lists = lists  # a new epoch: an iterator of the last one writes elsewhere
+        for indices in self.batches:
+            indices = list(indices)
+            lists.append(indices)
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batches, name)
+
+
+def _is_indexed(loader: DataLoader[Any]) -> bool:
+    with isolate_rng():
+        return find_index(loader.collate_fn([loader.dataset[0]])) is not None

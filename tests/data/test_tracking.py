@@ -1,0 +1,177 @@
+"""Unchanged loaders: the weights of a batch are those of its samples, however the loader draws and joins them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, WeightedRandomSampler
+
+import flow_lightning as fl
+from tests.examples import LinearRegression, expected_losses, fit, make_trainer, regression_data
+
+
+class Plain(LinearRegression):
+    """Knows nothing of an index: batches are as the loader makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.checked = 0
+
+    def pair(self, batch):
+        if isinstance(batch, dict):
+            return batch["x"], batch["nested"][0]
+        return (batch.x, batch.y) if isinstance(batch, Batch) else batch
+
+    def sample_losses(self, batch):
+        x, y = self.pair(batch)
+        return (self(x) - y).square()
+
+    def training_step(self, batch, batch_idx):
+        """Before training, look each sample of the batch up by its content, independently of the library."""
+        if self.sample_weights is not None:
+            y = self.pair(batch)[1]
+            position = (regression_data().tensors[1][None] == y[:, None]).long().argmax(1)
+            assert torch.equal(self.training_weights(batch), self.sample_weights.weights[position])
+            self.checked += len(y)
+        return fl.WeightedLossModule.training_step(self, batch, batch_idx)
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def as_dict(samples):
+    return {"x": torch.stack([x for x, _ in samples]), "nested": [torch.stack([y for _, y in samples]), "text"]}
+
+
+def as_dataclass(samples):
+    return Batch(torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples]))
+
+
+DATA = regression_data()
+LOADERS = {
+    "in order": {"batch_size": 4},
+    "shuffled": {"batch_size": 4, "shuffle": True},
+    "drop_last": {"batch_size": 4, "shuffle": True, "drop_last": True},
+    "workers": {"batch_size": 4, "shuffle": True, "num_workers": 2, "prefetch_factor": 3},
+    "persistent": {"batch_size": 4, "shuffle": True, "num_workers": 2, "persistent_workers": True},
+    "weighted": {"batch_size": 4, "sampler": WeightedRandomSampler(torch.rand(23) + 0.1, 40)},
+    "subset": {"batch_size": 4, "sampler": SubsetRandomSampler([1, 5, 20, 8, 3, 2])},
+    "own batches": {"batch_sampler": BatchSampler(range(22, -1, -1), 5, False)},
+    "dict": {"batch_size": 4, "shuffle": True, "collate_fn": as_dict},
+    "dataclass": {"batch_size": 4, "shuffle": True, "collate_fn": as_dataclass},
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_unchanged_loader_is_weighted(name):
+    flow, module, loader = fl.FlowWeightingCallback(), Plain(), DataLoader(DATA, **LOADERS[name])
+    own = loader.batch_sampler
+    make_trainer(flow, max_epochs=2).fit(module, loader)
+    np.testing.assert_allclose(flow.weights.losses.numpy(), expected_losses(DATA), rtol=1e-4)
+    assert module.checked == 2 * sum(len(batch) for batch in list(own)) and flow.weights.lookups > 0
+    assert loader.batch_sampler is own and module.batch_samples is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"limit_train_batches": 3},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"overfit_batches": 2},
+        {"accumulate_grad_batches": 2},
+        {"fast_dev_run": 2},
+    ],
+    ids=str,
+)
+def test_flags_of_the_trainer_change_nothing(settings):
+    module = Plain()
+    make_trainer(fl.FlowWeightingCallback(), **{"max_epochs": 3} | settings).fit(module, DataLoader(DATA, 4, True))
+    assert module.checked > 0
+
+
+class Scheduled(Plain):
+    """Asks for the number of steps, which makes Lightning build the loader before on_fit_start."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches == 12
+        return super().configure_optimizers()
+
+
+def test_a_loader_that_is_made_early_is_followed():
+    module = Scheduled()
+    make_trainer(fl.FlowWeightingCallback(), max_epochs=2).fit(module, DataLoader(DATA, 4, True))
+    assert module.checked == 46
+
+
+class Validated(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.sample_losses(batch).mean())
+
+    def val_dataloader(self):
+        return DataLoader(DATA, 3)
+
+
+def test_validation_batches_do_not_count():
+    module = Validated()
+    make_trainer(fl.FlowWeightingCallback(), max_epochs=2, val_check_interval=2).fit(module, DataLoader(DATA, 4, True))
+    assert module.checked == 46
+
+
+def test_a_tuner_that_trains_before_does_not_count():
+    module = Plain()
+    tuner = LearningRateFinder(num_training_steps=5)
+    make_trainer(tuner, fl.FlowWeightingCallback(), enable_checkpointing=True).fit(module, DataLoader(DATA, 4, True))
+    assert module.checked == 23
+
+
+def test_a_resumed_run_has_the_weights_of_its_batches():
+    checkpoint = ModelCheckpoint("ckpt", filename="mid", every_n_train_steps=4)
+    trainer = make_trainer(fl.FlowWeightingCallback(), checkpoint, max_steps=4, enable_checkpointing=True)
+    trainer.fit(Plain(), DataLoader(DATA, 4, True))
+    module = Plain()
+    trainer = make_trainer(fl.FlowWeightingCallback(), max_epochs=2)
+    trainer.fit(module, DataLoader(DATA, 4, True), ckpt_path="ckpt/mid.ckpt")
+    assert module.checked > 23
+
+
+class Count(Callback):
+    def on_train_end(self, trainer, pl_module):
+        torch.save(pl_module.checked, f"checked{trainer.global_rank}.pt")
+
+
+def test_the_distributed_sampler_of_lightning_is_followed():
+    trainer = make_trainer(fl.FlowWeightingCallback(), Count(), max_epochs=2, devices=2, strategy="ddp_fork")
+    trainer.fit(Plain(), DataLoader(DATA, 4, True))
+    assert [torch.load(f"checked{rank}.pt") for rank in (0, 1)] == [24, 24]
+
+
+def test_a_loader_out_of_order_is_refused():
+    loader = DataLoader(DATA, 4, num_workers=1, in_order=False)
+    with pytest.raises(ValueError, match="in_order=True"):
+        make_trainer(fl.FlowWeightingCallback()).fit(Plain(), loader)
+
+
+def test_a_data_set_that_makes_its_own_batches_names_the_fix():
+    class Batches(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return tuple(part[4 * index : 4 * index + 4] for part in DATA.tensors)
+
+    with pytest.raises(TypeError, match=r"batch_size=None.*IndexedDataset"):
+        make_trainer(fl.FlowWeightingCallback()).fit(Plain(), DataLoader(Batches(), batch_size=None))
+
+
+def test_without_the_callback_nothing_is_touched():
+    loader = DataLoader(DATA, 4, True)
+    own = loader.batch_sampler
+    fit(data=None)
+    make_trainer().fit(Plain(), loader)
+    assert loader.batch_sampler is own

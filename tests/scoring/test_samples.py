@@ -1,0 +1,26 @@
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.samplers import FixedBatches
+from flow_lightning.scoring.samples import cut_batches, loader_like
+
+DATA = IndexedDataset(TensorDataset(torch.arange(11.0)))
+
+
+def test_batches_cover_the_data_set_in_order():
+    batches = cut_batches(DataLoader(DATA, batch_size=4, shuffle=True))
+    assert [list(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    fixed = FixedBatches([[2, 1], [0]])
+    assert cut_batches(DataLoader(DATA, batch_sampler=fixed)) == [[2, 1], [0]]
+
+
+def test_the_loader_that_is_copied_is_not_iterated():
+    class Watched(DataLoader):
+        def __iter__(self):
+            raise AssertionError("iterated")
+
+    watched = Watched(DATA, batch_size=5, shuffle=True, num_workers=2, persistent_workers=True)
+    copy = loader_like(watched, cut_batches(watched))
+    assert (copy.num_workers, copy.persistent_workers, len(copy)) == (2, False, 3)
+    assert torch.cat([batch.index for batch in copy]).tolist() == list(range(11))

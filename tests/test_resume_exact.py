@@ -1,0 +1,274 @@
+"""ExactResumeCallback: a fit that is killed, anywhere and again, ends as the unbroken one, to the last bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
+from torch.optim.lr_scheduler import ExponentialLR, LinearLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+import flow_lightning as fl
+from flow_lightning.resume import ResumableDataLoader, ResumableSampler
+from tests.examples import LinearRegression, RegressionData, make_trainer, regression_data
+from tests.processes import launch
+
+#: Batches of an epoch: where a step takes two of them, the last step of an epoch takes one.
+BATCHES = 5
+
+
+class Tiny(LinearRegression):
+    """Dropout, BatchNorm, momentum, and schedulers by step and by epoch."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        total = self.trainer.estimated_stepping_batches  # which makes Lightning forget where the loader was
+        by_step = {"scheduler": LinearLR(optimizer, 1.0, 0.1, total), "interval": "step"}
+        by_epoch = {"scheduler": ExponentialLR(optimizer, 0.8), "interval": "epoch"}
+        return [optimizer], [by_step, by_epoch]
+
+
+class Validated(Tiny):
+    """A scheduler by a metric of the validation, too."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.sample_losses(batch).mean(), batch_size=len(batch.index))
+
+    def configure_optimizers(self):
+        optimizers, schedulers = super().configure_optimizers()
+        plateau = ReduceLROnPlateau(optimizers[0], factor=0.7, patience=0, threshold=0.5)
+        return optimizers, [*schedulers, {"scheduler": plateau, "monitor": "val/loss"}]
+
+
+class TinyData(RegressionData):
+    def __init__(self):
+        super().__init__(regression_data(4 * BATCHES))
+
+    def train_dataloader(self):
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        sampler = ResumableSampler(self.dataset, world, rank, seed=3)
+        return ResumableDataLoader(self.dataset, batch_size=4 // world, sampler=sampler)
+
+    def val_dataloader(self):
+        return DataLoader(self.dataset, batch_size=10) if isinstance(self.trainer.lightning_module, Validated) else []
+
+
+class Kill(Callback):
+    """Stands for a run that dies before a batch."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.left == 0:
+            raise SystemExit
+        self.left -= 1
+
+
+class Ends(Callback):
+    """Counts, in its checkpoints, the ends of validations and epochs."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.seen.append(f"validated {trainer.global_step}")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append(f"ended {trainer.current_epoch}")
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict):
+        self.seen = list(state_dict["seen"])
+
+
+def tiny_fit(make, *callbacks, ckpt_path=None, **settings):
+    """Fit from a fixed seed and return all that a fit leaves, or None if it dies."""
+    seed_everything(3, verbose=False)
+    module, ends = make(), Ends()
+    settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | settings
+    trainer = make_trainer(ends, *callbacks, enable_checkpointing=True, **settings)
+    try:
+        trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt_path)
+    except SystemExit:
+        return None
+    state = [module.state_dict(), trainer.optimizers[0].state_dict()["state"]]
+    counts = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    logged = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of the loggers
+    return state, [counts, ends.seen, trainer.global_step, trainer.current_epoch, logged]
+
+
+def assert_equal_fits(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    assert found[1] == expected[1]
+
+
+def chain(make, *kills, every=3, exact=True, **settings):
+    """Fit, die, resume from the last checkpoint, and so on; return what the last fit leaves."""
+    shutil.rmtree("ckpt", ignore_errors=True)
+    for after in (*kills, None):
+        checkpoint = ModelCheckpoint("ckpt", "{step}", save_last=True, every_n_train_steps=every, save_top_k=-1)
+        callbacks = [fl.ExactResumeCallback()] * exact
+        callbacks += [checkpoint] if after is None else [checkpoint, Kill(after)]
+        found = tiny_fit(make, *callbacks, ckpt_path="last", **settings)
+        if found is not None:
+            return found
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(Tiny, {}), (Validated, {"every": 2, "val_check_interval": 2, "accumulate_grad_batches": 3})],
+)
+def test_two_kills_anywhere_change_nothing(make, settings):
+    """After k batches, and j batches later: every pair."""
+    expected = chain(make, **settings)
+    for first in range(1, 2 * BATCHES):
+        for second in range(1, 2 * BATCHES - first + 1):
+            assert_equal_fits(chain(make, first, second, **settings), expected)
+
+
+def test_lightning_alone_loses_half_a_gradient_at_the_second_kill():
+    """The test above can fail: a resumed fit writes a checkpoint in the middle of a step."""
+    found, expected = chain(Tiny, 7, 1, exact=False), chain(Tiny, exact=False)
+    assert (found[0][0]["head.weight"] - expected[0][0]["head.weight"]).norm() > 0.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_epochs": -1, "max_steps": 6},
+        {"limit_train_batches": 3},
+        {"check_val_every_n_epoch": None, "val_check_interval": 3},
+        {"check_val_every_n_epoch": 1},
+        {"accumulate_grad_batches": 1},
+    ],
+)
+def test_kills_under_other_limits_change_nothing(settings):
+    make = Tiny if "max_steps" in settings else Validated
+    expected = chain(make, every=1, **settings)
+    for after in range(1, 2 * BATCHES):
+        assert_equal_fits(chain(make, after, 2, every=1, **settings), expected)
+
+
+class Save(Callback):
+    """Writes a checkpoint in each call of each hook."""
+
+    count = 0
+
+    def save(self, trainer, hook):
+        trainer.save_checkpoint(f"all/{self.count:03}-{hook}.ckpt", weights_only=False)
+        self.count += 1
+
+
+HOOKS = ["train_epoch_start", "train_batch_start", "after_backward", "before_optimizer_step", "train_batch_end"]
+HOOKS += ["validation_start", "validation_end", "train_epoch_end"]
+for name in HOOKS:
+    setattr(Save, f"on_{name}", lambda self, trainer, *args, hook=name, **kwargs: self.save(trainer, hook))
+
+
+@pytest.mark.parametrize(("make", "settings"), [(Tiny, {}), (Validated, {}), (Validated, {"val_check_interval": 2})])
+def test_a_fit_resumes_from_a_checkpoint_of_any_hook(make, settings):
+    expected = tiny_fit(make, fl.ExactResumeCallback(), Save(), **settings)
+    paths = sorted(Path("all").iterdir())
+    assert len(paths) > 30 and {path.stem[4:] for path in paths} >= set(HOOKS[:5])
+    for path in paths[:-1]:  # from the last, of the end of the last epoch, there is nothing left to do
+        assert_equal_fits(tiny_fit(make, fl.ExactResumeCallback(), ckpt_path=str(path), **settings), expected)
+
+
+def test_a_callback_that_comes_before_may_write_the_checkpoint():
+    expected = tiny_fit(Validated, Save(), fl.ExactResumeCallback())
+    for path in sorted(Path("all").iterdir())[::2]:
+        found = tiny_fit(Validated, fl.ExactResumeCallback(), ckpt_path=str(path))
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+
+
+class Fail(Callback):
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.fit_loop.total_batch_idx == 3:
+            raise KeyError
+
+
+def test_the_checkpoint_of_an_exception_is_of_the_last_step():
+    expected = tiny_fit(Tiny, fl.ExactResumeCallback())
+    with pytest.raises(KeyError):
+        tiny_fit(Tiny, fl.ExactResumeCallback(), Fail(), OnExceptionCheckpoint("ckpt"))
+    found = tiny_fit(Tiny, fl.ExactResumeCallback(), ckpt_path="ckpt/on_exception.ckpt")
+    assert_equal_fits(found, expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_resumed(first):
+    def callbacks():
+        others = [fl.ExactResumeCallback(), WeightAveraging(use_buffers=True)]
+        return others if first else others[::-1]
+
+    expected = tiny_fit(Tiny, *callbacks(), Save())
+    for path in sorted(Path("all").iterdir())[:-1:3]:
+        assert_equal_fits(tiny_fit(Tiny, *callbacks(), ckpt_path=str(path)), expected)
+
+
+def chain_on_two_processes(kills) -> None:
+    found = chain(Validated, *kills, every=1, devices=2, strategy="ddp", use_distributed_sampler=False)
+    torch.save(found, f"{torch.distributed.get_rank()}.pt")
+
+
+@pytest.mark.parametrize("kills", [(3, 1), (5, 3)])
+def test_two_processes_that_are_killed_twice_end_as_unbroken_ones(kills):
+    launch(chain_on_two_processes, ())
+    expected = [torch.load(f"{rank}.pt") for rank in range(2)]
+    launch(chain_on_two_processes, kills)
+    for rank in range(2):
+        assert_equal_fits(torch.load(f"{rank}.pt"), expected[rank])
+
+
+def test_torchs_generator_is_left_alone_unless_exact_resume_is_asked_for():
+    class Draws(Tiny):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            drawn.append(torch.initial_seed())
+            return loss
+
+    for callbacks, seeds in (((), 1), ((fl.ExactResumeCallback(),), 2 * BATCHES)):
+        drawn: list[int] = []
+        tiny_fit(Draws, *callbacks)
+        assert len(set(drawn)) == seeds
+
+
+def test_the_loader_goes_on_in_any_resumed_fit_of_our_modules():
+    """`LoopRepairs` comes with the module: without ExactResumeCallback the batches are right, dropout is not."""
+    whole, resumed = Tiny(), Tiny()
+    settings = {"max_epochs": 2, "enable_checkpointing": True}
+    for module, path in ((whole, None), (resumed, "ckpt/step=3.ckpt")):
+        checkpoint = ModelCheckpoint("ckpt", "{step}", every_n_train_steps=1, save_top_k=-1)
+        make_trainer(checkpoint, **settings).fit(module, datamodule=TinyData(), ckpt_path=path)
+    assert torch.equal(torch.stack(resumed.seen), torch.stack(whole.seen[3:]))
+
+
+def test_a_module_that_is_not_ours_is_resumed_too():
+    class Plain(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout()), torch.nn.Linear(8, 1)
+
+        def training_step(self, batch, batch_idx):
+            return (self.head(self.body(batch[0][0])).squeeze(1) - batch[0][1]).square().mean()
+
+        configure_optimizers = Tiny.configure_optimizers
+
+    expected = chain(Plain)
+    for after in range(1, 2 * BATCHES):
+        assert_equal_fits(chain(Plain, after, 1), expected)
+
+
+def test_no_file_is_written_where_none_is_asked_for():
+    seed_everything(3, verbose=False)
+    trainer = make_trainer(
+        fl.ExactResumeCallback(), fl.FlowWeightingCallback(), default_root_dir=None, accumulate_grad_batches=2
+    )
+    trainer.fit(Tiny(), datamodule=TinyData())
+    assert trainer.global_step == 3 and list(Path().iterdir()) == []
