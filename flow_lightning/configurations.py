@@ -79,7 +79,7 @@ def with_files(arguments: Sequence[str]) -> list[str]:
 
     Example:
         >>> [Path(word).name for word in with_files(["fit", "--method", "flow", "-c", "cifar10"])]
-        ['fit', '--config=cifar10.yaml', '--config=flow.yaml']
+        ['fit', 'cifar10.yaml', 'flow.yaml']
 
     Raises:
         OptionError: If a name is unknown, or there are two methods.
