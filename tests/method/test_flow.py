@@ -82,7 +82,7 @@ def test_file_gives_back_every_bit(tmp_path):
 
 
 def test_absent_file_is_an_error_that_says_what_writes_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match="`score`, or a fit"):
+    with pytest.raises(FileNotFoundError, match="`score` writes one"):
         SampleWeights.load(tmp_path / "none")
 
 
