@@ -57,7 +57,7 @@ class _Stored:
             ValueError: If the file is damaged, or holds something else.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"No weights file at {path}. `score` writes one, or a fit with FlowWeightingCallback.")
+            raise FileNotFoundError(f"No weights file at {path}: `score` writes one, and a fit with the callback.")
         try:
             tensors, metadata = load_tensors(path, cls.file_format)
             settings: dict[str, Any] = {
