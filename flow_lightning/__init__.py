@@ -1,43 +1,67 @@
-"""Fine-tune without forgetting, for PyTorch Lightning."""
+"""Fine-tune without forgetting, for PyTorch Lightning.
 
-from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
-from flow_lightning.callbacks.language_retention import LanguageRetentionCallback
-from flow_lightning.callbacks.linear_probe import LinearProbeCallback
-from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback
-from flow_lightning.data.images import ImageDataModule
-from flow_lightning.data.indexing import IndexedDataset, IndexedSample
-from flow_lightning.data.instructions import InstructionDataModule
-from flow_lightning.files import AtomicCheckpointIO
-from flow_lightning.method.flow import effective_sample_size, flow_weights, keep_below, temperature
-from flow_lightning.method.objective import weighted_loss
-from flow_lightning.method.weights import SampleWeights, TokenWeights
-from flow_lightning.modules.base import WeightedLossModule
-from flow_lightning.modules.causal_language import CausalLanguageModule
-from flow_lightning.modules.image_classification import ImageClassificationModule
-from flow_lightning.resume import ExactResumeCallback
+Names are imported when they are first used: `import flow_lightning` alone loads neither torch nor Lightning.
+"""
 
-__all__ = [
-    "AtomicCheckpointIO",
-    "CausalLanguageModule",
-    "ExactResumeCallback",
-    "FlowWeightingCallback",
-    "ImageClassificationModule",
-    "ImageDataModule",
-    "IndexedDataset",
-    "IndexedSample",
-    "InstructionDataModule",
-    "LanguageRetentionCallback",
-    "LinearProbeCallback",
-    "RetentionCallback",
-    "SampleWeights",
-    "SavePretrainedCallback",
-    "TokenWeights",
-    "WeightedLossModule",
-    "effective_sample_size",
-    "flow_weights",
-    "keep_below",
-    "temperature",
-    "weighted_loss",
-]
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+#: Each module below this package, with its public names.
+_PUBLIC = {
+    "callbacks.flow_weighting": ("FlowWeightingCallback",),
+    "callbacks.linear_probe": ("LinearProbeCallback",),
+    "callbacks.retention": ("RetentionCallback",),
+    "callbacks.save_pretrained": ("SavePretrainedCallback",),
+    "data.images": ("ImageDataModule",),
+    "data.indexing": ("IndexedDataset", "IndexedSample"),
+    "data.instructions": ("InstructionDataModule",),
+    "files": ("AtomicCheckpointIO",),
+    "method.flow": ("effective_sample_size", "flow_weights", "keep_below", "temperature"),
+    "method.objective": ("weighted_loss",),
+    "method.weights": ("SampleWeights", "TokenWeights"),
+    "modules.base": ("WeightedLossModule",),
+    "modules.causal_language": ("CausalLanguageModule",),
+    "modules.image_classification": ("ImageClassificationModule",),
+    "resume": ("ExactResumeCallback", "ResumableDataLoader", "ResumableSampler"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:  # for type checkers and editors
+    from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
+    from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
+    from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
+    from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
+    from flow_lightning.data.images import ImageDataModule as ImageDataModule
+    from flow_lightning.data.indexing import IndexedDataset as IndexedDataset
+    from flow_lightning.data.indexing import IndexedSample as IndexedSample
+    from flow_lightning.data.instructions import InstructionDataModule as InstructionDataModule
+    from flow_lightning.files import AtomicCheckpointIO as AtomicCheckpointIO
+    from flow_lightning.method.flow import effective_sample_size as effective_sample_size
+    from flow_lightning.method.flow import flow_weights as flow_weights
+    from flow_lightning.method.flow import keep_below as keep_below
+    from flow_lightning.method.flow import temperature as temperature
+    from flow_lightning.method.objective import weighted_loss as weighted_loss
+    from flow_lightning.method.weights import SampleWeights as SampleWeights
+    from flow_lightning.method.weights import TokenWeights as TokenWeights
+    from flow_lightning.modules.base import WeightedLossModule as WeightedLossModule
+    from flow_lightning.modules.causal_language import CausalLanguageModule as CausalLanguageModule
+    from flow_lightning.modules.image_classification import ImageClassificationModule as ImageClassificationModule
+    from flow_lightning.resume import ExactResumeCallback as ExactResumeCallback
+    from flow_lightning.resume import ResumableDataLoader as ResumableDataLoader
+    from flow_lightning.resume import ResumableSampler as ResumableSampler
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

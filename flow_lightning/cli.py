@@ -1,117 +1,146 @@
-"""The command line: LightningCLI with `score` (weights alone) and `compare` (one configuration, several methods)."""
+"""The command line: LightningCLI with names for configurations, methods, and two more commands.
 
+In: the words of a command line. Out: one run of the Trainer; for `compare`, one for each method and seed.
+Next: `trainer.py` and `compare.py`.
+"""
+
+import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar, NoReturn
 
-import yaml
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.predictions import PredictionsCallback
 from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.compare import report_comparison
-from flow_lightning.files import write_bytes
+from flow_lightning.compare import compare
+from flow_lightning.configurations import OptionError, method_names, nearest, with_files
+from flow_lightning.data.images import ImageDataModule
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.image_classification import ImageClassificationModule
-from flow_lightning.report.metrics import read_metrics
-from flow_lightning.run import run_directory
+from flow_lightning.option_errors import explain
 from flow_lightning.trainer import FlowTrainer
 
 
+class FlowParser(LightningArgumentParser):
+    """A parser whose errors are short and name the nearest right option."""
+
+    keys: ClassVar[set[str]] = set()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong, and exit with status 2; a parser of one value raises, as its caller expects."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        fail(explain(message, self.keys))
+
+
 class FlowCLI(LightningCLI):
-    """LightningCLI with the retention report, a learning rate for each method, `score` and `compare`."""
+    """LightningCLI with the retention report, methods, and a learning rate for each method."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, with the arguments that come from the configuration."""
-        parts = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {"score": parts, "compare": parts}
+        return LightningCLI.subcommands() | {"score": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `method`, `learning_rate` and `retention`."""
-        parser.add_argument("--method", type=str, default="flow", help="Name of the method; picks its learning rate.")
+        parser.add_argument("--method", type=str, default="standard", help="How to train; picks the learning rate.")
         parser.add_argument(
             "--learning_rate",
-            type=float | dict[str, float],
-            default=1e-3,
-            help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}.",
+            type=float | dict[str, float] | None,
+            help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}. "
+            "By default the model's own.",
         )
-        parser.link_arguments(("learning_rate", "method"), "model.init_args.learning_rate", compute_fn=learning_rate_of)
+        parser.link_arguments(
+            ("learning_rate", "method", "model"), "model.init_args.learning_rate", compute_fn=learning_rate_of
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.add_lightning_class_args(RetentionCallback, "retention")
+        FlowParser.keys.update(parser.get_defaults(skip_validation=True).keys())
+        FlowParser.keys.update(f"model.{name}" for name in signature(ImageClassificationModule).parameters)
+        FlowParser.keys.update(f"data.{name}" for name in signature(ImageDataModule).parameters)
 
     def before_instantiate_classes(self) -> None:
-        """Let `validate` validate, where a configuration leaves that out of the fit."""
-        trainer = self.config[self.subcommand].trainer if self.subcommand == "validate" else None
-        if trainer is not None and trainer.limit_val_batches == 0:
-            trainer.limit_val_batches = 1.0
+        """Say which model is measured; `validate` runs on all batches where a configuration leaves validation out."""
+        config = self.config[self.subcommand]
+        if self.subcommand in ("validate", "test", "predict") and config.ckpt_path is None:
+            rank_zero_warn(f"{self.subcommand} has no --ckpt_path, so it takes the model as it is before training.")
+        if self.subcommand == "validate" and config.trainer.limit_val_batches == 0:
+            config.trainer.limit_val_batches = 1.0
 
     def instantiate_classes(self) -> None:
-        """Build trainer, model and data; `compare` builds them once for each run instead."""
-        if self.subcommand != "compare":
+        """Build trainer, model and data; a value that one of them refuses is a wrong option."""
+        try:
             super().instantiate_classes()
-            if self.subcommand == "predict" and isinstance(self.model, ImageClassificationModule):
-                self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
-            return
-        self.config_init = self.config
-        self.trainer = self.trainer_class  # type: ignore[assignment]  # read for its methods, never run
-        self.model = self.datamodule = None
+        except (ValueError, OSError, MisconfigurationException) as error:
+            self.parser.error(str(error), error)
 
-    def compare(self, methods: list[str], seeds: list[int] | None, output: str, **_: Any) -> None:
-        """Run `fit` for each method and seed, then report."""
-        folder = Path(output)
-        base = folder / "base.yaml"
-        config = yaml.safe_load(self.parser.dump(self.config))["compare"]
-        shared = {key: value for key, value in config.items() if key not in ("config", "methods", "seeds", "output")}
-        write_bytes(base, yaml.safe_dump(shared, sort_keys=False).encode())
-        runs: dict[str, list[dict[str, Any]]] = {Path(method).stem: [] for method in methods}
-        diverged: list[str] = []
-        for seed in seeds or (None,):
-            for method in methods:
-                name = Path(method).stem
-                where = folder / name / ("default" if seed is None else f"seed-{seed}")
-                args = ["fit", f"--config={base}", f"--config={method}", f"--trainer.default_root_dir={where}"]
-                try:
-                    cli = main(args + ([] if seed is None else [f"--seed_everything={seed}"]))
-                except FloatingPointError as error:  # the other runs are worth having
-                    diverged.append(f"{where}: {error}")
-                    runs[name].append({})
-                    continue
-                metrics = (run_directory(cli.trainer) or Path()) / "metrics.json"
-                runs[name].append(read_metrics(metrics) if metrics.exists() else {})  # a run need not measure anything
-        if getattr(rank_zero_only, "rank", 0) == 0:  # under ddp every process goes through all runs
-            report_comparison(runs, folder)
-        if diverged:
-            raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
+    def after_instantiate_classes(self) -> None:
+        """Say by which method a fit trains; write the classes that `predict` finds."""
+        if self.subcommand == "predict" and isinstance(self.model, ImageClassificationModule):
+            self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
+        if self.subcommand == "fit":
+            config = self.config["fit"]
+            check_method(config.method, self.trainer)
+            rank_zero_info(describe_method(config.method, config.model.init_args.get("learning_rate")))
 
 
-def learning_rate_of(learning_rate: float | dict[str, float], method: str) -> float:
-    """Pick the learning rate of a method.
+def learning_rate_of(
+    learning_rate: float | dict[str, float] | None, method: str, model: dict[str, Any] | None
+) -> float | None:
+    """Pick the learning rate of a method; where none is given the model keeps its own.
 
     Raises:
         ValueError: If rates are given for each method, but none for this one.
     """
+    if learning_rate is None:
+        return (model or {}).get("init_args", {}).get("learning_rate")  # type: ignore[no-any-return]
     if not isinstance(learning_rate, dict):
         return learning_rate
     if method not in learning_rate:
         raise ValueError(
-            f"learning_rate has no rate for the method {method!r}, only for {sorted(learning_rate)}. "
+            f"learning_rate has no rate for the method {method!r}, only for {', '.join(sorted(learning_rate))}. "
             "Add one, or give a number."
         )
     return learning_rate[method]
 
 
-def main(args: Sequence[str] | None = None) -> LightningCLI:
-    """Run the command line.
+def check_method(method: str, trainer: Trainer) -> None:
+    """Check that the samples are weighted if and only if the method says so. Methods of your own may do either.
+
+    Raises:
+        OptionError: If not.
+    """
+    weightings = sum(isinstance(c, FlowWeightingCallback) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if method == "standard" and weightings:
+        raise OptionError(
+            "The method is 'standard', which trains without weights, but there is a FlowWeightingCallback. "
+            "Give --method flow, or take the callback out."
+        )
+    if method != "standard" and method in method_names() and not weightings:
+        raise OptionError(
+            f"The method is {method!r}, but there is no FlowWeightingCallback: a later configuration replaced it. "
+            "Write `callbacks+:` there, which adds to the list."
+        )
+
+
+def describe_method(method: str, rate: float | None) -> str:
+    """Describe in one line how a fit trains."""
+    plain = " (plain fine-tuning, without weights; see --method)" if method == "standard" else ""
+    return f"Method: {method}{plain}" + ("." if rate is None else f", learning rate {rate:g}.")
+
+
+def run(arguments: list[str]) -> FlowCLI:
+    """Run one command of the Trainer.
 
     Args:
-        args: Arguments, by default the process's own.
+        arguments: The command and its options, with files for names.
     """
-    # `compare` calls this function from within, and frozen BatchNorm layers stand in evaluation mode on purpose.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     return FlowCLI(
         WeightedLossModule,
         LightningDataModule,
@@ -120,6 +149,62 @@ def main(args: Sequence[str] | None = None) -> LightningCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,  # the module has arguments for both
         save_config_kwargs={"overwrite": True},
+        parser_class=FlowParser,
         parser_kwargs={"description": "flow_lightning: fine-tune without forgetting."},
-        args=list(args) if args is not None else None,
+        args=arguments,
     )
+
+
+def main(args: Sequence[str] | None = None) -> FlowCLI | None:
+    """Run the command line.
+
+    Args:
+        args: Arguments, by default the process's own.
+
+    Returns:
+        The `FlowCLI` that ran; None for `compare`, which runs several.
+    """
+    # The parser gets changed arguments, frozen BatchNorm layers are in evaluation mode on purpose, and the last warning
+    # is about Lightning's own code.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    try:
+        words = [_renamed(word) for word in with_files(sys.argv[1:] if args is None else args)]
+        check_command(words)
+        if words[0] != "compare":
+            return run(words)
+        compare(words[1:], lambda options: run(["fit", *options]).trainer)
+        return None
+    except OptionError as error:
+        fail(str(error))
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Check that a command comes first, and that it has a configuration, or at least a model.
+
+    Raises:
+        OptionError: If not.
+    """
+    known = [*FlowCLI.subcommands(), "compare"]
+    if not words or words[0] not in known:
+        hint = nearest(words[0], known) if words else ""
+        raise OptionError(f"The first word must be a command. {hint}Commands: {', '.join(known)}.")
+    if not any(word.startswith(("--config", "--model", "--help")) for word in words):
+        raise OptionError(
+            f"{words[0]} needs a configuration: flow-lightning {words[0]} -c quickstart. Names: flow-lightning --help"
+        )
+
+
+def fail(message: str) -> NoReturn:
+    """Print what is wrong with an option and exit with status 2."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
+
+
+def _renamed(word: str) -> str:
+    """`--help-all` is the parser's own help; a model's learning rate has one name on the command line."""
+    for name in ("--model.learning_rate", "--model.init_args.learning_rate"):
+        if word.partition("=")[0] == name:
+            return word.replace(name, "--learning_rate", 1)
+    return "--help" if word == "--help-all" else word

@@ -1,6 +1,6 @@
-"""The Trainer of the command line: `score` and `compare`, and checkpoints that are complete or absent.
+"""The Trainer of the command line: `score`, and checkpoints that are complete or absent.
 
-In: a configuration, through `cli.py`. Out: a fit, a scoring or a comparison. Next: `resume.py`, `files.py`.
+In: a configuration, through `cli.py`. Out: a fit or a scoring. Next: `resume.py`, `files.py`.
 """
 
 from pathlib import Path
@@ -10,17 +10,17 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
-
-_METHODS = ["configs/methods/standard.yaml", "configs/methods/flow.yaml"]
+from flow_lightning.run import run_directory
 
 
 class FlowTrainer(Trainer):
-    """A Trainer with the two further commands of the command line.
+    """A Trainer with the command `score`.
 
     It writes checkpoints atomically, also those of a model in shards.
     """
@@ -50,24 +50,4 @@ class FlowTrainer(Trainer):
         self.num_sanity_val_steps = 0
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)
-
-    def compare(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        methods: list[str] = _METHODS,
-        seeds: list[int] | None = None,
-        output: str = "runs/compare",
-    ) -> None:
-        """Fit one configuration under several method files, one after the other: a table and a picture side by side.
-
-        Args:
-            model: The model.
-            datamodule: The data.
-            methods: Method files, each put on top of the configuration.
-            seeds: Seeds, each fitted under every method; by default the configuration's own.
-            output: Folder for the runs, `comparison.json` and `comparison.png`.
-        """
-        raise NotImplementedError(
-            "compare fits several models: call it from the command line, `python main.py compare`."
-        )
+        rank_zero_info(f"Weights, picture and metrics.json: {run_directory(self) or 'not written'}")

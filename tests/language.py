@@ -1,12 +1,14 @@
 """Tiny texts and a tiny tokenizer for tests of language models."""
 
 import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import flow_lightning as fl
+from flow_lightning.data.instructions.prompts import encode
 
 END = "<|end|>"
 
@@ -21,6 +23,18 @@ SENTENCES = [
     "Anna has three apples and buys four more. How many apples does she have now?",
     "She has three plus four, that is seven apples. The answer is: 7",
     "A train goes 60 miles in one hour. How many miles does it go in 5 hours?",
+]
+
+#: Texts that are easily lost or changed on the way to tokens and back.
+TRICKY = [
+    "",
+    " leading",
+    "trailing \n",
+    "\n\nlines\r\n\t",
+    "größer 漢字 العربية",
+    "👩‍👩‍👧 🎉",
+    "12 345.678",
+    "{x} {instruction}",
 ]
 
 
@@ -57,6 +71,16 @@ def instructions(n: int) -> list[dict[str, str]]:
     ]
 
 
+def encode_one(prompt, response, tokenizer, chat=False) -> tuple[list[int], int]:
+    """Return the tokens of one prompt and response, and how many are the prompt's."""
+    return next(encode([(prompt, response)], tokenizer, chat))
+
+
+def write_jsonl(path: Path, records: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
 def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     """Make a small randomly initialised Llama."""
     torch.manual_seed(seed)
@@ -85,7 +109,7 @@ def language_module(**settings):
 
 
 def language_data(tmp_path, n=13, **settings):
-    path = tmp_path / "train.jsonl"
-    content = "".join(json.dumps(record) + "\n" for record in instructions(n))
-    path.write_text(content)
-    return fl.InstructionDataModule(str(path), template="Q: {instruction} A: ", tokenizer=TOKENIZER, **settings)
+    """Return a data module of `n` training samples, none of them held out."""
+    source = write_jsonl(tmp_path / "train.jsonl", instructions(n))
+    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0} | settings
+    return fl.InstructionDataModule(source, **settings)

@@ -9,12 +9,11 @@ import pytest
 from yaml import safe_load
 
 import flow_lightning as fl
-from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.cli import learning_rate_of, main
+from flow_lightning.data.catalogue import CATALOGUE
 from tests.data.fake_datasets import MAKERS, accept_any_checksum
 
 ROOT = Path(__file__).parent.parent
-METHODS = [ROOT / "configs" / "methods" / f"{name}.yaml" for name in ("flow", "standard")]
 VISION = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
 TINY = [
     "--model.model=test_resnet.r160_in1k",
@@ -32,11 +31,15 @@ TINY = [
     "--trainer.enable_model_summary=false",
 ]
 QUICK = [
-    f"-c={ROOT}/configs/quickstart.yaml",
+    "-c=quickstart",
     "--model.checkpoint=null",
     "--retention.images=null",
     *(option for option in TINY if "root" not in option),
 ]
+
+FOLDER = ["--data.dataset=folder", "--data.root=data"]  # 24 images
+OWN = ["--model=tests.examples.LinearRegression", "--data=tests.examples.RegressionData", "--trainer.fast_dev_run=1"]
+RATES = "--config={learning_rate: {standard: 0.02, flow: 0.01}}"
 
 
 @pytest.fixture
@@ -50,28 +53,30 @@ def fake_data(monkeypatch):
     return make
 
 
+def error_of(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
 def metrics_of(cli) -> dict:
     return json.loads((Path(cli.trainer.log_dir) / "metrics.json").read_text())
 
 
-def test_there_are_configurations():
-    assert all(path.is_file() for path in METHODS) and len(VISION) == 14
-
-
 @pytest.mark.parametrize("config", VISION, ids=lambda path: path.stem)
 def test_every_configuration_composes_with_every_method(config, fake_data):
-    """Those of ResNet-50 differ from those of ResNet-18 by the model's name alone, so there one method is enough."""
-    methods = METHODS if config.stem.endswith("resnet18") else METHODS[:1]
-    for method in methods:
-        if not Path("data").exists():
-            fake_data(safe_load(config.read_text())["data"]["init_args"]["dataset"])
-        cli = main(["fit", f"-c={config}", f"-c={method}", *TINY])
+    settings = safe_load(config.read_text())
+    fake_data(settings["data"]["init_args"]["dataset"])
+    for method in ("standard", "flow"):
+        cli = main(["fit", f"-c={config.stem}", f"--method={method}", *TINY])
         metrics = metrics_of(cli)
         flow = any(isinstance(callback, fl.FlowWeightingCallback) for callback in cli.trainer.callbacks)
-        assert flow == (method.stem == "flow") == ("flow/temperature" in metrics)
+        assert flow == (method == "flow") == ("flow/temperature" in metrics)
         assert 0 <= metrics["target/top1"] <= 1 and 0 <= metrics["target/hard_top1"] <= 1
         assert ("time/refit_s" in metrics) == flow
-        assert cli.model.learning_rate == safe_load(config.read_text())["learning_rate"][method.stem]
+        assert cli.model.learning_rate == settings["learning_rate"][method]
+        assert cli.model.head.out_features == CATALOGUE[cli.datamodule.dataset].num_classes
 
 
 @pytest.mark.parametrize(
@@ -86,25 +91,59 @@ def test_every_configuration_composes_with_every_method(config, fake_data):
     ],
 )
 def test_the_configurations_hold_the_papers_hyperparameters(config, standard, flow, epochs):
-    for model in ("resnet18", "resnet50"):
-        settings = safe_load((ROOT / "configs" / "vision" / f"{config}_{model}.yaml").read_text())
-        assert settings["learning_rate"] == {"standard": standard, "flow": flow}
-        assert settings["trainer"]["max_epochs"] == epochs and settings["seed_everything"] == 42
-        assert settings["data"]["init_args"]["batch_size"] == 128
-        assert settings["model"]["init_args"]["optimizer"]["init_args"] == {"momentum": 0.9, "weight_decay": 5e-4}
-        assert settings["model"]["init_args"]["batch_norm"] == "train"
+    settings = safe_load((ROOT / "configs" / "vision" / f"{config}.yaml").read_text())
+    model, data = settings["model"]["init_args"], settings["data"]["init_args"]
+    assert settings["learning_rate"] == {"standard": standard, "flow": flow}
+    assert settings["trainer"]["max_epochs"] == epochs and settings["seed_everything"] == 42
+    assert (data["batch_size"], data["validation_fraction"]) == (128, 0)
+    assert model["optimizer"]["init_args"] == {"momentum": 0.9, "weight_decay": 5e-4}
+    assert (model["model"], model["batch_norm"]) == ("resnet18.a1_in1k", "train")
 
 
-def test_one_learning_rate_on_the_command_line_holds_for_every_method():
-    cli = main(["fit", *QUICK, f"-c={METHODS[0]}", "--learning_rate=0.25", "--trainer.fast_dev_run=1"])
-    assert cli.model.learning_rate == 0.25
-    assert learning_rate_of({"flow": 0.1}, "flow") == 0.1
-    with pytest.raises(ValueError, match="no rate for the method 'mine'"):
-        learning_rate_of({"flow": 0.1}, "mine")
+@pytest.mark.parametrize("option", ["--learning_rate=0.25", "--model.learning_rate=0.25"])
+def test_one_learning_rate_on_the_command_line_holds_for_every_method(option):
+    assert main(["fit", *OWN, RATES, "--method=flow", option]).model.learning_rate == 0.25
 
 
-def test_score_computes_weights_without_training():
-    cli = main(["score", *QUICK])
+def test_rates_for_each_method_need_one_for_this_method():
+    assert learning_rate_of({"flow": 0.1}, "flow", None) == 0.1
+    with pytest.raises(ValueError, match="no rate for the method 'mine', only for flow"):
+        learning_rate_of({"flow": 0.1}, "mine", None)
+
+
+def test_a_model_keeps_its_own_rate_unless_one_is_given():
+    assert main(["fit", *OWN]).model.learning_rate == 0.1
+    assert main(["fit", *OWN, "--learning_rate=0.5"]).model.learning_rate == 0.5
+
+
+def test_a_fit_without_a_method_trains_plainly_at_the_standard_rate_and_says_so(caplog):
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        cli = main(["fit", *OWN, RATES])
+        assert cli.model.learning_rate == 0.02 and cli.model.sample_weights is None
+        assert main(["fit", *OWN, RATES, "--method=flow"]).model.learning_rate == 0.01
+    said = [message for message in caplog.messages if message.startswith("Method: ")]
+    assert said == [
+        "Method: standard (plain fine-tuning, without weights; see --method), learning rate 0.02.",
+        "Method: flow, learning rate 0.01.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "callbacks", "message"),
+    [
+        ("standard", "[{class_path: flow_lightning.FlowWeightingCallback}]", "trains without weights"),
+        ("flow", "[]", "there is no FlowWeightingCallback"),
+    ],
+)
+def test_a_method_and_weights_that_do_not_agree_stop_the_fit(method, callbacks, message, capsys):
+    Path("own.yaml").write_text(f"trainer: {{callbacks: {callbacks}}}\n")
+    assert message in error_of(capsys, "fit", *QUICK, f"--method={method}", "-c=own.yaml")
+
+
+def test_score_computes_weights_without_training(caplog):
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        cli = main(["score", *QUICK])
+    assert f"Weights, picture and metrics.json: {cli.trainer.log_dir}" in caplog.text
     assert cli.trainer.global_step == 0
     folder = Path(cli.trainer.log_dir)
     weights = fl.SampleWeights.load(folder / "flow_weights.safetensors")
@@ -114,44 +153,21 @@ def test_score_computes_weights_without_training():
     assert "target/top1" not in json.loads((folder / "metrics.json").read_text())
 
 
-def test_weights_that_score_wrote_serve_a_fit():
-    scored = Path(main(["score", *QUICK]).trainer.log_dir) / "flow_weights.safetensors"
+def test_weights_that_score_wrote_serve_a_fit(fake_data):
+    fake_data("folder")
+    scored = Path(main(["score", *QUICK, *FOLDER]).trainer.log_dir) / "flow_weights.safetensors"
     Path("method.yaml").write_text(
-        "trainer: {callbacks+: [{class_path: flow_lightning.FlowWeightingCallback, "
+        "method: flow\ntrainer: {callbacks+: [{class_path: flow_lightning.FlowWeightingCallback, "
         f"init_args: {{weights_file: {scored.absolute()}}}}}]}}\n"
     )
-    cli = main(["fit", *QUICK, "-c=method.yaml"])
+    cli = main(["fit", *QUICK, *FOLDER, "-c=method.yaml"])
     assert metrics_of(cli)["flow/temperature"] == fl.SampleWeights.load(scored).temperature
 
 
-def test_compare_puts_methods_and_seeds_side_by_side(capsys, fake_data):
+def test_a_run_goes_on_from_its_last_checkpoint(fake_data):
+    """The command of configs/README.md: the same for the first run and for those after it."""
     fake_data("folder")
-    methods = ",".join(f'"{path}"' for path in METHODS)
-    data = ["--data.dataset=folder", "--data.root=data"]
-    main(["compare", *QUICK, *data, f"--methods=[{methods}]", "--seeds=[1,2]", "--output=runs/x"])
-    runs = json.loads(Path("runs/x/comparison.json").read_text())
-    assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
-    assert Path("runs/x/comparison.png").read_bytes().startswith(b"\x89PNG")
-    for name in runs:
-        for run, seed in zip(runs[name], (1, 2)):
-            assert run == json.loads(next(Path(f"runs/x/{name}/seed-{seed}").rglob("metrics.json")).read_text())
-    table = capsys.readouterr().out
-    assert "flow" in table and "standard" in table and "±" in table
-
-
-def test_compare_goes_on_after_a_run_that_diverged_and_fails_at_the_end(capsys):
-    methods = ",".join(f'"{path}"' for path in METHODS)
-    steps, rates = "--trainer.limit_train_batches=3", "--learning_rate={standard: 1e36, flow: 0.001}"
-    with pytest.raises(FloatingPointError, match=r"leaves out(.|\n)*standard/seed-1: The training loss is NaN"):
-        main(["compare", *QUICK, steps, rates, f"--methods=[{methods}]", "--seeds=[1]", "--output=runs/x"])
-    runs = json.loads(Path("runs/x/comparison.json").read_text())
-    assert runs["standard"] == [{}] and runs["flow"][0]["target/top1"] > 0
-    assert "target accuracy" in capsys.readouterr().out
-
-
-def test_a_run_goes_on_from_its_last_checkpoint():
-    """The command of the README: the same for the first run and for those after it."""
-    options = [*QUICK, f"-c={METHODS[0]}", f"-c={ROOT}/configs/resumable.yaml", "--trainer.callbacks.dirpath=one"]
+    options = [*QUICK, *FOLDER, "--method=flow", "-c=resumable", "--trainer.callbacks.dirpath=one"]
     options += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.limit_train_batches=3", "--ckpt_path=last"]
     first = main(["fit", *options, "--trainer.max_steps=2"])
     assert first.trainer.global_step == 2 and Path("one/last.ckpt").exists()
@@ -162,23 +178,15 @@ def test_a_run_goes_on_from_its_last_checkpoint():
         next(c for c in cli.trainer.callbacks if isinstance(c, fl.FlowWeightingCallback)) for cli in (first, second)
     ]
     assert (flow[0].weights.weights == flow[1].weights.weights).all()
-    assert flow[1]._state.resumed
-
-
-def test_force_reaches_the_callbacks():
-    for force in (True, False):
-        cli = main(["fit", *QUICK, f"-c={METHODS[0]}", "--trainer.fast_dev_run=1", *(["--force"] if force else [])])
-        found = [
-            c.force for c in cli.trainer.callbacks if isinstance(c, fl.FlowWeightingCallback | LinearProbeCallback)
-        ]
-        assert found == [force, force]
+    assert flow[1].run.resumed and not flow[0].run.resumed
 
 
 @pytest.mark.parametrize(("command", "metric"), [("validate", "val/top1"), ("test", "test/top1")])
 def test_validate_and_test_measure(command, metric):
     """Though the quickstart leaves validation out of its fits."""
     options = [option for option in QUICK if "limit_val" not in option]
-    cli = main([command, *options, "--trainer.limit_test_batches=1"])
+    with pytest.warns(UserWarning, match="no --ckpt_path, so it takes the model as it is before training"):
+        cli = main([command, *options, "--trainer.limit_test_batches=1"])
     assert cli.trainer.global_step == 0 and 0 <= cli.trainer.callback_metrics[metric] <= 1
 
 
@@ -192,18 +200,59 @@ def test_predict_writes_a_table(processes):
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
 
 
-@pytest.mark.parametrize("arguments", [[], ["fit"], ["score"], ["compare"]], ids=" ".join)
-def test_help_reads(arguments, capsys):
+def test_the_parsers_own_help_reads(capsys):
     with pytest.raises(SystemExit) as end:
-        main([*arguments, "--help"])
-    printed = capsys.readouterr().out
-    assert end.value.code == 0
-    for word in {"compare": ["--methods", "--seeds", "--output"], "": ["score", "compare"]}.get(
-        "".join(arguments), ["--retention.images"]
-    ):
-        assert word in printed
+        main(["fit", "--help-all"])
+    assert end.value.code == 0 and "--retention.images" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_tells_the_number_of_classes(fake_data):
+    fake_data("folder")
+    cli = main(["fit", "-c=cifar10", "--method=flow", "--data.dataset=folder", *TINY])
+    assert cli.model.head.out_features == 3
 
 
 def test_missing_data_says_where_it_looked():
     with pytest.raises(FileNotFoundError, match=r"flowers-102.*download"):
-        main(["fit", f"-c={ROOT}/configs/vision/flowers102_resnet18.yaml", *TINY])
+        main(["fit", "-c=flowers102", *TINY])
+
+
+BROKEN = {"section.yaml": "trainr: {max_epochs: 3}", "option.yaml": "model: {init_args: {num_clases: 3}}"}
+BROKEN["class.yaml"] = "trainer: {callbacks+: [{class_path: flow_lightning.FlowWeightingCalback}]}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lerning_rate=3"], "'lerning_rate'. Did you mean learning_rate?"),
+        (["--batch_size", "3"], "'batch_size'. Did you mean data.batch_size?"),
+        (["-c=section.yaml"], "'trainr.max_epochs'. Did you mean trainer.max_epochs?"),
+        (["-c=option.yaml"], "'num_clases'. Did you mean num_classes?"),
+        (["-c=class.yaml"], "'FlowWeightingCalback'. Did you mean FlowWeightingCallback?"),
+        (["--data.batchsize=3"], "'batchsize'. Did you mean batch_size?"),
+        (["--model.batch_norm=frosen"], "model.batch_norm: 'frosen' is no valid value. Did you mean frozen?"),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs: 'many' is no valid value. Expected int or null."),
+        (["--retention.every_n_epochs=0"], "every_n_epochs is 0; expected at least 1"),
+        (["--trainer.accelerator=abacus"], "invalid accelerator"),
+        (["--data.dataset=digit"], "Did you mean digits"),
+        (["--model.model=resnet1"], "timm has no model 'resnet1'"),
+        (["--data.dataset=folder", "--data.root=nowhere"], "nowhere/train"),
+        (["--learning_rate={flow: 0.1}"], "no rate for the method 'standard', only for flow"),
+        (["--method=flo"], "Did you mean flow?"),
+        (["-c=cifar"], "Did you mean cifar10?"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_key_or_value_gives_a_short_message_with_the_nearest_right_one(options, message, capsys):
+    for name, text in BROKEN.items():
+        Path(name).write_text(text)
+    error = error_of(capsys, "fit", *QUICK, *options)
+    assert message in error and len(error.splitlines()) == 1 and error.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["fti"], "Did you mean fit?"), (["fit"], "fit needs a configuration"), ([], "must be a command")],
+)
+def test_a_command_and_a_configuration_are_needed(arguments, message, capsys):
+    assert message in error_of(capsys, *arguments)

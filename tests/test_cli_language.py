@@ -37,7 +37,7 @@ def tiny_folders(tmp_path, monkeypatch):
 
 
 def run(*arguments, method="standard", command="fit"):
-    return main([command, *arguments, f"-c={ROOT}/configs/methods/{method}.yaml", *TINY])
+    return main([command, *arguments, f"--method={method}", *TINY])
 
 
 def metrics_of(cli):
@@ -49,7 +49,7 @@ def metrics_of(cli):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
 def test_every_configuration_composes_with_every_method(config, method, lora):
-    extra = [f"-c={LORA}"] if lora else []
+    extra = ["-c=lora"] if lora else []
     cli = run(f"-c={config}", *extra, "--data.train=train.jsonl", "--data.batch_size=2", method=method)
     folder = Path(cli.trainer.log_dir) / "model"
     assert cli.model.tune == ("lora" if lora else "full") and (folder / "tokenizer.json").is_file()
@@ -74,7 +74,7 @@ def test_the_configurations_hold_the_papers_hyperparameters():
 
 def test_the_quickstart_learns_reports_and_saves():
     options = ["--data.train=generated:arithmetic:16", "--data.test=generated:arithmetic:5"]
-    cli = run(f"-c={ROOT}/configs/language/quickstart.yaml", *options, method="flow_sequence")
+    cli = run("-c=language/quickstart", *options, method="flow_sequence")
     metrics = metrics_of(cli)
     assert {"target/before/loss", "target/loss", "target/exact_match", "flow/temperature"} <= set(metrics)
     assert {"retention/before/perplexity", "retention/after/perplexity"} <= set(metrics)
@@ -91,7 +91,7 @@ def test_score_writes_the_weights_of_every_token():
 @pytest.mark.parametrize("config", PAPER, ids=lambda path: path.stem)
 def test_the_papers_tasks_go_on_top_of_a_configuration(config, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(f"-c={config}", f"-c={ROOT}/configs/language/paper_tasks.yaml", "--print_config")
+        run(f"-c={config}", "-c=paper_tasks", "--print_config")
     assert stopped.value.code in (0, None)
     callbacks = safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     assert "mmlu:5" in callbacks[-1]["init_args"]["tasks"] and len(callbacks) == 2

@@ -48,7 +48,7 @@ def vision(weights_file=None):
     """Random crops, dropout, BatchNorm, momentum and a schedule: much that a resumed run could get wrong."""
     module = tiny_module(model_kwargs={"drop_rate": 0.5}, learning_rate=0.01, batch_norm="train")
     data = fl.ImageDataModule(
-        "folder", root="pictures", image_size=8, batch_size=2, num_workers=0, transforms="random_resized_crop"
+        "folder", "pictures", 8, 2, num_workers=0, transforms="random_resized_crop", validation_fraction=0
     )
     return module, data, [fl.LinearProbeCallback(refit=False), fl.FlowWeightingCallback(weights_file=weights_file)]
 

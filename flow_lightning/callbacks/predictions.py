@@ -1,4 +1,7 @@
-"""What a classifier says of each sample, as a table."""
+"""What a classifier predicts for each sample, as a table.
+
+In: class probabilities from `predict_step`. Out: `predictions.csv`. Next: `cli.py`, which adds it to `predict`.
+"""
 
 import csv
 import io
@@ -10,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from flow_lightning.contract import data_contract
 from flow_lightning.data.indexing import batch_index
 from flow_lightning.distributed import gather, on_rank_zero
 from flow_lightning.files import write_bytes
@@ -17,17 +21,18 @@ from flow_lightning.run import run_directory
 
 
 class PredictionsCallback(Callback):
-    """Write the most likely class of each sample, and its probability, to `predictions.csv` in the run's directory.
+    """Write the most likely class of each sample, and its probability, to `predictions.csv`.
 
-    The module's `predict_step` must return class probabilities, `[B, C]`; the batches must carry `index`.
+    The file is in the run's directory, or in `default_root_dir` if there is none. The module's `predict_step` must
+    return class probabilities, `[B, C]`; the batches must carry `index`.
     """
 
     def __init__(self) -> None:
-        self.found: list[tuple[Tensor, ...]] = []
+        self.predictions: list[tuple[Tensor, ...]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier call."""
-        self.found = []
+        self.predictions = []
 
     def on_predict_batch_end(
         self,
@@ -38,25 +43,26 @@ class PredictionsCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note the most likely classes of a batch."""
+        """Note index, class and probability of each sample of a batch."""
         probabilities, classes = outputs.max(dim=1)
-        self.found.append((batch_index(batch).cpu(), classes.cpu(), probabilities.cpu()))
+        self.predictions.append((batch_index(batch).cpu(), classes.cpu(), probabilities.cpu()))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table, sample by sample, from all ranks."""
-        index, classes, probabilities = gather(trainer, self.found)
-        names = getattr(trainer.datamodule, "class_names", None)  # type: ignore[attr-defined]
-        path = (run_directory(trainer) or Path()) / "predictions.csv"
-
-        def write() -> None:
-            text = io.StringIO()
-            table = csv.writer(text)
-            table.writerow(["index", "class", "name", "probability"])
-            for i in torch.argsort(index).tolist():
-                number = int(classes[i])
-                name = names[number] if names is not None else ""
-                table.writerow([int(index[i]), number, name, f"{float(probabilities[i]):.6f}"])
-            write_bytes(path, text.getvalue().encode())
-
-        on_rank_zero(trainer, write)
+        """Write the table, by index, with the samples of all ranks."""
+        index, classes, probabilities = gather(trainer, self.predictions)
+        path = Path(run_directory(trainer) or trainer.default_root_dir) / "predictions.csv"
+        names = data_contract(trainer).class_names
+        on_rank_zero(trainer, lambda: write_bytes(path, _table(index, classes, probabilities, names).encode()))
         rank_zero_info(f"Predictions of {len(index)} samples: {path.absolute()}")
+
+
+def _table(index: Tensor, classes: Tensor, probabilities: Tensor, names: list[str] | None) -> str:
+    """Return the CSV text; all tensors are `[n]`."""
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["index", "class", "name", "probability"])
+    for i in torch.argsort(index).tolist():
+        number = int(classes[i])
+        name = names[number] if names is not None else ""
+        table.writerow([int(index[i]), number, name, f"{float(probabilities[i]):.6f}"])
+    return text.getvalue()

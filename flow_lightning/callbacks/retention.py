@@ -1,269 +1,185 @@
-"""What a fit learned and what it kept: target task and pre-trained task, before and after training."""
+"""What a fit learned and what it kept: measures before and after training, and after epochs if asked to.
+
+In: measures, see `measures/base.py`. Out: numbers for `metrics.json` and loggers, a table, a picture. Next: `report/`.
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from flow_lightning.measures.images import (
-    agreement_and_kl,
-    log_probabilities,
-    pretrained_task_images,
-    target_dataloader,
-    target_outcomes,
-    top1_and_top5,
-)
-from flow_lightning.measures.metrics import hardest
-from flow_lightning.report.pictures import retention_key
-from flow_lightning.report.record import is_language_model, report
-from flow_lightning.run import RunCallback
-from flow_lightning.scoring.score import score_dataset
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-@dataclass
-class RetentionState:
-    """Everything that changes during a fit; the first four fields go into checkpoints.
-
-    Attributes:
-        before: Metrics from before training.
-        hard: Positions in the test set of the samples with the highest loss before training.
-        reference: Log-probabilities of the pre-trained model `[n, C]`, float32, where the images have no
-            labels.
-        epochs: What was measured after epochs.
-        target: Loader of the test set, if there is one.
-        images: Loader of the pre-trained task's images, if there are some.
-        labelled: Whether these images have labels.
-        resumed: Whether the fit goes on from a checkpoint.
-        started: When training began, in seconds of `time.perf_counter`.
-    """
-
-    before: dict[str, float] = field(default_factory=dict)
-    hard: Tensor | None = None
-    reference: Tensor | None = None
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    target: DataLoader[Any] | None = None
-    images: DataLoader[Any] | None = None
-    labelled: bool = True
-    started: float = 0.0
-    resumed: bool = False
+from flow_lightning.contract import module_contract
+from flow_lightning.distributed import on_rank_zero
+from flow_lightning.measures import Measure, PretrainedImages, TargetAccuracy, TargetLoss
+from flow_lightning.measures.base import When
+from flow_lightning.report.metrics import Declared, averages, declared_by, finite, metrics_table, print_table
+from flow_lightning.run import Run, RunCallback
 
 
 class RetentionCallback(RunCallback):
-    """Measure target task and pre-trained task before and after training, and report both.
+    """Measure what a fit learned and what it kept, before and after training, and report both.
 
-    The pre-trained task is measured with the original head put back, with BatchNorm as trained and with the
-    original BatchNorm layers. Writes `metrics.json` and `retention.png` into the run's directory and prints a
-    table. The target task is measured on the test set; `flow_lightning.report.metrics.METRICS` explains every number.
-    Put it after every callback that changes the model. It stands aside for a language model, which
-    `LanguageRetentionCallback` measures.
+    The numbers go into the loggers and `trainer.callback_metrics`, into `metrics.json` and `retention.png` of the run's
+    directory, and into a table on the console. It does not matter where the callback stands in the list: before
+    training it measures after every `on_fit_start`, in the end after every other callback's `on_train_end`.
 
-    Checkpoints carry what was measured before training, so that a resumed fit need not. Without labels that
-    includes 4 bytes per image and class: 200 MB for 50,000 images of 1,000 classes.
+    A checkpoint carries what was measured before training, so a resumed fit does not measure it again.
 
     Args:
-        images: Images of the pre-trained task: a folder, a CSV file with the columns `file` and
-            `class_index`, or the word `packaged` (see `retention_images`). With labels, accuracy is measured,
-            otherwise agreement with the pre-trained model. None leaves this part out.
-        image_size: Side of these images in pixels; by default as in the target task, or as the model expects.
-        batch_size: Images per forward pass.
-        num_workers: Processes that load these images.
-        every_n_epochs: Measure the pre-trained task after every so many epochs, too.
-        hard_fraction: The part of the test set, by loss before training, that counts as hard.
+        measures: What to measure; by default the accuracy on the test set, of a language model the loss. See
+            `flow_lightning.measures`, and `Measure` to write one of your own.
+        images: Short for `PretrainedImages(images)` as a further measure.
+        every_n_epochs: Also measure what was kept after every so many epochs, as `retention/epoch/...`, which
+            `ModelCheckpoint` and `EarlyStopping` can monitor. In a fit with validation give them
+            `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If `every_n_epochs` is below 1.
     """
 
     def __init__(
-        self,
-        images: str | None = None,
-        image_size: int | None = None,
-        batch_size: int = 128,
-        num_workers: int = 0,
-        every_n_epochs: int | None = None,
-        hard_fraction: float = 0.1,
+        self, *, measures: list[Measure] | None = None, images: str | None = None, every_n_epochs: int | None = None
     ) -> None:
-        super().__init__()
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ValueError(
                 f"every_n_epochs is {every_n_epochs}; expected at least 1, or None to measure at the end only."
             )
-        if not 0.0 < hard_fraction <= 1.0:
-            raise ValueError(f"hard_fraction is {hard_fraction}; expected a number in (0, 1], such as 0.1.")
-        self.images = images
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.every_n_epochs = every_n_epochs
-        self.hard_fraction = hard_fraction
-        self.state = RetentionState()
+        self.measures, self.images, self.every_n_epochs = measures, images, every_n_epochs
+        self.before: dict[str, Any] = {}
+        self.epochs: list[dict[str, float]] = []
+        self._measures: dict[str, Measure] = {}
+        self._facts: dict[str, Any] = {}
+        self._preparing = self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit and check the order of the callbacks."""
+        """Forget an earlier fit, and choose the measures.
+
+        Raises:
+            ValueError: If two measures are of one class.
+        """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.state = RetentionState()
+        self.before, self.epochs = {}, []
+        self._measures = self._chosen(pl_module)
+        for measure in self._measures.values():
+            measure.load_state_dict({})
+        # First, so that missing data are found before hours of scoring.
+        trainer.callbacks = [self, *_others(trainer, self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the pre-trained model, unless the fit goes on from a checkpoint."""
-        if is_language_model(pl_module):
-            return
+        """Find the data of all measures."""
         started = time.perf_counter()
+        self._facts = {}
         with isolate_rng():
-            self._find_data(trainer, pl_module)
-        if not self.run.resumed:
-            self._measure_before(trainer, pl_module)
-            self.state.before["time/before_s"] = time.perf_counter() - started
-        elif self.state.before:
-            self._check_resumed()
-        else:
-            rank_zero_warn(
-                f"The checkpoint {trainer.ckpt_path} was written without RetentionCallback: its model is "
-                "fine-tuned already, so nothing can be measured before training, and no agreement with the "
-                "pre-trained model. To have it, start the fit from the pre-trained model with "
-                "RetentionCallback."
-            )
+            for measure in self._measures.values():
+                self._facts |= measure.prepare(trainer, pl_module)
+        self._preparing = time.perf_counter() - started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self.state.started = time.perf_counter()
+        """Measure the pre-trained model; a resumed fit has these numbers from its checkpoint."""
+        started = time.perf_counter()
+        if not self.run.resumed:
+            with module_contract(pl_module).frozen_reference():
+                self.before = self._facts | self._measure(trainer, pl_module, "before")
+            self.before["time/before_s"] = self._preparing + time.perf_counter() - started
+        elif self.before:
+            _check_facts(self._facts, self.before)
+        else:
+            rank_zero_warn(
+                f"The checkpoint {trainer.ckpt_path} was written without RetentionCallback: its model is fine-tuned "
+                "already, so there are no numbers from before training. For them, start the fit from the pre-trained "
+                "model with RetentionCallback."
+            )
+        course = {"retention/epochs": self.epochs} if self.epochs else {}
+        self.run.record(trainer, self._facts | self.before | course)
+        # Last but for checkpoints, as in Lightning: the end is measured when every callback has changed the model.
+        callbacks = [*_others(trainer, self), self]
+        trainer.callbacks = sorted(callbacks, key=lambda other: isinstance(other, Checkpoint))  # type: ignore[attr-defined]
+        self._started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the pre-trained task every `every_n_epochs` epochs."""
+        """Measure what was kept, every `every_n_epochs` epochs."""
         epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is None or epoch % self.every_n_epochs or is_language_model(pl_module):
+        if self.every_n_epochs is None or epoch % self.every_n_epochs:
             return
-        kept = self._kept(trainer, pl_module)
-        self.state.epochs.append({"epoch": epoch, "step": trainer.global_step, **kept})
-        self.run.record(trainer, {f"retention/epoch/{name}": value for name, value in kept.items()})
+        values = self._measure(trainer, pl_module, "epoch")
+        by_name = {key.removeprefix("retention/epoch/"): value for key, value in values.items()}
+        self.epochs.append({"epoch": epoch, "step": trainer.global_step, **by_name})
+        pl_module.log_dict(values, batch_size=1, sync_dist=True)
+        self.run.record(trainer, {"retention/epochs": self.epochs})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the fine-tuned model and report."""
-        if is_language_model(pl_module):
-            return
         started = time.perf_counter()
-        metrics: dict[str, Any] = {**self.state.before, "time/fit_s": started - self.state.started}
-        metrics |= self._target_after(trainer, pl_module)
-        metrics |= {f"retention/after/{name}": value for name, value in self._kept(trainer, pl_module).items()}
-        metrics |= _averages(metrics)
+        metrics = {"time/fit_s": started - self._started} | self._measure(trainer, pl_module, "after")
+        declared = declared_by(self._measures.values())
+        metrics |= averages(metrics, declared)
         metrics["time/after_s"] = time.perf_counter() - started
-        report(trainer, self.run, metrics | ({"retention/epochs": self.state.epochs} if self.state.epochs else {}))
+        self.run.record(trainer, metrics)
+        on_rank_zero(trainer, lambda: _report(self.run, declared))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: tensors and primitives only."""
-        state = self.state
-        return {
-            "before": state.before,
-            "hard": state.hard,
-            "reference": state.reference,
-            "epochs": state.epochs,
-        }
+        states = {name: measure.state_dict() for name, measure in self._measures.items()}
+        return {"before": self.before, "epochs": self.epochs, "measures": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an earlier fit measured."""
-        for name in ("before", "hard", "reference", "epochs"):
-            setattr(self.state, name, state_dict[name])
+        self.before, self.epochs = state_dict["before"], state_dict["epochs"]
+        for name, measure in self._measures.items():
+            measure.load_state_dict(state_dict["measures"].get(name, {}))
 
-    def _find_data(self, trainer: Trainer, module: LightningModule) -> None:
-        self.state.target = target_dataloader(trainer, module, self.batch_size)
-        if self.state.target is None:
-            rank_zero_warn("RetentionCallback finds no test_dataloader(), so it measures no target accuracy.")
-        if self.images is None:
-            return
-        dataset = pretrained_task_images(self.images, self.image_size, trainer, module)
-        self.state.labelled = dataset.labelled
-        self.state.images = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+    def _chosen(self, module: LightningModule) -> dict[str, Measure]:
+        """Return the measures of this fit by the name of their class."""
+        default = TargetAccuracy if module_contract(module).token_losses is None else TargetLoss
+        measures: list[Measure] = [default()] if self.measures is None else list(self.measures)
+        measures += [] if self.images is None else [PretrainedImages(self.images)]
+        names = Counter(type(measure).__name__ for measure in measures)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(
+                f"measures has {twice} more than once, so their numbers would have the same keys. Keep one."
+            )
+        return {type(measure).__name__: measure for measure in measures}
 
-    def _measure_before(self, trainer: Trainer, module: LightningModule) -> None:
-        state = self.state
-        state.before = dict(self._sizes())
-        if state.target is not None:
-            function = partial(target_outcomes, module)
-            losses, correct = score_dataset(trainer, module, state.target, function, "Target before")
-            state.hard = hardest(losses, self.hard_fraction)
-            state.before["target/before/top1"] = _mean(correct)
-        if state.images is not None and state.labelled:
-            values = self._pretrained_task(trainer, module, partial(top1_and_top5, module))
-            state.before |= {
-                "retention/before/top1": _mean(values[0]),
-                "retention/before/top5": _mean(values[1]),
-            }
-        elif state.images is not None:
-            (state.reference,) = self._pretrained_task(trainer, module, partial(log_probabilities, module))
-
-    def _target_after(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        if self.state.target is None:
-            return {}
-        function = partial(target_outcomes, module)
-        _, correct = score_dataset(trainer, module, self.state.target, function, "Target after")
-        measured = {"target/top1": _mean(correct)}
-        if self.state.hard is not None:
-            measured["target/hard_top1"] = _mean(correct[self.state.hard])
-        return measured
-
-    def _kept(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """Measure the pre-trained task with BatchNorm as trained and with the original BatchNorm layers."""
-        if self.state.images is None or not (self.state.labelled or self.state.reference is not None):
-            return {}
-        names, function = ("top1", "top5"), partial(top1_and_top5, module)
-        if self.state.reference is not None:
-            names, function = ("agreement", "kl"), partial(agreement_and_kl, module, self.state.reference)
-        original = trained = self._pretrained_task(trainer, module, function)
-        if any(isinstance(layer, _BATCH_NORMS) for layer in module.modules()):
-            original = self._pretrained_task(trainer, module, function, original_batch_norm=True)
-        kept = {name: _mean(value) for name, value in zip(names, trained, strict=True)}
-        restored = {f"{name}_original_bn": _mean(value) for name, value in zip(names, original, strict=True)}
-        return kept | restored
-
-    def _pretrained_task(
-        self,
-        trainer: Trainer,
-        module: Any,
-        function: Callable[[Any], tuple[Tensor, ...]],
-        original_batch_norm: bool = False,
-    ) -> tuple[Tensor, ...]:
-        assert self.state.images is not None
-        description = "Pre-trained task" + (", original BatchNorm" if original_batch_norm else "")
-        # The original layers come first: evaluation mode, which the sweep sets, must reach them, too.
-        with module.pretrained_task(original_batch_norm=original_batch_norm):
-            return score_dataset(trainer, module, self.state.images, function, description)
-
-    def _check_resumed(self) -> None:
-        """Refuse measurements from other data than those of this fit."""
-        for key, size in self._sizes().items():
-            if self.state.before.get(key, size) != size:
-                raise ValueError(
-                    f"{key} is {self.state.before[key]:.0f} in the checkpoint's measurement before training, "
-                    f"but {size} now. Resume with the data of the first fit, or start anew."
-                )
-
-    def _sizes(self) -> dict[str, int]:
-        found = {"target/samples": self.state.target, "retention/samples": self.state.images}
-        return {key: _size(loader) for key, loader in found.items() if loader is not None}
+    def _measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, Any]:
+        """Return the numbers of all measures, by key; after an epoch those of what was kept."""
+        measures = self._measures.values()
+        return {
+            measure.key(when, name): value
+            for measure in measures
+            if when != "epoch" or measure.part == "retention"
+            for name, value in measure.measure(trainer, module, when).items()
+        }
 
 
-def _size(loader: DataLoader[Any]) -> int:
-    return len(loader.dataset)  # type: ignore[arg-type]
+def _others(trainer: Trainer, callback: Callback) -> list[Callback]:
+    """Return the other callbacks as a new list: Lightning goes through the present one."""
+    return [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
 
 
-def _mean(values: Tensor) -> float:
-    return values.double().mean().item()
+def _check_facts(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuse numbers of other data or measures than those of this fit."""
+    for key, fact in now.items():
+        if before.get(key) != fact:
+            raise ValueError(
+                f"{key} was {before.get(key, 'not measured')} before training, but is {fact} now. Resume with the data "
+                "and the measures of the first fit, or start a new one."
+            )
 
 
-def _averages(metrics: dict[str, Any]) -> dict[str, float]:
-    """Average target and pre-trained task (or agreement), for both kinds of BatchNorm."""
-    kept = retention_key(metrics)
-    if kept is None or "target/top1" not in metrics:
-        return {}
-    target = metrics["target/top1"]
-    return {f"average{kind}": (target + metrics[kept + kind]) / 2 for kind in ("", "_original_bn")}
+def _report(run: Run, declared: Declared) -> None:
+    """Draw the picture and print the table."""
+    metrics = finite(run.metrics)
+    files = "trainer.callback_metrics has these numbers; no files are written."
+    if run.directory is not None:
+        from flow_lightning.report.pictures import plot_retention  # matplotlib is slow to import
+
+        plot_retention(metrics, run.directory / "retention.png", declared)
+        files = f"{run.directory / 'metrics.json'}, {run.directory / 'retention.png'}"
+    print_table(metrics_table({"value": metrics}, "What was learned and what was kept", declared), files)

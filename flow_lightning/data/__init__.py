@@ -1,1 +1,1 @@
-"""Data: image data sets by name or folder, their transforms, and the images that retention is measured on."""
+"""Data: image data sets by name or folder, instructions for language models, and what retention is measured on."""

@@ -1,24 +1,26 @@
-"""The data sets by name. `CATALOGUE`, at the end, is the whole list.
+"""The data sets by name. `CATALOGUE`, at the end, lists them all.
 
-To add one, write a function `build(root, download, split_seed) -> Splits` and enter it there. Training and
-test set are map-style data sets of `(PIL image, class index)`; nothing else is asked of them.
+In: the folder of the files. Out: training and test set, map-style, of `(PIL image, class index)`. Next: `images.py`.
+To add a data set, write a function `build(root, download, split_seed) -> Splits` and enter it at the end.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torchvision.datasets
+from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from flow_lightning.data.sources import ImageArrays, ImageFiles, read_class_folders, split_positions
+from flow_lightning.data.samplers import split_positions
+from flow_lightning.data.sources import LabelledImages, read_class_folders
 from flow_lightning.data.transforms import RecipeName
+from flow_lightning.optional import optional_import
+
+datasets = optional_import("torchvision.datasets", "vision", "image data sets")
 
 
 class Splits(NamedTuple):
@@ -31,7 +33,7 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """How a data set is built, the paper's transforms for it, its number of classes where that is fixed."""
+    """How a data set is built, the paper's transforms for it, and its number of classes if that is fixed."""
 
     build: Callable[[Path, bool, int], Splits]
     transforms: RecipeName
@@ -39,10 +41,10 @@ class CatalogueEntry:
 
 
 def find_dataset(name: str) -> str:
-    """Return the catalogue's spelling of a data set name; case, `_` and `-` do not matter.
+    """Return the catalogue's spelling of a data set name. Case, `_` and `-` do not matter.
 
     Raises:
-        ValueError: If there is no such data set; the message gives the nearest names.
+        ValueError: If there is no such data set. The message gives the nearest names.
 
     Example:
         >>> find_dataset("stanford_cars")
@@ -55,94 +57,76 @@ def find_dataset(name: str) -> str:
     near = [spellings[match] for match in difflib.get_close_matches(plain, spellings, n=3, cutoff=0.4)]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(
-        f"Unknown data set {name!r}.{hint} Known are {', '.join(CATALOGUE)}; 'folder' takes any images that "
-        "lie in <root>/train/<class>/ and <root>/test/<class>/."
+        f"Unknown data set {name!r}.{hint} Known are {', '.join(CATALOGUE)}. 'folder' takes your own images from "
+        "<root>/train/<class>/ and <root>/test/<class>/."
     )
 
 
-def _cifar(torchvision_class: Any, root: Path, download: bool, split_seed: int) -> Splits:
-    """Read the official training and test images into memory."""
-    folder = root / torchvision_class.base_folder
-    if not download:
-        _require(folder, torchvision_class.__name__, _DOWNLOAD)
+def _open(name: str, root: Path, download: bool, options: Sequence[dict[str, Any]]) -> list[Any]:
+    """Open parts of one of torchvision's data sets, each by its own options."""
     try:
-        train, test = (torchvision_class(root, train=part, download=download) for part in (True, False))
+        return [getattr(datasets, name)(root, download=download, **part) for part in options]
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"The files of {torchvision_class.__name__} in {folder.resolve()} are incomplete or damaged "
-            f"({error}). Remove the folder and fetch it again with download=True (--data.download true)."
+            f"The files of {name} in {root.resolve()} are incomplete or damaged ({error}). Remove them and fetch them "
+            "again with download=True (--data.download true)."
         ) from error
-    train_images, test_images = (ImageArrays(part.data, part.targets) for part in (train, test))
-    return Splits(train_images, test_images, list(train.classes))
 
 
-def _flowers102(root: Path, download: bool, split_seed: int) -> Splits:
-    """Join the official training and validation images; take the official test images."""
-    folder = root / "flowers-102"
-    if download:
-        torchvision.datasets.Flowers102(root, download=True)
-    for part in ("jpg", "imagelabels.mat", "setid.mat"):
-        _require(folder / part, "Flowers102", _DOWNLOAD)
-    labels = _read_mat(folder / "imagelabels.mat", "Flowers102")["labels"]
-    sets = _read_mat(folder / "setid.mat", "Flowers102")
-
-    def files(*keys: str) -> ImageFiles:
-        numbers = [int(number) for key in keys for number in np.atleast_1d(sets[key])]
-        return ImageFiles((folder / "jpg" / f"image_{k:05d}.jpg", labels[k - 1] - 1) for k in numbers)
-
-    names = getattr(torchvision.datasets.Flowers102, "classes", [f"flower {k}" for k in range(1, 103)])
-    return Splits(files("trnid", "valid"), files("tstid"), list(names))
+def _cifar(name: str, root: Path, download: bool, split_seed: int) -> Splits:
+    """Take torchvision's training and test set, whose images are in memory."""
+    if not download:
+        _require(root / getattr(datasets, name).base_folder, name, _DOWNLOAD)
+    train, test = _open(name, root, download, [{"train": True}, {"train": False}])
+    return Splits(train, test, list(train.classes))
 
 
-def _dtd(root: Path, download: bool, split_seed: int) -> Splits:
-    """Join training and validation images of the first official partition; take its test images."""
-    folder = root / "dtd" / "dtd"
-    if download:
-        torchvision.datasets.DTD(root, download=True)
-    for part in ("images", "labels/train1.txt", "labels/val1.txt", "labels/test1.txt"):
-        _require(folder / part, "DTD", _DOWNLOAD)
-    lists = {part: (folder / f"labels/{part}1.txt").read_text().split() for part in ("train", "val", "test")}
-    names = sorted({line.split("/")[0] for lines in lists.values() for line in lines})
+def _train_val_test(name: str, needed: Sequence[str], root: Path, download: bool, split_seed: int) -> Splits:
+    """Train on the official training and validation images. Test on the official test images."""
+    if not download:
+        for part in needed:
+            _require(root / part, name, _DOWNLOAD)
+    train, names = _listed(name, root, ["train", "val"], download)
+    return Splits(train, _listed(name, root, ["test"])[0], names)
 
-    def files(lines: list[str]) -> ImageFiles:
-        return ImageFiles((folder / "images" / line, names.index(line.split("/")[0])) for line in lines)
 
-    return Splits(files(lists["train"] + lists["val"]), files(lists["test"]), names)
+def _listed(name: str, root: Path, splits: Sequence[str], download: bool = False) -> tuple[LabelledImages, list[str]]:
+    """List the image files of official splits, and the class names, as torchvision reads them."""
+    if name in ("Flowers102", "StanfordCars"):
+        optional_import("scipy.io", "quickstart", f"the data set {name}")
+    # torchvision hands each path to the loader. This one returns it, so that no image is read here.
+    parts = _open(name, root, download, [{"split": split, "loader": str} for split in splits])
+    return LabelledImages(part[position] for part in parts for position in range(len(part))), list(parts[0].classes)
 
 
 def _caltech101(root: Path, download: bool, split_seed: int) -> Splits:
-    """Read train and test folders, as the paper; else split the 101 class folders 80/20 at random."""
+    """Read train and test folders, as the paper does, or else split the 101 class folders 80/20 at random."""
     folder, no_class = root / "caltech101", ("BACKGROUND_Google",)
     if (folder / "train").is_dir():
         return _train_test_folders(folder, no_class)
     if download:
-        torchvision.datasets.Caltech101(root, download=True)
+        datasets.Caltech101(root, download=True)
     images = folder / "101_ObjectCategories"
     _require(images, "Caltech101", f"{_DOWNLOAD} Or split it into {folder}/train/<class>/ and test/<class>/.")
     return _random_split(images, split_seed, no_class)
 
 
 def _stanford_cars(root: Path, download: bool, split_seed: int) -> Splits:
-    """Read train and test folders, as the paper; else the official files (devkit, cars_train, cars_test)."""
+    """Read train and test folders, as the paper does, or else the official files."""
     folder = root / "stanford_cars"
     if (folder / "train").is_dir():
         return _train_test_folders(folder)
-    lists = {"cars_train": "devkit/cars_train_annos.mat", "cars_test": "cars_test_annos_withlabels.mat"}
-    for part in ("devkit/cars_meta.mat", *lists, *lists.values()):
+    files = ("cars_train_annos.mat", "cars_test_annos_withlabels.mat")
+    for part in ("devkit/cars_meta.mat", "cars_train", "cars_test", f"devkit/{files[0]}", files[1]):
         _require(
             folder / part,
             "StanfordCars",
-            "Its official page (ai.stanford.edu/~jkrause/cars) no longer offers the files, so download does "
-            f"not help. Put a copy into {folder}: train/<class>/ and test/<class>/ folders, or cars_train/, "
-            "cars_test/, cars_test_annos_withlabels.mat and devkit/.",
+            "Its official page (ai.stanford.edu/~jkrause/cars) no longer offers the files, so download does not help. "
+            f"Put a copy into {folder}: train/<class>/ and test/<class>/ folders, or cars_train/, cars_test/, "
+            f"{files[1]} and devkit/.",
         )
-
-    def files(images: str) -> ImageFiles:
-        annotations = np.atleast_1d(_read_mat(folder / lists[images], "StanfordCars")["annotations"])
-        return ImageFiles((folder / images / str(row["fname"]), int(row["class"]) - 1) for row in annotations)
-
-    names = _read_mat(folder / "devkit" / "cars_meta.mat", "StanfordCars")["class_names"]
-    return Splits(files("cars_train"), files("cars_test"), [str(name) for name in np.atleast_1d(names)])
+    train, names = _listed("StanfordCars", root, ["train"])
+    return Splits(train, _listed("StanfordCars", root, ["test"])[0], names)
 
 
 def _stanford_dogs(root: Path, download: bool, split_seed: int) -> Splits:
@@ -155,21 +139,23 @@ def _stanford_dogs(root: Path, download: bool, split_seed: int) -> Splits:
 
 def _digits(root: Path, download: bool, split_seed: int) -> Splits:
     """Split scikit-learn's 1,797 handwritten digits (8x8 pixels): two thirds to train, one third to test."""
-    pictures = _import("sklearn.datasets", "scikit-learn", "digits").load_digits()
+    pictures = optional_import("sklearn.datasets", "quickstart", "the data set digits").load_digits()
     grey = np.round(pictures.images * (255 / 16)).astype(np.uint8)
     pixels = np.repeat(grey[..., None], 3, axis=-1)
     first, second = (np.array(part) for part in split_positions(len(pixels), 2 / 3, split_seed))
-    train, test = (ImageArrays(pixels[part], pictures.target[part]) for part in (first, second))
+    train, test = (
+        LabelledImages(zip(pixels[part], pictures.target[part]), Image.fromarray) for part in (first, second)
+    )
     return Splits(train, test, [str(name) for name in pictures.target_names])
 
 
 def _folder(root: Path, download: bool, split_seed: int) -> Splits:
-    """Read images of the user's own: `root/train/<class>/` and `root/test/<class>/` (or `val`)."""
+    """Read the user's own images: `root/train/<class>/` and `root/test/<class>/` (or `val`)."""
     return _train_test_folders(root)
 
 
 def _train_test_folders(folder: Path, ignore: tuple[str, ...] = ()) -> Splits:
-    layout = f"Expected images in {folder}/train/<class>/ and {folder}/test/<class>/ (or val/<class>/)."
+    layout = f"Put images into {folder}/train/<class>/ and {folder}/test/<class>/ (or val/<class>/)."
     val_instead = (folder / "val").is_dir() and not (folder / "test").is_dir()
     train_folder, test_folder = folder / "train", folder / ("val" if val_instead else "test")
     for part in (train_folder, test_folder):
@@ -180,9 +166,8 @@ def _train_test_folders(folder: Path, ignore: tuple[str, ...] = ()) -> Splits:
         only_train = sorted(set(train_names) - set(test_names))
         only_test = sorted(set(test_names) - set(train_names))
         raise ValueError(
-            f"The class folders of {train_folder} and {test_folder} differ: only the first has "
-            f"{only_train[:10]}, only the second {only_test[:10]}. Class indices come from the sorted names: "
-            "both need the same folders."
+            f"The class folders of {train_folder} and {test_folder} differ: only the first has {only_train[:10]}, only "
+            f"the second {only_test[:10]}. Give both the same folders: class indices come from the sorted names."
         )
     return Splits(train, test, train_names)
 
@@ -195,30 +180,18 @@ def _random_split(images: Path, split_seed: int, ignore: tuple[str, ...] = ()) -
 
 def _require(path: Path, dataset: str, how: str) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{dataset}: looked for {path.resolve()}, which does not exist. {how}")
+        raise FileNotFoundError(f"{dataset} needs {path.resolve()}, which does not exist. {how}")
 
 
-def _read_mat(path: Path, dataset: str) -> Any:
-    return _import("scipy.io", "scipy", dataset).loadmat(path, squeeze_me=True)
-
-
-def _import(module: str, package: str, dataset: str) -> Any:
-    if find_spec(module.partition(".")[0]) is None:
-        raise ModuleNotFoundError(
-            f"The data set {dataset!r} needs {package}, which is not installed: "
-            f"pip install 'flow-lightning[quickstart]' (or: pip install {package}).",
-            name=module,
-        )
-    return import_module(module)
-
-
+_FLOWERS102_FILES = [f"flowers-102/{part}" for part in ("jpg", "imagelabels.mat", "setid.mat")]
+_DTD_FILES = [f"dtd/dtd/{part}" for part in ("images", "labels/train1.txt", "labels/val1.txt", "labels/test1.txt")]
 _DOWNLOAD = "Fetch it with download=True (--data.download true), or set root (--data.root) to the folder that has it."
 
 CATALOGUE: dict[str, CatalogueEntry] = {
-    "CIFAR10": CatalogueEntry(partial(_cifar, torchvision.datasets.CIFAR10), "resize_flip", 10),
-    "CIFAR100": CatalogueEntry(partial(_cifar, torchvision.datasets.CIFAR100), "resize_flip", 100),
-    "Flowers102": CatalogueEntry(_flowers102, "resize_flip", 102),
-    "DTD": CatalogueEntry(_dtd, "resize_flip", 47),
+    "CIFAR10": CatalogueEntry(partial(_cifar, "CIFAR10"), "resize_flip", 10),
+    "CIFAR100": CatalogueEntry(partial(_cifar, "CIFAR100"), "resize_flip", 100),
+    "Flowers102": CatalogueEntry(partial(_train_val_test, "Flowers102", _FLOWERS102_FILES), "resize_flip", 102),
+    "DTD": CatalogueEntry(partial(_train_val_test, "DTD", _DTD_FILES), "resize_flip", 47),
     "Caltech101": CatalogueEntry(_caltech101, "random_resized_crop", 101),
     "StanfordCars": CatalogueEntry(_stanford_cars, "crop_jitter", 196),
     "StanfordDogs": CatalogueEntry(_stanford_dogs, "crop_jitter", 120),

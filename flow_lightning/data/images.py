@@ -1,23 +1,24 @@
-"""The image data module: a data set by name, with the splits, transforms and normalisation of the paper."""
+"""The image data module: a data set by name, with the splits, transforms and normalisation of the paper.
+
+In: the name of a data set. Out: loaders of images, classes and indices. Next: `modules/image_classification.py`.
+"""
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.data.sources import ImageArrays, split_positions, targets_of
+from flow_lightning.data.samplers import check_fraction, hold_out
+from flow_lightning.data.sources import class_folders, targets_of
 from flow_lightning.data.transforms import RecipeName, Transform, recipe
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
-
-# Arrays up to this size (bytes) are cheaper to transform in place than to send through worker processes.
-_SMALL = 2**20
 
 
 class TransformedImages(Dataset[dict[str, Any]]):
@@ -27,7 +28,7 @@ class TransformedImages(Dataset[dict[str, Any]]):
         images: Map-style data set of `(PIL image, class index)`.
         transform: From an RGB picture to a tensor.
         seed: Makes a random transform a function of seed, epoch and position, so that a resumed run sees the same
-            pictures; None leaves it to the global random number generator.
+            pictures. With None the global random number generator decides.
     """
 
     def __init__(self, images: Any, transform: Transform, seed: int | None = None) -> None:
@@ -48,52 +49,43 @@ class TransformedImages(Dataset[dict[str, Any]]):
             return {"image": self.transform(rgb), "target": int(target)}
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other random transforms from now on."""
+        """Draw the random transforms of an epoch from now on."""
         if self.random is not None:
             self.random.epoch.fill_(epoch)
 
     @property
     def targets(self) -> list[int] | None:
-        """Class index of each sample, or None where that would need the images to be read."""
+        """Class index of each sample, or None if the images would have to be read for it."""
         return targets_of(self.images)
-
-
-class _Normalisation(NamedTuple):
-    mean: list[float]
-    std: list[float]
-    interpolation: str
 
 
 class ImageDataModule(LightningDataModule):
     """Load an image classification data set by name, prepared as in the paper.
 
-    The paper has no validation split: its runs are a fixed number of epochs and their last state is tested.
-    So unless `validation_fraction` is set, validation looks at the test set, which is fine for watching a run
-    and wrong for choosing between runs.
+    Validation uses a part of the training set, never the test set. The paper has no validation: it trains on the whole
+    training set for a fixed number of epochs and tests the last state. `validation_fraction=0` does the same.
 
-    Where the files are expected, below `root`: `cifar-10-batches-py`, `cifar-100-python`, `flowers-102`,
-    `dtd`, `caltech101`, `stanford_cars` (as torchvision lays them out; the last two also with `train/<class>`
-    and `test/<class>` folders), `stanford_dogs/Images/<breed>`. "folder" reads `<root>/train/<class>` and
-    `<root>/test/<class>` (or `val`); "digits" comes with scikit-learn.
+    Files are expected below `root`: `cifar-10-batches-py`, `cifar-100-python`, `flowers-102`, `dtd`, `caltech101`,
+    `stanford_cars` (as torchvision has them; the last two also with `train/<class>` and `test/<class>` folders),
+    `stanford_dogs/Images/<breed>`. "folder" reads `<root>/train/<class>` and `<root>/test/<class>` (or `val`).
+    "digits" comes with scikit-learn.
 
     Args:
         dataset: CIFAR10, CIFAR100, Flowers102, DTD, Caltech101, StanfordCars, StanfordDogs, digits or folder.
-        root: Folder that holds the data sets (for "folder": the one that holds `train` and `test`).
+        root: Folder of the data sets. For "folder" it is the one with `train` and `test` in it.
         image_size: Height and width of the network's input, in pixels.
         batch_size: Images per batch and device.
-        num_workers: Loader processes; by default one less than the CPU has cores, at most 8, and 0 for tiny
-            data.
+        num_workers: Loader processes. By default one less than the CPU has cores, at most 8, and 0 for digits.
         persistent_workers: Keep the loader processes from one epoch to the next.
-        mean: Mean of each colour channel (pixels from 0 to 1); by default the pre-trained model's own.
-        std: Standard deviation of each colour channel; by default the pre-trained model's own.
-        interpolation: How images are resized ("bilinear", "bicubic", ...); by default the pre-trained model's
-            own.
-        transforms: "resize_flip", "crop_jitter", "random_resized_crop" or "none" (resize only); by default
-            what the paper uses for this data set.
-        validation_fraction: Share of the training set to hold out for validation, in [0, 1); 0 validates on
-            the test set.
-        split_seed: Seed of the splits that are random (validation, Stanford Dogs, Caltech101, digits).
-        download: Fetch the files where torchvision can (not Stanford Cars and Dogs).
+        mean: Mean of each colour channel (pixels from 0 to 1). By default that of the pre-trained model.
+        std: Standard deviation of each colour channel. By default that of the pre-trained model.
+        interpolation: How images are resized ("bilinear", "bicubic", ...). By default as the pre-trained model does.
+        transforms: "resize_flip", "crop_jitter", "random_resized_crop" or "none" (resize only). By default those of the
+            paper for this data set.
+        validation_fraction: Share of the training set to hold out for validation, in [0, 1). With 0 there is no
+            validation.
+        split_seed: Seed of the random splits (validation, Stanford Dogs, Caltech101, digits).
+        download: Fetch the files if torchvision can (not Stanford Cars and Dogs).
 
     Raises:
         ValueError: If the data set is unknown or a number is out of range.
@@ -111,15 +103,16 @@ class ImageDataModule(LightningDataModule):
         std: list[float] | None = None,
         interpolation: str | None = None,
         transforms: RecipeName | None = None,
-        validation_fraction: float = 0.0,
+        validation_fraction: float = 0.1,
         split_seed: int = 42,
         download: bool = False,
     ) -> None:
         super().__init__()
-        if not 0.0 <= validation_fraction < 1.0:
-            raise ValueError(f"validation_fraction is {validation_fraction}; expected a share from 0 to below 1.")
+        check_fraction(validation_fraction)
         if (mean is None) != (std is None):
-            raise ValueError(f"Got mean={mean} and std={std}; expected both, or neither (the model's own).")
+            raise ValueError(f"Got mean={mean} and std={std}. Give both, or neither for those of the model.")
+        root = str(root)  # checkpoints hold the arguments, and weights_only=True loads no Path
+        self.save_hyperparameters()
         self.dataset = find_dataset(dataset)
         self.root = Path(root)
         self.image_size, self.batch_size = image_size, batch_size
@@ -127,31 +120,37 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std, self.interpolation = mean, std, interpolation
         self.transforms = transforms or CATALOGUE[self.dataset].transforms
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
+        self.val_set: IndexedDataset | None = None
+        self.test_set: IndexedDataset | None = None
         self._splits: Splits | None = None
 
     def prepare_data(self) -> None:
-        """Download the data set if that is asked for (one process per machine does this)."""
+        """Download the data set if `download` is set. One process per machine does this."""
         if self.download:
             self._build(download=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data set's index and prepare training, scoring, validation and test sets.
+        """Read the list of files or the arrays, and make the sets of a stage: all of them if it is None.
 
         Raises:
-            FileNotFoundError: If the data set is not there; the message says where it was looked for.
+            FileNotFoundError: If the data set is not there. The message says where it should be.
             ValueError: If the normalisation is neither given nor known from the model.
         """
         splits = self._splits = self._splits or self._build(download=False)
-        known = self._normalisation()
-        augment, plain = recipe(self.transforms, self.image_size, known.mean, known.std, known.interpolation)
-        training, validation = self._hold_out(splits)
-        self._seed = (
-            torch.initial_seed() if self.trainer is None else self.trainer.strategy.broadcast(torch.initial_seed())
-        )
-        self.train_set = IndexedDataset(TransformedImages(training, augment, self._seed))
-        self.scoring_set = IndexedDataset(TransformedImages(training, plain))
-        self.val_set = IndexedDataset(TransformedImages(validation, plain))
-        self.test_set = IndexedDataset(TransformedImages(splits.test, plain))
+        augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())
+        if stage in ("fit", "validate", None):
+            training: Any = splits.train
+            held_out, kept = hold_out(len(training), self.validation_fraction, self.split_seed)
+            if held_out:
+                self.val_set = IndexedDataset(TransformedImages(Subset(training, held_out), plain))
+                training = Subset(training, kept)
+        if stage in ("fit", None):
+            seed = torch.initial_seed()
+            self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+            self.train_set = IndexedDataset(TransformedImages(training, augment, self._seed))
+            self.scoring_set = IndexedDataset(TransformedImages(training, plain))
+        if stage in ("test", "predict", None):
+            self.test_set = IndexedDataset(TransformedImages(splits.test, plain))
 
     @property
     def class_names(self) -> list[str]:
@@ -161,17 +160,15 @@ class ImageDataModule(LightningDataModule):
             RuntimeError: Before `setup`.
         """
         if self._splits is None:
-            raise RuntimeError(f"The class names of {self.dataset!r} are known after setup(); call that first.")
+            raise RuntimeError(f"The class names of {self.dataset!r} are known after setup(). Call that first.")
         return self._splits.class_names
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; for "folder" known after `setup` only.
-
-        Raises:
-            RuntimeError: For "folder" before `setup`.
-        """
+        """Number of classes; for "folder" the folders below `train`."""
         named = CATALOGUE[self.dataset].num_classes
+        if named is None and self._splits is None:
+            return len(class_folders(Path(self.root) / "train"))
         return named if named is not None and self._splits is None else len(self.class_names)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -179,58 +176,44 @@ class ImageDataModule(LightningDataModule):
         return self._loader(self.train_set, training=True)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
-        """Return the training samples in order and un-augmented, with the `index` they have in training."""
+        """Return the training samples in order, without augmentation, with the `index` they have in training."""
         return self._loader(self.scoring_set)
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the held-out part of the training set; with `validation_fraction` 0 the test set."""
-        return self._loader(self.val_set)
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the held-out part of the training set in order, or no loader with `validation_fraction=0`."""
+        return [] if self.val_set is None else self._loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test samples in order."""
+        if self.test_set is None:  # in a fit, whose own stage does not need it
+            self.setup("test")
         return self._loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the test samples in order."""
-        return self._loader(self.test_set)
+        """Return the test samples in order, to compare the predictions with their classes."""
+        return self.test_dataloader()
 
     def _build(self, download: bool) -> Splits:
         return CATALOGUE[self.dataset].build(self.root, download, self.split_seed)
 
-    def _hold_out(self, splits: Splits) -> tuple[Dataset[Any], Dataset[Any]]:
-        if self.validation_fraction == 0.0:
-            return splits.train, splits.test
-        count = len(splits.train)  # type: ignore[arg-type]  # map-style, hence with a length
-        held_out, kept = split_positions(count, self.validation_fraction, self.split_seed)
-        if not held_out or not kept:
-            raise ValueError(
-                f"validation_fraction={self.validation_fraction} of {count} training images leaves "
-                f"{len(kept)} to train and {len(held_out)} to validate; choose a fraction that gives both at "
-                "least one."
-            )
-        return Subset(splits.train, kept), Subset(splits.train, held_out)
-
-    def _normalisation(self) -> _Normalisation:
-        """Take what was given, and the rest from the data config of the model that the trainer fits."""
-        module = getattr(self.trainer, "lightning_module", None)
-        config = getattr(module, "data_config", None) or {}
+    def _normalisation(self) -> tuple[list[float], list[float], str]:
+        """Return mean, standard deviation and interpolation: the given ones, and the model's for the others."""
+        config = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
         mean, std = self.mean or config.get("mean"), self.std or config.get("std")
         if mean is None or std is None:
             raise ValueError(
-                "The normalisation is not known: mean and std were not given and there is no model with a "
-                "`data_config` to take them from. Give both (ImageNet's are mean=[0.485, 0.456, 0.406], "
-                "std=[0.229, 0.224, 0.225])."
+                "The normalisation is not known: mean and std were not given, and the model has no `data_config`. Give "
+                "both (ImageNet's are mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])."
             )
-        return _Normalisation(list(mean), list(std), self.interpolation or config.get("interpolation", "bilinear"))
+        return list(mean), list(std), self.interpolation or config.get("interpolation", "bilinear")
 
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        images = self._splits.train if self._splits else None
-        small = isinstance(images, ImageArrays) and images.pixels.nbytes <= _SMALL
-        return 0 if small else min((os.cpu_count() or 1) - 1, 8)
+        # The digits are in memory and tiny: sending them from a process takes longer than reading them.
+        return 0 if self.dataset == "digits" else min((os.cpu_count() or 1) - 1, 8)
 
-    def _loader(self, dataset: Dataset[dict[str, Tensor]], training: bool = False) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, training: bool = False) -> DataLoader[Any]:
         workers, sampler = self._workers(), None
         if training:
             rank, world = data_rank(self.trainer) if self.trainer else (0, 1)

@@ -1,4 +1,7 @@
-"""Images of the pre-training task, on which retention is measured."""
+"""Images of the pre-training task, on which retention is measured.
+
+In: a folder, a CSV file or the word `packaged`. Out: a data set. Next: `measures/images.py`.
+"""
 
 import csv
 import re
@@ -18,7 +21,7 @@ from flow_lightning.quickstart.photographs import crop_boxes, packaged_photograp
 
 
 class View(NamedTuple):
-    """An image file, its class index if known, and the box to look at (left, upper, right, lower; pixels)."""
+    """An image file, its class index if known, and the box to crop (left, upper, right, lower; in pixels)."""
 
     file: Path
     target: int | None = None
@@ -29,7 +32,7 @@ class RetentionImages(Dataset[dict[str, Any]]):
     """Images as `{"image": float [3, H, W], "index": int}`, with "target" where the class indices are known.
 
     Args:
-        views: What to look at; either all of them have a target or none.
+        views: The images; either all of them have a target or none.
         transform: From an RGB picture to a tensor.
     """
 

@@ -1,4 +1,7 @@
-"""Batches of similar length, so that little of a batch of texts is padding."""
+"""The order of samples: batches of similar length, so that texts need little padding, and random splits.
+
+In: lengths, or a number of samples. Out: positions in a data set. Next: `images.py`, `instructions/`.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,8 +16,8 @@ from flow_lightning.resume import ResumableSampler
 def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[list[int]]:
     """Cut a data set into batches of similar length, each of at most `budget` tokens with its padding.
 
-    The longest samples come first, so that a batch that does not fit into memory shows at once. A sample longer than
-    the budget is a batch of its own.
+    The longest samples come first, so that a batch too large for the memory fails at once. A sample longer than the
+    budget is a batch of its own.
 
     Args:
         lengths: Tokens of each sample, `[N]`.
@@ -31,7 +34,7 @@ def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[l
         [[1], [2, 0], [3]]
     """
     if budget < 1:
-        raise ValueError(f"The token budget of a batch is {budget}; expected at least 1, say 8192.")
+        raise ValueError(f"The token budget of a batch is {budget}. Give at least 1, for instance 8192.")
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     order = lengths.argsort(descending=True, stable=True)
     batches: list[list[int]] = []
@@ -47,8 +50,8 @@ def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[l
 class LengthGroupedSampler(ResumableSampler):
     """Shuffle a data set such that the samples of a batch have similar lengths.
 
-    The data set is shuffled and cut into pools; each pool is sorted by length and cut into batches, one per process;
-    then the batches of all pools are shuffled.
+    The data set is shuffled and cut into pools. Each pool is sorted by length and cut into batches, one per process.
+    Then the batches of all pools are shuffled.
 
     Args:
         dataset: Any data set with a length.
@@ -57,7 +60,7 @@ class LengthGroupedSampler(ResumableSampler):
         num_replicas: Number of processes.
         rank: Number of this process, from 0.
         seed: Seed of the order, the same on all processes.
-        pool: Batches that are sorted together. Fewer give more randomness and more padding; a data set that fits into
+        pool: Batches that are sorted together. Fewer give more randomness and more padding. A data set that fits into
             one pool has nearly the same batches in each epoch.
 
     Raises:
@@ -81,14 +84,14 @@ class LengthGroupedSampler(ResumableSampler):
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed)
         if not 0 < len(dataset) == len(lengths):
-            raise ValueError(f"Got {len(lengths)} lengths for {len(dataset)} samples; expected one each, at least one.")
+            raise ValueError(f"Got {len(lengths)} lengths for {len(dataset)} samples. Give one each, at least one.")
         if batch_size < 1 or pool < 1:
-            raise ValueError(f"Got batch_size={batch_size} and pool={pool}; expected both to be at least 1.")
+            raise ValueError(f"Got batch_size={batch_size} and pool={pool}. Both must be at least 1.")
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
         self.batch_size, self.pool = batch_size, pool
 
     def order(self) -> Tensor:
-        """Return the positions of all samples, `[n]`: the batches of all processes one after the other."""
+        """Return the positions of all samples, `[n]`: one batch after the other, for all processes."""
         generator, count = self.generator(), self.lengths.numel()
         size = self.batch_size * self.num_replicas
         blocks = [
@@ -96,16 +99,16 @@ class LengthGroupedSampler(ResumableSampler):
             for pool in torch.randperm(count, generator=generator).split(self.pool * size)
             for block in pool[self.lengths[pool].argsort(stable=True)].split(size)
         ]
-        # Only the last block can be short: anywhere else it would shift the batches after it across the blocks.
+        # A short block must come last. Anywhere else it would shift the batches that follow across the blocks.
         last = [blocks.pop()] if len(blocks[-1]) < size else []
         order = torch.randperm(len(blocks), generator=generator).tolist()
         return torch.cat([blocks[position] for position in order] + last)
 
 
 class FixedBatches(Sampler[list[int]]):
-    """Batches of a data set that are always the same, each sample in one of them: batches of similar length, say.
+    """Batches that are the same in every epoch, for instance batches of similar length.
 
-    As the `batch_sampler` of a loader to score it says how to cut the data set, which then need not be in order.
+    As the `batch_sampler` of a scoring loader it lets the data set be scored in another order than its own.
 
     Args:
         batches: Positions in the data set, by batch.
@@ -119,3 +122,37 @@ class FixedBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def split_positions(count: int, first: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split `range(count)` at random into two parts, each in ascending order.
+
+    Args:
+        count: Number of samples.
+        first: Share of the first part, in `[0, 1]`, rounded to whole samples.
+        seed: Seed of the split. The state of the global random numbers does not matter.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    border = round(first * count)
+    return sorted(order[:border]), sorted(order[border:])
+
+
+def hold_out(count: int, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split training samples by `split_positions`, into a part for validation and the part to train on.
+
+    Raises:
+        ValueError: If the fraction is not 0 and leaves one of them empty.
+    """
+    held_out, kept = split_positions(count, validation_fraction, seed)
+    if validation_fraction > 0 and not (held_out and kept):
+        raise ValueError(
+            f"validation_fraction={validation_fraction} of {count} training samples leaves {len(kept)} to train and "
+            f"{len(held_out)} to validate. Choose another fraction, or 0 for no validation."
+        )
+    return held_out, kept
+
+
+def check_fraction(validation_fraction: float) -> None:
+    """Raise ValueError unless the fraction is from 0 to below 1."""
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction is {validation_fraction}. Give a share from 0 to below 1.")

@@ -1,12 +1,12 @@
-"""Where pictures come from: files or arrays, each as `(PIL image, class)`, before any transform."""
+"""Pictures from files or arrays, each as `(PIL image, class)`, before any transform.
 
-from collections.abc import Iterable, Sequence
+In: paths or pixels, and class indices. Out: a map-style data set. Next: `catalogue.py`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif
 
 
 class UnreadableImageError(OSError):
-    """An image file that cannot be decoded; the message names the file."""
+    """An image file that cannot be decoded. The message names the file."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -28,27 +28,29 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError, ...
         raise UnreadableImageError(
-            f"Cannot read the image file {path} ({type(error).__name__}: {error}). Replace it by an intact "
-            "copy, or remove it from the data set."
+            f"Cannot read the image file {path} ({type(error).__name__}: {error}). Replace it by an intact copy, or "
+            "remove it from the data set."
         ) from error
 
 
-class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Labelled image files, read when asked for.
+class LabelledImages(Dataset[tuple[Image.Image, int]]):
+    """Labelled images, each read when it is asked for.
 
     Args:
-        samples: Pairs of file and class index.
+        samples: Pairs of image and class index. An image is what `read` takes.
+        read: From an image, by default a file, to a PIL image.
     """
 
-    def __init__(self, samples: Iterable[tuple[str | Path, int]]) -> None:
-        self.samples = [(str(path), int(target)) for path, target in samples]
+    def __init__(self, samples: Iterable[tuple[Any, int]], read: Callable[[Any], Image.Image] = read_image) -> None:
+        self.samples = [(image, int(target)) for image, target in samples]
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, position: int) -> tuple[Image.Image, int]:
-        path, target = self.samples[position]
-        return read_image(path), target
+        image, target = self.samples[position]
+        return self.read(image), target
 
     @property
     def targets(self) -> list[int]:
@@ -56,27 +58,8 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         return [target for _, target in self.samples]
 
 
-class ImageArrays(Dataset[tuple[Image.Image, int]]):
-    """Labelled images that lie in memory.
-
-    Args:
-        pixels: 8-bit RGB images, `[N, H, W, 3]`.
-        targets: Class index of each image, `[N]`.
-    """
-
-    def __init__(self, pixels: NDArray[np.uint8], targets: Iterable[int]) -> None:
-        self.pixels = pixels
-        self.targets = [int(target) for target in targets]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, position: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[position]), self.targets[position]
-
-
 def targets_of(dataset: Any) -> list[int] | None:
-    """Return the class index of every sample where that takes no reading of images, else None."""
+    """Return the class index of every sample, or None if the images would have to be read for it."""
     if isinstance(dataset, Subset):
         inner = targets_of(dataset.dataset)
         return None if inner is None else [inner[position] for position in dataset.indices]
@@ -84,32 +67,19 @@ def targets_of(dataset: Any) -> list[int] | None:
     return None if targets is None else [int(target) for target in targets]
 
 
-def split_positions(count: int, first: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split `range(count)` at random into two parts, each in ascending order.
-
-    Args:
-        count: Number of samples.
-        first: Share of the first part, in `[0, 1]`; rounded to whole samples.
-        seed: The same seed gives the same split, whatever the state of the global random numbers.
-    """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    border = round(first * count)
-    return sorted(order[:border]), sorted(order[border:])
-
-
 def image_paths(folder: Path) -> list[Path]:
-    """List the image files below a folder, sorted, hidden ones left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not path.name.startswith("."))
+    """List the image files below a folder, sorted, without hidden ones."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def class_folders(folder: Path, ignore: Sequence[str] = ()) -> list[Path]:
     """List the visible sub-folders of a folder, sorted by name: one per class."""
-    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(path for path in found if path.name not in ignore)
+    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in folders if path.name not in ignore)
 
 
-def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageFiles, list[str]]:
+def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[LabelledImages, list[str]]:
     """Read a folder that holds one folder of images per class.
 
     Args:
@@ -117,7 +87,7 @@ def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageF
         ignore: Names of sub-folders that are no class.
 
     Returns:
-        The files and the class names; a class index is the position of its name in sorted order.
+        The images and the class names. A class index is the position of its name in sorted order.
 
     Raises:
         FileNotFoundError: If there is no class folder, or a class folder without images.
@@ -125,14 +95,14 @@ def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[ImageF
     classes = class_folders(folder, ignore)
     if not classes:
         raise FileNotFoundError(
-            f"{folder.resolve()} holds no class folders; expected one folder of images per class, "
-            f"for example {folder.name}/cat/1.jpg and {folder.name}/dog/1.jpg."
+            f"{folder.resolve()} holds no class folders. Make one folder of images per class, for example "
+            f"{folder.name}/cat/1.jpg and {folder.name}/dog/1.jpg."
         )
     samples = [(path, target) for target, name in enumerate(classes) for path in image_paths(name)]
     empty = sorted(set(range(len(classes))) - {target for _, target in samples})
     if empty:
         raise FileNotFoundError(
             f"No image files in {len(empty)} class folders: {', '.join(str(classes[k]) for k in empty[:5])} "
-            f"(looked for {', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder."
+            f"(suffixes: {', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder."
         )
-    return ImageFiles(samples), [path.name for path in classes]
+    return LabelledImages(samples), [path.name for path in classes]

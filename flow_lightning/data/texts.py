@@ -1,8 +1,10 @@
-"""General text, on which it is measured what a language model has kept: plain files, cut into windows of tokens."""
+"""General text: plain files, cut into windows of tokens.
+
+In: paths, a tokenizer. Out: samples as `InstructionDataset` has them. Next: `measures/text.py`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ def read_texts(paths: Sequence[str]) -> list[str]:
 
 
 def _packaged_text() -> str:
+    from pydoc_data.topics import topics  # half a megabyte
+
     return "\n".join(topics[name] for name in sorted(topics))
 
 
@@ -50,9 +54,9 @@ def _read(path: Path) -> str:
 class TextWindows(Dataset[dict[str, Any]]):
     """Cut texts into windows of tokens: `{"input_ids": int64 [T], "prompt_length": 1, "index": int}`.
 
-    Windows do not overlap and do not go across texts. The first token of each is context only. Where the tokenizer
-    starts a text with a token of its own (BOS), so does each window: some models are lost without it. A last window
-    of fewer than 2 tokens is dropped.
+    Windows do not overlap and do not go across texts. The first token of each is context only. If the tokenizer starts
+    a text with a token of its own (BOS), each window starts with it, because some models need it. A last window of
+    fewer than 2 tokens is dropped.
 
     Attributes:
         lengths: Tokens of each window, int64 `[N]`.
@@ -96,7 +100,7 @@ class TextWindows(Dataset[dict[str, Any]]):
 
 
 def _windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:
-    # Not verbose: it would warn of texts longer than the model, which are cut here.
+    # Not verbose: the tokenizer would warn of texts that are longer than the model allows, which are cut here.
     (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
     start = _start(tokenizer)
     parts = torch.tensor(ids, dtype=torch.int32).split(window - len(start))

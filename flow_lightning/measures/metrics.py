@@ -1,4 +1,7 @@
-"""Measure what is left of the pre-trained task: accuracy, agreement and divergence, in plain torch."""
+"""The numbers behind the measures of images, in plain torch: right guesses, divergence, the hardest samples.
+
+In: logits, targets, losses. Out: a value per sample, or positions. Next: `images.py`.
+"""
 
 import math
 
@@ -7,10 +10,9 @@ from torch import Tensor
 
 
 def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
-    """Tell for each sample whether its target is among the `k` largest logits.
+    """Return for each sample whether its target is among the `k` largest logits.
 
-    A row with a NaN is wrong: a network that diverged knows nothing. With fewer than `k` classes every other
-    row is right.
+    A row with a NaN is wrong: the network has diverged. With fewer than `k` classes every other row is right.
 
     Args:
         logits: Scores `[B, C]`.
@@ -35,45 +37,11 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     return (guesses == targets[:, None]).any(dim=1) & ~logits.isnan().any(dim=1)
 
 
-def top_k_accuracy(logits: Tensor, targets: Tensor, k: int = 1) -> float:
-    """Return the fraction of samples whose target is among the `k` largest logits.
-
-    Args:
-        logits: Scores `[B, C]`.
-        targets: Class indices `[B]`.
-        k: How many guesses a sample has.
-
-    Returns:
-        A fraction in [0, 1].
-
-    >>> logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
-    >>> top_k_accuracy(logits, torch.tensor([0, 2])), top_k_accuracy(logits, torch.tensor([0, 2]), k=2)
-    (0.5, 1.0)
-    """
-    return top_k_correct(logits, targets, k).double().mean().item()
-
-
-def agreement(logits: Tensor, reference_logits: Tensor) -> float:
-    """Return the fraction of samples on which two models have the same first choice; no labels are needed.
-
-    Args:
-        logits: Scores of the model now `[B, C]`.
-        reference_logits: Scores of the reference model `[B, C]`; log-probabilities do as well.
-
-    Returns:
-        A fraction in [0, 1].
-
-    >>> agreement(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[9.0, 0.0], [0.5, 0.0]]))
-    0.5
-    """
-    return top_k_accuracy(logits, reference_logits.argmax(dim=1))
-
-
 def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Compute `KL(reference || now) = sum_c p_c (log p_c - log q_c)` for each sample.
 
-    Here p is the softmax of the reference's logits and q that of the model's. Computed in float32, or in
-    float64 where the input has it. A class with p = 0 adds nothing.
+    Here p is the softmax of the reference's logits and q that of the model's. It is computed in float32, or in float64
+    for such input. A class with p = 0 adds nothing.
 
     Args:
         reference_logits: Scores of the reference model `[B, C]`; log-probabilities do as well.
@@ -90,24 +58,6 @@ def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
     log_q = logits.to(dtype).log_softmax(dim=1)
     terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
     return terms.sum(dim=1).clamp_min(0.0)
-
-
-def mean_kl(reference_logits: Tensor, logits: Tensor) -> float:
-    """Return the mean of `KL(reference || now)` over the samples.
-
-    Args:
-        reference_logits: Scores of the reference model `[B, C]`; log-probabilities do as well.
-        logits: Scores of the model now `[B, C]`.
-
-    Returns:
-        Nats, at least 0.
-
-    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
-    >>> expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    >>> abs(mean_kl(p.log(), q.log()) - expected) < 1e-7
-    True
-    """
-    return kl_divergences(reference_logits, logits).double().mean().item()
 
 
 def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:
@@ -135,3 +85,8 @@ def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:
     # Rounded first: 0.1 * 30 is 3.0000000000000004, and 4 of 30 is not a tenth.
     count = max(1, math.ceil(round(fraction * losses.numel(), 9)))
     return losses.topk(count).indices.sort().values
+
+
+def mean(values: Tensor) -> float:
+    """Return the mean, summed in float64."""
+    return values.double().mean().item()

@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+#: Label of a token that is not supervised, as in torch's cross-entropy and in transformers.
+IGNORED = -100
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the cross-entropy of each sample, in float32 whatever precision the logits have.
@@ -22,6 +25,20 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         tensor([1.3863, 1.3863])
     """
     return F.cross_entropy(logits if logits.dtype.itemsize >= 4 else logits.float(), targets, reduction="none")
+
+
+def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
+    """Count the supervised tokens of each row of `labels` `[B, T]`. The first token has no prediction, so never counts.
+
+    Returns:
+        `[B]`, int64.
+
+    Example:
+        >>> import torch
+        >>> supervised_counts({"labels": torch.tensor([[5, IGNORED, 6, 7]])})
+        tensor([2])
+    """
+    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
 
 
 def linear_cross_entropy(

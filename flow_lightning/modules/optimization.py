@@ -1,7 +1,14 @@
-"""Optimizer and learning rate schedule, the same for every module of this library."""
+"""Optimizer and learning rate schedule, the same for every module of this library.
 
+In: a module, a way to make its optimizer, a learning rate. Out: what `configure_optimizers` returns.
+Next: `image_classification.py`, `causal_language.py`.
+"""
+
+import inspect
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from lightning import LightningModule
@@ -12,6 +19,43 @@ from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
 Schedule = Literal["cosine", "constant"]
+_PRIMITIVES = (bool, int, float, str, tuple, list, type(None))
+
+
+def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
+    """Describe an optimizer by `class_path` and `init_args`, as LightningCLI does. `optimizer_factory` undoes it.
+
+    Settings of single parameter groups, and settings that are no primitives, are left out.
+
+    Example:
+        >>> from torch import nn, optim
+        >>> optimizer_settings(optim.SGD([nn.Parameter()], momentum=0.9))["init_args"]["momentum"]
+        0.9
+    """
+    kind = type(optimizer)
+    accepted = inspect.signature(kind).parameters
+    kept = {key: value for key, value in optimizer.defaults.items() if key in accepted and type(value) in _PRIMITIVES}
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": kept}
+
+
+def optimizer_factory(optimizer: OptimizerFactory | Mapping[str, Any]) -> OptimizerFactory:
+    """Return a function that makes the optimizer. Checkpoints hold `optimizer_settings` in the place of a function.
+
+    Nothing is imported, because a checkpoint must not choose what code runs.
+
+    Raises:
+        ValueError: If the settings name no optimizer that has been imported.
+    """
+    if not isinstance(optimizer, Mapping):
+        return optimizer
+    module, _, name = str(optimizer["class_path"]).rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise ValueError(
+            f"The checkpoint's optimizer {optimizer['class_path']!r} is not known. Import its module before loading, "
+            "or give `optimizer=` to load_from_checkpoint."
+        )
+    return partial(kind, **optimizer.get("init_args", {}))
 
 
 def configure_optimizers(
@@ -21,23 +65,26 @@ def configure_optimizers(
     schedule: Schedule = "cosine",
     warmup: float = 0.0,
 ) -> OptimizerLRScheduler:
-    """Build the optimizer over all trainable parameters and, step by step, the schedule over the whole run.
+    """Build the optimizer over all trainable parameters, and the schedule, which moves at every step.
+
+    The optimizer's class and settings go into `module.hparams`, so that checkpoints keep them.
 
     Args:
-        module: Whose parameters to optimise; it must be attached to a Trainer.
+        module: The module to train. It must be attached to a Trainer.
         optimizer: Makes the optimizer from the parameters.
-        learning_rate: The peak learning rate; it replaces the optimizer's own.
+        learning_rate: The peak learning rate. It replaces the optimizer's own.
         schedule: `cosine` down to 0 at the last step, or `constant`.
         warmup: Part of all steps, in `[0, 1)`, over which the rate rises linearly from 0.
     """
     built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    module.hparams["optimizer"] = optimizer_settings(built)
     for group in built.param_groups:
         group["lr"] = learning_rate
     if schedule == "constant" and warmup == 0:
         return built
     total = int(module.trainer.estimated_stepping_batches)
-    # A function, not an object: LambdaLR puts objects into checkpoints, and a run that goes on for more epochs than it
-    # was to have would find its old, finished schedule there.
+    # A function, not an object: LambdaLR puts objects into checkpoints. A run that is resumed for more epochs would
+    # find its old, finished schedule there.
     factor = LambdaLR(built, lambda step: _factor(schedule, round(warmup * total), total, step))
     scheduler: Any = {"scheduler": factor, "interval": "step"}
     return {"optimizer": built, "lr_scheduler": scheduler}

@@ -1,4 +1,7 @@
-"""Word problems made by a program: a small task for a first try, with answers that can be checked."""
+"""Word problems made by a program: a small task for a first try, with answers that can be checked.
+
+In: a number and a seed. Out: records of question and answer. Next: `data/instructions/records.py`.
+"""
 
 import random
 
@@ -7,11 +10,11 @@ _THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "
 
 
 def word_problems(count: int, seed: int) -> list[dict[str, str]]:
-    """Make word problems of two steps, answered in the manner of GSM8K: a line for each step, then `#### result`.
+    """Make word problems of two steps. Answers look like those of GSM8K: a line for each step, then `#### result`.
 
     Args:
-        count: How many.
-        seed: Source of names, things and numbers.
+        count: Number of problems.
+        seed: Seed of names, things and numbers.
 
     Returns:
         Records of `query` and `response`.

@@ -1,7 +1,11 @@
-"""Real photographs that come with Python packages: retention can be measured on them without any download."""
+"""Real photographs that come with Python packages: retention can be measured on them without any download.
 
-from importlib.util import find_spec
+In: nothing. Out: image files, and boxes to cut from them. Next: `data/retention_images.py`.
+"""
+
 from pathlib import Path
+
+from flow_lightning.optional import package_folder
 
 # Colour photographs of everyday things only: no drawings, microscopy, textures or star fields.
 _PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
@@ -14,21 +18,23 @@ _PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
 def packaged_photographs() -> list[Path]:
     """List the photographs that scikit-image (5), scikit-learn (2) and foolbox (20, from ImageNet) carry.
 
-    The packages are only located, not imported.
+    The packages are located, not imported.
 
     Raises:
-        ModuleNotFoundError: If a package is not installed; the message gives the pip line.
+        ImportError: If a package is not installed. The message gives the pip line.
         FileNotFoundError: If a package lacks a photograph.
     """
     photographs: list[Path] = []
     for place, patterns in _PHOTOGRAPHS.items():
         package, _, folder = place.partition("/")
-        inside = _package_folder(package) / folder
+        inside = package_folder(package, "quickstart", "the packaged retention images") / folder
         for pattern in patterns:
-            found = sorted(inside.glob(pattern))
-            if not found:
-                raise FileNotFoundError(f"Looked for {inside / pattern}; this version of {package} does not carry it.")
-            photographs.extend(found)
+            files = sorted(inside.glob(pattern))
+            if not files:
+                raise FileNotFoundError(
+                    f"There is no {inside / pattern}: this version of {package} does not carry it. Install another."
+                )
+            photographs.extend(files)
     return photographs
 
 
@@ -54,14 +60,3 @@ def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
                 left, upper = (width - side) * column // 2, (height - side) * row // 2
                 boxes.append((left, upper, left + side, upper + side))
     return boxes
-
-
-def _package_folder(package: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"The packaged retention images need {package}, which is not installed: "
-            "pip install 'flow-lightning[quickstart]'.",
-            name=package,
-        )
-    return Path(spec.submodule_search_locations[0])

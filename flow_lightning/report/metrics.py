@@ -6,66 +6,33 @@ In: numbers by key. Out: a file, a table. Next: `pictures.py`.
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from flow_lightning.files import write_bytes
+from flow_lightning.measures import MEASURES, Measure, Metric, Panel
 
 Metrics = dict[str, Any]
 
-
-class Metric(NamedTuple):
-    """Describe one key of `metrics.json`.
-
-    Attributes:
-        key: The stable key.
-        name: What a table calls it.
-        unit: `fraction` (0 to 1, shown in percent), `nats`, `samples`, `tokens`, `seconds` or `number`.
-        better: `up`, `down`, or nothing where neither end is good.
-    """
-
-    key: str
-    name: str
-    unit: str
-    better: str = ""
-
-
-METRICS = (
-    Metric("target/before/top1", "target accuracy before training", "fraction", "up"),
-    Metric("target/top1", "target accuracy", "fraction", "up"),
-    Metric("target/hard_top1", "target accuracy on the samples hardest before training", "fraction", "up"),
-    Metric("retention/before/top1", "pre-trained task before training", "fraction", "up"),
-    Metric("retention/before/top5", "pre-trained task before training, top-5", "fraction", "up"),
-    Metric("retention/after/top1", "pre-trained task, BatchNorm as trained", "fraction", "up"),
-    Metric("retention/after/top5", "pre-trained task, BatchNorm as trained, top-5", "fraction", "up"),
-    Metric("retention/after/top1_original_bn", "pre-trained task, original BatchNorm", "fraction", "up"),
-    Metric("retention/after/top5_original_bn", "pre-trained task, original BatchNorm, top-5", "fraction", "up"),
-    Metric("retention/after/agreement", "agreement with the pre-trained model", "fraction", "up"),
-    Metric("retention/after/agreement_original_bn", "agreement, original BatchNorm", "fraction", "up"),
-    Metric("retention/after/kl", "KL(pre-trained || fine-tuned)", "nats", "down"),
-    Metric("retention/after/kl_original_bn", "KL, original BatchNorm", "nats", "down"),
-    Metric("target/before/loss", "target loss before training", "nats", "down"),
-    Metric("target/loss", "target loss", "nats", "down"),
-    Metric("target/before/exact_match", "right final answers before training", "fraction", "up"),
-    Metric("target/exact_match", "right final answers", "fraction", "up"),
-    Metric("retention/before/perplexity", "perplexity of general text before training", "number", "down"),
-    Metric("retention/after/perplexity", "perplexity of general text", "number", "down"),
-    Metric("retention/before/accuracy", "mean accuracy of the tasks before training", "fraction", "up"),
-    Metric("retention/after/accuracy", "mean accuracy of the tasks", "fraction", "up"),
+_AVERAGES = (
     Metric("average", "average of target and pre-trained task", "fraction", "up"),
     Metric("average_original_bn", "average, original BatchNorm", "fraction", "up"),
+)
+_AVERAGE = Panel("average", "fraction", "up", {"average": "average"})
+_OTHERS = (
     Metric("flow/temperature", "temperature tau", "number"),
     Metric("flow/mean_weight", "mean weight", "number"),
     Metric("flow/effective_sample_size", "effective sample size", "samples"),
     Metric("flow/effective_sample_fraction", "effective share of the samples", "fraction"),
     Metric("probe/strength", "regularisation of the linear probe", "number"),
     Metric("probe/mean_loss", "mean training loss of the linear probe", "nats"),
-    Metric("target/samples", "target test samples", "samples"),
-    Metric("retention/samples", "images of the pre-trained task", "samples"),
-    Metric("retention/tokens", "predicted tokens of general text", "tokens"),
+    Metric("refit/strength", "regularisation of the refitted head", "number"),
+)
+_TIMES = (
     Metric("time/probe_s", "fitting the linear probe", "seconds", "down"),
     Metric("time/scoring_s", "scoring the training set", "seconds", "down"),
     Metric("time/refit_s", "refitting the head", "seconds", "down"),
@@ -73,15 +40,47 @@ METRICS = (
     Metric("time/fit_s", "training, with the head refit", "seconds", "down"),
     Metric("time/after_s", "measuring after training", "seconds", "down"),
 )
+_FORMATS = {"nats": "{:.3f}", "samples": "{:,.0f}", "tokens": "{:,.0f}", "seconds": "{:.1f}"}
+_SIZES = ("samples", "tokens")  # units of metrics that stand after the results
 
-_TASK = "retention/after/task/"  # and the task's name
-_FORMATS = {
-    "nats": "{:.3f}",
-    "samples": "{:,.0f}",
-    "tokens": "{:,.0f}",
-    "seconds": "{:.1f}",
-    "number": "{:.4g}",
-}
+
+class Declared(NamedTuple):
+    """What tables and pictures can show, in this order."""
+
+    metrics: tuple[Metric, ...]
+    panels: tuple[Panel, ...]
+
+
+def declared_by(measures: Iterable[Measure | type[Measure]] = ()) -> Declared:
+    """Return what the measures of this library declare, and further measures, once for each key."""
+    of_all = [*MEASURES, *measures]
+    of_measures = [metric for measure in of_all for metric in measure.metrics]
+    results = [metric for metric in of_measures if metric.unit not in _SIZES]
+    sizes = [metric for metric in of_measures if metric.unit in _SIZES]
+    metrics = {metric.key: metric for metric in (*results, *_AVERAGES, *_OTHERS, *sizes, *_TIMES)}
+    panels = {panel.title: panel for measure in of_all for panel in measure.panels}
+    return Declared(tuple(metrics.values()), (*panels.values(), _AVERAGE))
+
+
+#: What this library's own measures, FLOW and the probe declare.
+DECLARED = declared_by()
+METRICS = DECLARED.metrics
+
+
+def main_panel(part: str, runs: Sequence[Mapping[str, Any]], declared: Declared = DECLARED) -> Panel | None:
+    """Return the first panel of `target` or `retention` whose main result some run has."""
+    panels = (panel for panel in declared.panels if panel.part == part)
+    return next((panel for panel in panels if any(run.get(panel.main) is not None for run in runs)), None)
+
+
+def averages(metrics: Mapping[str, Any], declared: Declared = DECLARED) -> Metrics:
+    """Average what was learned and what was kept, if both are fractions, for both kinds of BatchNorm."""
+    of_fractions = declared._replace(panels=tuple(panel for panel in declared.panels if panel.is_percent))
+    learned, kept = (main_panel(part, [metrics], of_fractions) for part in ("target", "retention"))
+    if learned is None or kept is None:
+        return {}
+    kinds = [kind for kind in ("", "_original_bn") if kept.main + kind in metrics]
+    return {f"average{kind}": (metrics[learned.main] + metrics[kept.main + kind]) / 2 for kind in kinds}
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
@@ -93,7 +92,7 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
         path: The JSON file; its folder is made if absent.
         metrics: Keys of `METRICS` or others, values of JSON types.
     """
-    text = json.dumps(_finite(dict(metrics)), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(finite(dict(metrics)), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
 
 
@@ -115,12 +114,12 @@ def read_metrics(path: str | Path) -> Metrics:
     return metrics
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Replace every number that is not finite by None, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -138,43 +137,61 @@ def format_value(metric: Metric, values: Sequence[float]) -> str:
     """
     if not values:
         return "–"
-    scale, pattern, suffix = (100, "{:.1f}", " %") if metric.unit == "fraction" else (1, _FORMATS[metric.unit], "")
+    scale, pattern, suffix = (
+        (100, "{:.1f}", " %") if metric.unit == "fraction" else (1, _FORMATS.get(metric.unit, "{:.4g}"), "")
+    )
     scaled = [scale * value for value in values]
     spread = f" ± {pattern.format(statistics.stdev(scaled))}" if len(scaled) > 1 else ""
     return pattern.format(statistics.fmean(scaled)) + spread + suffix
 
 
-def metrics_table(columns: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]], title: str = "") -> Table:
-    """Build the console table: a row for each documented key and each task that some run has, a column for each method.
+def metrics_table(
+    columns: Mapping[str, Mapping[str, Any] | Sequence[Mapping[str, Any]]],
+    title: str = "",
+    declared: Declared = DECLARED,
+) -> Table:
+    """Build the console table: a row for each declared key that some run has, a column for each method.
 
     Args:
-        columns: Method name to the metrics of its run, or of several runs, which become mean ± standard
-            deviation.
+        columns: Method name to the metrics of its run, or of several runs, which become mean ± standard deviation.
         title: Printed above the table.
+        declared: The rows that there can be.
     """
     table = Table(title=title or None)
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
     runs = [[column] if isinstance(column, Mapping) else list(column) for column in columns.values()]
-    for metric in _rows(runs):
+    for metric in _rows(runs, declared):
         values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs]
         if any(values):
-            name = metric.name + (" (s)" if metric.unit == "seconds" else " (nats)" if metric.unit == "nats" else "")
-            table.add_row(name, *(format_value(metric, column) for column in values))
+            unit = {"seconds": " (s)", "nats": " (nats)"}.get(metric.unit, "")
+            table.add_row(metric.name + unit, *(format_value(metric, column) for column in values))
     return table
 
 
-def _rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Metric]:
-    """Return what a table of these runs can show: `METRICS`, with the tasks after their mean."""
-    keys = sorted({key for column in runs for run in column for key in run if key.startswith(_TASK)})
-    tasks = [Metric(key, f"task {key.removeprefix(_TASK)}", "fraction", "up") for key in keys]
-    place = 1 + [metric.key for metric in METRICS].index("retention/after/accuracy")
-    return [*METRICS[:place], *tasks, *METRICS[place:]]
+def _rows(runs: Sequence[Sequence[Mapping[str, Any]]], declared: Declared) -> Iterator[Metric]:
+    """Yield the declared metrics; one for many keys becomes one for each key that there is."""
+    keys = sorted({key for column in runs for run in column for key in run})
+    for metric in declared.metrics:
+        start, _, rest = metric.key.partition("*")
+        if start + rest == metric.key:
+            yield metric
+            continue
+        for key in keys:
+            if key.startswith(start):
+                yield metric._replace(key=key, name=metric.name.replace("*", key.removeprefix(start)))
+
+
+def print_table(table: Table, last_line: str) -> None:
+    """Print a table, at most 80 columns wide, and a line below it that is not broken."""
+    console = Console()
+    console.print(table, width=min(80, console.width))
+    console.print(last_line, soft_wrap=True, highlight=False)
 
 
 def metrics_markdown() -> str:
-    """Write `METRICS` as the Markdown table of the README.
+    """Write `METRICS` as a Markdown table, for the documentation.
 
     >>> print(*metrics_markdown().splitlines()[:3], sep=chr(10))
     | key | meaning | unit | better |

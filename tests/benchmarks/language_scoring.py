@@ -11,11 +11,11 @@ own, and they alternate.
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ from lightning import Trainer
 from torch import Tensor
 
 import flow_lightning as fl
-
-os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
+from flow_lightning.scoring.kinds import TokenLosses
+from flow_lightning.scoring.samples import cut_batches
+from flow_lightning.scoring.score import score_blocks
 
 
 def data_module(a: argparse.Namespace, tokenizer: Any) -> fl.InstructionDataModule:
     data = fl.InstructionDataModule(
         a.data, instruction_field="question", response_field="answer", limit_train=a.samples, tokenizer=tokenizer,
-        tokens_per_batch=a.tokens,
+        tokens_per_batch=a.tokens, validation_fraction=0,
     )  # fmt: skip
     data.setup("fit")
     return data
@@ -59,13 +60,14 @@ def authors(module: fl.CausalLanguageModule, data: fl.InstructionDataModule) -> 
 
 def ours(module: fl.CausalLanguageModule, data: fl.InstructionDataModule) -> Tensor:
     """What FlowWeightingCallback does at on_fit_start; return the token losses in full precision."""
-    from flow_lightning.callbacks.flow_weighting import _token_losses
-
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(module)
-    losses, offsets = _token_losses(trainer, module, data.scoring_dataloader())
-    fl.TokenWeights.from_losses(losses, offsets)
-    return losses
+    kind, loader = TokenLosses(), data.scoring_dataloader()
+    batches = cut_batches(loader)
+    blocks = score_blocks(trainer, module, loader, batches, partial(kind.values, module), kind.description)
+    result = kind.result(trainer, module, blocks, len(data.train_set))
+    fl.TokenWeights.from_losses(**result)
+    return result["losses"]
 
 
 class PeakMemory(threading.Thread):

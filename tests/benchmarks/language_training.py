@@ -10,7 +10,6 @@ one training step at Gemma 2's geometry with random weights, each way in a proce
 
 import argparse
 import multiprocessing
-import os
 import statistics
 import time
 from typing import Any
@@ -20,8 +19,6 @@ import torch.nn.functional as F
 
 import flow_lightning as fl
 from tests.benchmarks.language_scoring import PeakMemory
-
-os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 
 
 def plain_loss(model: Any, batch: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
@@ -41,7 +38,7 @@ def speed(a: argparse.Namespace) -> None:
             module = fl.CausalLanguageModule(a.model)
             data = fl.InstructionDataModule(
                 a.data, instruction_field="question", response_field="answer", limit_train=a.samples, batch_size=8,
-                tokenizer=module.tokenizer, seed=round_,
+                tokenizer=module.tokenizer, seed=round_, validation_fraction=0,
             )  # fmt: skip
             data.setup("fit")
             grouped = data.train_dataloader()

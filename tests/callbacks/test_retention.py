@@ -1,300 +1,275 @@
+"""When RetentionCallback measures, where its numbers go, and what a resumed fit makes of them."""
+
 from copy import deepcopy
+from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from flow_lightning.callbacks.head_refit import HeadRefitCallback
-from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from jsonargparse import ArgumentParser
+from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
-from scipy.special import rel_entr
-from sklearn.metrics import top_k_accuracy_score
-from torch.utils.data import DataLoader, Dataset
 
-from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.data.retention_images import retention_images
-from flow_lightning.modules.image_classification import ImageClassificationModule
-from flow_lightning.report.metrics import METRICS, read_metrics
+import flow_lightning as fl
+from flow_lightning.measures import (
+    Answers,
+    GeneralText,
+    HarnessTasks,
+    PretrainedImages,
+    TargetAccuracy,
+    TargetLoss,
+)
+from flow_lightning.report.metrics import read_metrics
+from tests.examples import LinearRegression, RegressionData, fit
+from tests.images import PictureData, tiny_module
+from tests.retention import (
+    SIZE,
+    SizeOfHead,
+    image_fit,
+    image_module,
+    labelled_images,
+    language_fit,
+    text_file,
+    unlabelled_images,
+)
 
-SIZE, CLASSES, IMAGES = 32, 12, 7
-
-
-class Pictures(Dataset):
-    def __init__(self, length, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(length, 3, SIZE, SIZE, generator=generator)
-        self.targets = torch.randint(3, (length,), generator=generator).tolist()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return {"image": self.images[index], "target": self.targets[index]}
-
-
-class Target(LightningDataModule):
-    """Sets up the test set only when asked for, as Lightning's own examples do."""
-
-    def setup(self, stage):
-        if stage == "fit":
-            self.train_set = IndexedDataset(Pictures(12, seed=1))
-        if stage == "test":
-            self.test_set = Pictures(9, seed=2)
-
-    def train_dataloader(self):
-        return DataLoader(self.train_set, batch_size=4, shuffle=True)
-
-    def test_dataloader(self):
-        return DataLoader(self.test_set, batch_size=4)
+TWO = {"devices": 2, "strategy": "ddp_fork"}
 
 
-class TrainingOnly(LightningDataModule):
-    def train_dataloader(self):
-        return DataLoader(IndexedDataset(Pictures(12, seed=1)), batch_size=4)
+class AtTrainEnd(Callback):
+    """Remembers the state of a fit, or changes the model."""
 
+    def __init__(self, change=None):
+        self.change = change
 
-class StateAtTrainEnd(Callback):
     def on_train_end(self, trainer, pl_module):
         self.state = deepcopy(pl_module.state_dict())
         self.modes = [module.training for module in pl_module.modules()]
         self.rng = torch.get_rng_state()
+        if self.change is not None:
+            self.change(pl_module)
 
 
-def _pretrained():
-    torch.manual_seed(3)
-    model = timm.create_model("test_resnet", pretrained=False, num_classes=CLASSES)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.1)
-    torch.nn.init.normal_(model.get_classifier().weight)
-    return model.eval()
+def regression_fit(*callbacks, **settings):
+    return fit(*callbacks, data=RegressionData(), **({"max_epochs": 2} | settings))
 
 
-def _module(**kwargs):
-    return ImageClassificationModule(
-        _pretrained(), num_classes=3, **({"learning_rate": 0.05, "batch_norm": "train"} | kwargs)
-    )
+def own(every_n_epochs=None):
+    return fl.RetentionCallback(measures=[SizeOfHead()], every_n_epochs=every_n_epochs)
 
 
-def _dataset(path, model):
-    config = timm.data.resolve_model_data_config(model)
-    settings = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
-    return retention_images(path, SIZE, num_classes=CLASSES, **settings)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_it_does_not_matter_where_the_callback_stands(position):
+    """Before training it finds the probe's head, in the end what every other callback left."""
+    last = AtTrainEnd(lambda module: torch.nn.init.constant_(module.head.weight, 5.0))
+    probe, measure = fl.LinearProbeCallback(refit=True), SizeOfHead()
+    callbacks = [probe, last]
+    callbacks.insert(position, fl.RetentionCallback(measures=[measure]))
+    fit(*callbacks, module=tiny_module(), data=PictureData())
+    metrics = read_metrics("run/metrics.json")
+    assert metrics["retention/before/size"] == probe_weight().abs().max().item()
+    assert metrics["retention/after/size"] == 5 and measure.measured == ["before", "after"]
+    assert metrics["time/fit_s"] > metrics["time/refit_s"]
 
 
-@torch.no_grad()
-def _logits(model, path):
-    dataset = _dataset(path, model)
-    return torch.cat([model(dataset[i]["image"][None]) for i in range(len(dataset))]).double().numpy()
+def probe_weight():
+    probe = fl.LinearProbeCallback()
+    fit(probe, module=tiny_module(), data=PictureData(), default_root_dir="probe", max_epochs=0)
+    return probe.probe.head.weight
 
 
-@pytest.fixture
-def unlabelled(tmp_path):
-    generator = np.random.default_rng(0)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(IMAGES):
-        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+def test_missing_data_are_found_before_anything_is_scored():
+    def score(batch):
+        raise AssertionError("scored")
+
+    module = tiny_module()
+    module.sample_losses = score
+    with pytest.raises(FileNotFoundError, match="absent"):
+        fit(fl.FlowWeightingCallback(), fl.RetentionCallback(images="absent"), module=module, data=PictureData())
 
 
-@pytest.fixture
-def labelled(unlabelled):
-    """Labels that the pre-trained model gets right for some of the images."""
-    labels = _logits(_pretrained(), unlabelled).argmax(1)
-    labels[::3] = (labels[::3] + 1) % CLASSES
-    rows = "".join(f"images/{number}.png,{label}\n" for number, label in enumerate(labels))
-    file = unlabelled.parent / "labels.csv"
-    file.write_text("file,class_index\n" + rows)
-    return file
-
-
-def _fit(folder, callbacks, module=None, datamodule=None, ckpt_path=None, **kwargs):
-    torch.manual_seed(7)
-    module = module or _module()
-    settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=callbacks,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **(settings | kwargs),
-    )
-    trainer.fit(module, datamodule=datamodule or Target(), ckpt_path=ckpt_path)
-    return module
-
-
-def _original(module, batch_norm):
-    """Rebuild the fine-tuned body with the pre-trained head (and BatchNorm layers) by parameter names alone."""
-    model = _pretrained()
-    keep = {name for name in model.state_dict() if name.startswith("fc.")}
-    if batch_norm:
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                keep |= {f"{name}.{key}" for key in layer.state_dict()}
-    state = model.state_dict()
-    model.load_state_dict({k: state[k] if k in keep else module.model.state_dict()[k] for k in model.state_dict()})
-    return model.eval()
-
-
-def test_accuracy_is_measured_before_and_after_with_both_kinds_of_batch_norm(tmp_path, labelled):
-    module = _fit(tmp_path / "run", [RetentionCallback(str(labelled), image_size=SIZE, batch_size=3)])
-    metrics = read_metrics(tmp_path / "run" / "metrics.json")
-    labels = [int(line.split(",")[1]) for line in labelled.read_text().splitlines()[1:]]
-
-    def accuracy(model, k):
-        return top_k_accuracy_score(labels, _logits(model, labelled), k=k, labels=range(CLASSES))
-
-    for key, model in {
-        "retention/before/top{}": _pretrained(),
-        "retention/after/top{}": _original(module, batch_norm=False),
-        "retention/after/top{}_original_bn": _original(module, batch_norm=True),
-    }.items():
-        assert metrics[key.format(1)] == pytest.approx(accuracy(model, 1)), key
-        assert metrics[key.format(5)] == pytest.approx(accuracy(model, 5)), key
-    assert 0 < metrics["retention/before/top1"] < 1
-    assert metrics["average"] == pytest.approx((metrics["target/top1"] + metrics["retention/after/top1"]) / 2)
-    assert set(metrics) <= {metric.key for metric in METRICS}
-    assert (tmp_path / "run" / "retention.png").stat().st_size > 0
-
-
-def test_without_labels_agreement_and_kl_are_measured(tmp_path, unlabelled):
-    module = _fit(tmp_path / "run", [RetentionCallback(str(unlabelled), image_size=SIZE, batch_size=3)])
-    metrics = read_metrics(tmp_path / "run" / "metrics.json")
-    reference = _logits(_pretrained(), unlabelled)
-    for kind, batch_norm in (("", False), ("_original_bn", True)):
-        now = _logits(_original(module, batch_norm), unlabelled)
-        p, q = (torch.from_numpy(x).softmax(1).numpy() for x in (reference, now))
-        assert metrics[f"retention/after/kl{kind}"] == pytest.approx(rel_entr(p, q).sum(1).mean(), rel=1e-3)
-        agreed = (reference.argmax(1) == now.argmax(1)).mean()
-        assert metrics[f"retention/after/agreement{kind}"] == pytest.approx(agreed)
-        assert metrics[f"average{kind}"] == pytest.approx((metrics["target/top1"] + agreed) / 2)
-    assert metrics["retention/after/kl"] > 0
-    assert metrics["retention/after/kl"] != metrics["retention/after/kl_original_bn"]
-
-
-def test_target_and_its_hardest_samples(tmp_path):
-    module = _module()
-    before = deepcopy(module).eval()
-    _fit(tmp_path, [RetentionCallback(hard_fraction=0.3)], module)
-    metrics = read_metrics(tmp_path / "metrics.json")
-    test = Pictures(9, seed=2)
-    targets = torch.tensor(test.targets)
-    with torch.no_grad():
-        first, last = before(test.images), module.eval()(test.images)
-    losses = -first.log_softmax(1).gather(1, targets[:, None]).flatten().numpy()
-    hard = np.argsort(losses)[-3:]
-    right = (last.argmax(1) == targets).numpy()
-    assert metrics["target/before/top1"] == pytest.approx((first.argmax(1) == targets).double().mean().item())
-    assert metrics["target/top1"] == pytest.approx(right.mean())
-    assert metrics["target/hard_top1"] == pytest.approx(right[hard].mean())
-    assert not [key for key in metrics if key.startswith("retention/after")]
-
-
-def test_without_test_set_only_the_pretrained_task_is_measured(tmp_path, labelled):
-    callback = RetentionCallback(str(labelled), image_size=SIZE)
-    with pytest.warns(UserWarning, match="no test_dataloader"):
-        _fit(tmp_path, [callback], datamodule=TrainingOnly())
-    metrics = read_metrics(tmp_path / "metrics.json")
-    assert "retention/after/top1" in metrics and "target/top1" not in metrics and "average" not in metrics
-
-
-def test_measuring_leaves_no_trace(tmp_path, labelled):
-    plain, probe = StateAtTrainEnd(), StateAtTrainEnd()
-    _fit(tmp_path, [plain])
-    module = _fit(tmp_path, [probe, RetentionCallback(str(labelled), image_size=SIZE, every_n_epochs=1)])
-    assert torch.equal(torch.get_rng_state(), probe.rng)
-    assert torch.equal(plain.rng, probe.rng)
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_measuring_leaves_no_trace(tmp_path, kind):
+    if kind == "images":
+        run, measures = image_fit, [TargetAccuracy(), PretrainedImages(labelled_images(tmp_path), image_size=SIZE)]
+    else:
+        run, measures = language_fit, [TargetLoss(), Answers(max_new_tokens=3), GeneralText([text_file()])]
+    plain, probe = AtTrainEnd(), AtTrainEnd()
+    run(plain)
+    module, _ = run(probe, fl.RetentionCallback(measures=measures, every_n_epochs=1))
+    assert torch.equal(torch.get_rng_state(), probe.rng) and torch.equal(plain.rng, probe.rng)
     assert [submodule.training for submodule in module.modules()] == probe.modes == plain.modes
     for name, value in module.state_dict().items():
         assert torch.equal(value, probe.state[name]) and torch.equal(value, plain.state[name]), name
 
 
-def test_without_batch_norm_both_kinds_are_equal(tmp_path, unlabelled):
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", pretrained=False, num_classes=CLASSES, img_size=SIZE)
-    module = ImageClassificationModule(model, num_classes=3, learning_rate=0.05)
-    _fit(tmp_path, [RetentionCallback(str(unlabelled), image_size=SIZE)], module)
-    metrics = read_metrics(tmp_path / "metrics.json")
-    for name in ("agreement", "kl"):
-        assert metrics[f"retention/after/{name}_original_bn"] == metrics[f"retention/after/{name}"]
-
-
-def test_epochs_are_measured_and_logged(tmp_path, labelled):
-    logger = CSVLogger(tmp_path, name="", version="run")
-    _fit(tmp_path, [RetentionCallback(str(labelled), SIZE, every_n_epochs=1)], logger=logger)
-    metrics = read_metrics(tmp_path / "run" / "metrics.json")
+def test_epochs_are_measured_and_logged(tmp_path):
+    images = PretrainedImages(labelled_images(tmp_path), image_size=SIZE)
+    callback = fl.RetentionCallback(measures=[images, TargetAccuracy()], every_n_epochs=1)
+    image_fit(callback, logger=CSVLogger(tmp_path, name="", version="run"))
+    metrics = read_metrics("run/metrics.json")
     course = metrics["retention/epochs"]
     assert [(entry["epoch"], entry["step"]) for entry in course] == [(1, 3), (2, 6)]
     assert course[-1]["top1"] == metrics["retention/after/top1"]
     assert course[-1]["top1_original_bn"] == metrics["retention/after/top1_original_bn"]
-    assert "retention/epoch/top1" in (tmp_path / "run" / "metrics.csv").read_text()
+    logged = Path("run/metrics.csv").read_text()
+    assert "retention/epoch/top1" in logged and "retention/after/top1" in logged and "target/epoch" not in logged
 
 
-@pytest.mark.parametrize("kind", ["labelled", "unlabelled"])
-def test_two_processes_measure_what_one_does(tmp_path, kind, request):
-    path = str(request.getfixturevalue(kind))
-    found = []
-    for name, settings in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"})):
-        module = _module(learning_rate=0.0, batch_norm="frozen")
-        _fit(tmp_path / name, [RetentionCallback(path, SIZE, batch_size=2)], module, max_epochs=1, **settings)
-        found.append(read_metrics(tmp_path / name / "metrics.json"))
-    one, two = ({key: value for key, value in run.items() if "time/" not in key} for run in found)
-    assert one.keys() == two.keys()
-    assert two == pytest.approx(one, abs=1e-6)
+def test_perplexity_is_measured_after_epochs():
+    callback = fl.RetentionCallback(measures=[GeneralText([text_file()])], every_n_epochs=2)
+    language_fit(callback, max_epochs=4)
+    metrics = read_metrics("run/metrics.json")
+    course = metrics["retention/epochs"]
+    assert [entry["epoch"] for entry in course] == [2, 4]
+    assert course[-1]["perplexity"] == pytest.approx(metrics["retention/after/perplexity"])
 
 
-def test_more_processes_than_images(tmp_path, unlabelled):
-    for number in range(1, IMAGES):
-        (unlabelled / f"{number}.png").unlink()
-    callback = RetentionCallback(str(unlabelled), SIZE)
-    _fit(tmp_path, [callback], _module(learning_rate=0.0), max_epochs=1, devices=2, strategy="ddp_fork")
-    assert read_metrics(tmp_path / "metrics.json")["retention/samples"] == 1
+@pytest.mark.parametrize("settings", [{}, TWO])
+def test_checkpoints_are_chosen_by_what_was_kept(settings):
+    best = ModelCheckpoint("kept", "{epoch}", monitor="retention/epoch/size", mode="max")
+    regression_fit(own(every_n_epochs=1), best, max_epochs=4, enable_checkpointing=True, **settings)
+    sizes = [entry["size"] for entry in read_metrics("run/metrics.json")["retention/epochs"]]
+    assert len(set(sizes)) == 4
+    assert [path.name for path in Path("kept").iterdir()] == [f"epoch={sizes.index(max(sizes))}.ckpt"]
 
 
-@pytest.mark.parametrize("kind", ["labelled", "unlabelled"])
-def test_a_resumed_fit_keeps_what_was_measured_before(tmp_path, kind, request):
-    path = str(request.getfixturevalue(kind))
-    whole, resumed = (RetentionCallback(path, SIZE, every_n_epochs=1) for _ in range(2))
-    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    _fit(tmp_path / "a", [whole, checkpoint], enable_checkpointing=True)
-    torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
-    _fit(tmp_path / "b", [resumed], ckpt_path=tmp_path / "epoch=0.ckpt")
-    assert resumed.state.before == whole.state.before  # the seconds it took included: not measured again
-    assert torch.equal(resumed.state.hard, whole.state.hard)
-    assert [entry["epoch"] for entry in resumed.state.epochs] == [1, 2]
-    if kind == "unlabelled":
-        assert torch.equal(resumed.state.reference, whole.state.reference)
-    assert "target/before/top1" in read_metrics(tmp_path / "b" / "metrics.json")
+@pytest.mark.parametrize("settings", [{}, TWO])
+def test_training_stops_when_too_little_is_kept(settings):
+    """No change is as large as 100, so patience ends with the second epoch."""
+    stop = EarlyStopping("retention/epoch/size", min_delta=100.0, patience=1)
+    regression_fit(own(every_n_epochs=1), stop, max_epochs=9, **settings)
+    assert [entry["epoch"] for entry in read_metrics("run/metrics.json")["retention/epochs"]] == [1, 2]
 
 
-def test_a_resumed_fit_with_other_images_is_refused(tmp_path, unlabelled):
-    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    _fit(tmp_path, [RetentionCallback(str(unlabelled), SIZE), checkpoint], enable_checkpointing=True)
-    (unlabelled / "0.png").unlink()
-    with pytest.raises(ValueError, match=r"retention/samples is 7 .* but 6 now"):
-        _fit(tmp_path, [RetentionCallback(str(unlabelled), SIZE)], ckpt_path=tmp_path / "epoch=0.ckpt")
+def test_all_numbers_are_in_the_metrics_of_the_trainer():
+    _, trainer = regression_fit(own(every_n_epochs=1))
+    metrics = read_metrics("run/metrics.json")
+    numbers = {key: value for key, value in metrics.items() if key != "retention/epochs"}
+    values = {key: value.item() for key, value in trainer.callback_metrics.items()}
+    assert {key: values[key] for key in numbers} == pytest.approx(numbers)
+    assert values["retention/epoch/size"] == pytest.approx(metrics["retention/epochs"][-1]["size"])
 
 
-def test_a_checkpoint_without_measurement_is_named(tmp_path, labelled):
-    _fit(tmp_path, [ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)], enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="written without RetentionCallback"):
-        _fit(tmp_path, [RetentionCallback(str(labelled), SIZE)], ckpt_path=tmp_path / "epoch=0.ckpt")
-    metrics = read_metrics(tmp_path / "metrics.json")
-    assert "retention/after/top1" in metrics and "retention/before/top1" not in metrics
+def test_the_table_is_narrow_and_its_last_line_names_the_files(tmp_path, capsys):
+    image_fit(fl.RetentionCallback(images=labelled_images(tmp_path)), max_epochs=1)
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    table = table[table.index(next(line for line in table if "What was learned" in line)) :]
+    assert max(map(len, table)) <= 80 and any("pre-trained task before training" in line for line in table)
+    assert last == "run/metrics.json, run/retention.png"
+    assert Path("run/retention.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_order_of_callbacks_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="Put RetentionCallback last"):
-        _fit(tmp_path, [RetentionCallback(), HeadRefitCallback()])
+def test_a_fit_without_a_directory_leaves_no_files(tmp_path, capsys):
+    _, trainer = regression_fit(own(), default_root_dir=None)
+    assert not list(tmp_path.iterdir())
+    assert "size of the head" in capsys.readouterr().out and "retention/after/size" in trainer.callback_metrics
 
 
-@pytest.mark.parametrize("arguments", [{"every_n_epochs": 0}, {"hard_fraction": 0.0}, {"hard_fraction": 1.5}])
-def test_numbers_out_of_range_are_refused(arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        RetentionCallback(**arguments)
+def test_a_diverged_model_is_reported(capsys):
+    class Diverged(SizeOfHead):
+        def measure(self, trainer, module, when):
+            return {"size": 1.0 if when == "before" else float("inf")}
+
+    regression_fit(fl.RetentionCallback(measures=[Diverged()]))
+    metrics = read_metrics("run/metrics.json")
+    assert metrics["retention/before/size"] == 1 and metrics["retention/after/size"] is None
+    assert "size of the head before training" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [labelled_images, unlabelled_images])
+def test_a_resumed_fit_keeps_what_was_measured_before(tmp_path, write):
+    path = write(tmp_path)
+
+    def callback():
+        measures = [TargetAccuracy(hard_fraction=0.4), PretrainedImages(path, image_size=SIZE)]
+        return fl.RetentionCallback(measures=measures, every_n_epochs=1)
+
+    first, resumed = callback(), callback()
+    image_fit(first, ModelCheckpoint("c", "{epoch}", save_top_k=-1), enable_checkpointing=True)
+    torch.load("c/epoch=0.ckpt", weights_only=True)
+    image_fit(resumed, ckpt_path="c/epoch=0.ckpt", default_root_dir="other")
+    assert resumed.before == first.before  # the seconds it took included: not measured again
+    assert [entry["epoch"] for entry in resumed.epochs] == [1, 2]
+    one, two = (callback.state_dict()["measures"] for callback in (first, resumed))
+    assert torch.equal(two["TargetAccuracy"]["hard"], one["TargetAccuracy"]["hard"])
+    if write is unlabelled_images:
+        assert torch.equal(two["PretrainedImages"]["reference"], one["PretrainedImages"]["reference"])
+    metrics = read_metrics("other/metrics.json")
+    assert "target/before/top1" in metrics and len(metrics["retention/epochs"]) == 2
+
+
+def test_a_resumed_fit_of_text_keeps_what_was_measured_before():
+    def callback():
+        return fl.RetentionCallback(measures=[TargetLoss(), GeneralText([text_file()], window=20)])
+
+    language_fit(callback(), ModelCheckpoint("c", "{epoch}", save_top_k=-1), enable_checkpointing=True)
+    first = read_metrics("run/metrics.json")
+    language_fit(callback(), ckpt_path="c/epoch=0.ckpt")
+    second = read_metrics("run/metrics.json")
+    assert second["retention/before/perplexity"] == first["retention/before/perplexity"]
+    assert second["retention/after/perplexity"] == pytest.approx(first["retention/after/perplexity"], rel=1e-4)
+
+
+def test_a_resumed_fit_with_other_data_or_measures_is_refused(tmp_path):
+    path = unlabelled_images(tmp_path)
+    image_fit(own(), ModelCheckpoint("c", "{epoch}", save_top_k=-1), enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"target/samples was not measured before training, but is 9 now"):
+        image_fit(fl.RetentionCallback(images=path), ckpt_path="c/epoch=0.ckpt")
+    image_fit(fl.RetentionCallback(images=path), ModelCheckpoint("d", "{epoch}"), enable_checkpointing=True)
+    (tmp_path / "images" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"retention/samples was 7 .* but is 6 now"):
+        image_fit(fl.RetentionCallback(images=path), ckpt_path="d/epoch=1.ckpt", max_epochs=3)
+
+
+def test_a_checkpoint_without_measurement_is_named(tmp_path):
+    for write, key in ((labelled_images, "top1"), (unlabelled_images, "agreement")):
+        (tmp_path / key).mkdir()
+        path = write(tmp_path / key)
+        image_fit(ModelCheckpoint(key, "{epoch}", save_top_k=-1), enable_checkpointing=True)
+        with pytest.warns(UserWarning, match="written without RetentionCallback"):
+            image_fit(fl.RetentionCallback(images=path), ckpt_path=f"{key}/epoch=0.ckpt", default_root_dir=f"run-{key}")
+        metrics = read_metrics(f"run-{key}/metrics.json")
+        assert ("retention/after/top1" in metrics) == (key == "top1")  # agreement with what? that model is gone
+        assert metrics["target/samples"] == 9 and not any("/before/" in key for key in metrics)
+
+
+def test_a_second_fit_of_the_same_callback_measures_anew():
+    callback = own()
+    regression_fit(callback)
+    first = callback.before
+    regression_fit(callback, module=LinearRegression(seed=1))
+    assert callback.before["retention/before/size"] != first["retention/before/size"]
+
+
+def test_by_default_what_the_module_learned_is_measured():
+    image_fit(fl.RetentionCallback(), max_epochs=1)
+    assert "target/top1" in read_metrics("run/metrics.json")
+    language_fit(fl.RetentionCallback(), max_epochs=1, default_root_dir="text")
+    assert "target/loss" in read_metrics("text/metrics.json")
+
+
+def test_a_configuration_can_give_the_measures():
+    parser = ArgumentParser()
+    parser.add_class_arguments(fl.RetentionCallback, "retention")
+    names = {"images": PretrainedImages, "texts": GeneralText, "tasks": HarnessTasks, "max_new_tokens": Answers}
+    settings = {"images": "packaged", "texts": ["packaged"], "tasks": ["mmlu:5"], "max_new_tokens": 64}
+    measures = [
+        {"class_path": f"flow_lightning.measures.{kind.__name__}", "init_args": {name: settings[name]}}
+        for name, kind in names.items()
+    ]
+    measures.append({"class_path": "flow_lightning.measures.TargetLoss"})
+    config = parser.parse_object({"retention": {"measures": measures, "images": "packaged"}})
+    callback = parser.instantiate_classes(config).retention
+    assert [type(measure) for measure in callback.measures] == [*names.values(), TargetLoss]
+    assert callback.images == "packaged" and callback.measures[1].texts == ["packaged"]
+
+
+def test_two_measures_of_one_class_are_refused():
+    with pytest.raises(ValueError, match=r"measures has \['PretrainedImages'\] more than once"):
+        image_fit(fl.RetentionCallback(measures=[PretrainedImages("a")], images="b"), module=image_module())
+
+
+def test_epochs_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="every_n_epochs is 0"):
+        fl.RetentionCallback(every_n_epochs=0)

@@ -1,4 +1,5 @@
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import ConcatDataset
 
-from flow_lightning.data import catalogue
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.sources import targets_of
 from tests.data.fake_datasets import (
@@ -123,13 +123,16 @@ def test_digits_are_all_there_once(tmp_path: Path) -> None:
     assert Counter(content(splits.train) + content(splits.test)) == expected
 
 
-def test_a_missing_package_is_named_with_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "find_spec", lambda module: None)
-    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn.*pip install 'flow-lightning\[quickstart\]'"):
-        build("digits", tmp_path)
-    MAKERS["Flowers102"](tmp_path)
-    with pytest.raises(ModuleNotFoundError, match=r"scipy.*pip install"):
-        build("Flowers102", tmp_path)
+@pytest.mark.parametrize(("name", "module"), [("digits", "sklearn.datasets"), ("Flowers102", "scipy.io")])
+def test_a_missing_package_is_named_with_the_pip_line(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MAKERS[name](tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ImportError, match=rf"'{module[:5]}.*data set {name} .*pip install \"flow-lightning\[quickstart\]\""
+    ):
+        build(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -145,18 +148,18 @@ def test_a_missing_package_is_named_with_the_pip_line(tmp_path: Path, monkeypatc
         ("folder", "train", "train/<class>"),
     ],
 )
-def test_missing_data_says_where_it_was_looked_for_and_how_to_get_it(
+def test_missing_data_says_where_it_must_be_and_how_to_get_it(
     name: str, place: str, advice: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=f"looked for {tmp_path / place}, .*{advice}"):
+    with pytest.raises(FileNotFoundError, match=f"needs {tmp_path / place}, which does not exist.*{advice}"):
         build(name, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "Flowers102"])
 def test_damaged_official_files_are_refused(name: str, tmp_path: Path) -> None:
     MAKERS[name](tmp_path)  # with contents whose checksums are not the official ones
-    with pytest.raises(FileNotFoundError, match=r"incomplete or damaged.*fetch it again"):
+    with pytest.raises(FileNotFoundError, match=r"incomplete or damaged.*fetch them again"):
         build(name, tmp_path)
 
 

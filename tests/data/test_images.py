@@ -27,6 +27,7 @@ def folder_module(root: Path, **settings: Any) -> ImageDataModule:
         "num_workers": 0,
         "mean": HALF,
         "std": HALF,
+        "validation_fraction": 0,
     }
     data = ImageDataModule("folder", root, **(arguments | settings))
     data.setup()
@@ -84,7 +85,7 @@ def test_scoring_sees_the_training_samples_in_order_under_the_same_index(tmp_pat
 
 
 def test_only_training_is_augmented(tmp_path: Path) -> None:
-    data = folder_module(tmp_path, transforms="random_resized_crop")
+    data = folder_module(tmp_path, transforms="random_resized_crop", validation_fraction=0.25)
     for name in ("scoring", "val", "test", "predict"):
         loader = getattr(data, f"{name}_dataloader")
         assert torch.equal(gather(loader())["image"], gather(loader())["image"])
@@ -93,10 +94,29 @@ def test_only_training_is_augmented(tmp_path: Path) -> None:
     assert not torch.equal(data.train_set[0]["image"], before)
 
 
-def test_without_a_fraction_validation_is_the_test_set(tmp_path: Path) -> None:
-    data = folder_module(tmp_path)
-    assert torch.equal(gather(data.val_dataloader())["image"], gather(data.test_dataloader())["image"])
-    assert len(data.test_set) == TEST
+def test_a_fraction_of_0_trains_on_everything_and_validates_on_nothing(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, validation_fraction=0)
+    assert data.val_dataloader() == []
+    assert (len(data.train_set), len(data.scoring_set), len(data.test_set)) == (TRAIN, TRAIN, TEST)
+
+
+def test_nothing_but_training_images_is_validated_by_default(tmp_path: Path) -> None:
+    (everything,) = pictures(folder_module(tmp_path).scoring_dataloader())
+    data = ImageDataModule("folder", tmp_path, image_size=16, num_workers=0, mean=HALF, std=HALF)
+    data.setup()
+    trained, validated, tested = pictures(data.scoring_dataloader(), data.val_dataloader(), data.test_dataloader())
+    assert len(validated) == round(TRAIN / 10) and validated <= everything and not validated & (trained | tested)
+
+
+def test_a_stage_sets_up_what_it_needs_and_the_test_set_when_it_is_asked_for(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    names = ("train_set", "scoring_set", "val_set", "test_set")
+    for stage, expected in (("fit", names[:3]), ("validate", names[2:3]), ("test", names[3:]), ("predict", names[3:])):
+        data = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
+        data.setup(stage)
+        assert tuple(name for name in names if getattr(data, name, None) is not None) == expected
+        train_set = getattr(data, "train_set", None)
+        assert len(data.test_dataloader().dataset) == TEST and getattr(data, "train_set", None) is train_set
 
 
 def test_a_validation_fraction_is_taken_from_training(tmp_path: Path) -> None:
@@ -116,6 +136,16 @@ def test_targets_are_known_without_reading_images(tmp_path: Path) -> None:
     assert data.scoring_set.dataset.targets == gather(data.scoring_dataloader())["target"].tolist()
 
 
+def test_a_checkpoint_keeps_the_settings_and_no_objects(tmp_path: Path) -> None:
+    data = folder_module(tmp_path, batch_size=7, transforms="none")
+    trainer = quiet_trainer()
+    trainer.fit(TinyModule(), data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = ImageDataModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert (again.dataset, again.root, again.batch_size, again.transforms) == ("folder", tmp_path, 7, "none")
+    assert again.hparams == data.hparams and again.hparams["root"] == str(tmp_path)
+
+
 class TinyModule(LightningModule):
     """A module that knows how its pre-trained model wants its images."""
 
@@ -125,20 +155,24 @@ class TinyModule(LightningModule):
         super().__init__()
         self.seen: list[torch.Tensor] = []
 
+    def training_step(self, batch: dict[str, torch.Tensor]) -> None:
+        """Train nothing."""
+
+    def configure_optimizers(self) -> None:
+        """Have no optimizer."""
+
     def test_step(self, batch: dict[str, torch.Tensor]) -> None:
         self.seen.append(batch["image"])
 
 
+def quiet_trainer() -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return Trainer(accelerator="cpu", max_epochs=1, **quiet)
+
+
 def seen_by_a_trainer(data: ImageDataModule) -> torch.Tensor:
     module = TinyModule()
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.test(module, datamodule=data, verbose=False)
+    quiet_trainer().test(module, datamodule=data, verbose=False)
     return torch.cat(module.seen)
 
 
@@ -164,8 +198,9 @@ def test_class_names_and_number_of_classes(tmp_path: Path) -> None:
     assert ImageDataModule("CIFAR100").num_classes == 100
     make_folder(tmp_path)
     data = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
+    assert data.num_classes == 3
     with pytest.raises(RuntimeError, match=r"known after setup\(\)"):
-        _ = data.num_classes
+        _ = data.class_names
     data.setup()
     assert (data.num_classes, data.class_names) == (3, list(CLASSES))
 
@@ -189,7 +224,10 @@ def test_an_unreadable_image_is_named_from_a_worker_process_too(tmp_path: Path, 
         ("StanfordDogs", "stanford_dogs/Images/cat/000.png"),
     ],
 )
-def test_an_unreadable_image_is_named_in_every_data_set(name: str, file: str, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_in_every_data_set(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept_any_checksum(monkeypatch)
     MAKERS[name](tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:200])
     data = ImageDataModule(name, tmp_path, image_size=16, num_workers=0, mean=HALF, std=HALF)
@@ -218,20 +256,22 @@ def test_the_number_of_workers_follows_cores_and_data(tmp_path: Path, monkeypatc
 
 def test_downloading_happens_in_prepare_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MAKERS["DTD"](tmp_path)
-    asked: list[bool] = []
-    monkeypatch.setattr(torchvision.datasets, "DTD", lambda root, download: asked.append(download))
+    asked: list[str] = []
+    monkeypatch.setattr(torchvision.datasets.DTD, "_download", lambda dataset: asked.append("download"))
     data = ImageDataModule("DTD", tmp_path, mean=HALF, std=HALF, download=True)
     data.prepare_data()
+    assert asked.pop() == "download"
+    asked.clear()
     data.setup()
-    assert asked == [True]
+    assert not asked
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dataset": "cifar11"}, "Did you mean CIFAR1"),
-        ({"validation_fraction": 1.0}, "validation_fraction is 1.0; expected a share"),
-        ({"mean": HALF}, "expected both, or neither"),
+        ({"validation_fraction": 1.0}, "validation_fraction is 1.0. Give a share"),
+        ({"mean": HALF}, "Give both, or neither"),
     ],
 )
 def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
@@ -240,5 +280,5 @@ def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> N
 
 
 def test_a_fraction_that_leaves_a_part_empty_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="24 training images leaves 24 to train and 0 to validate"):
+    with pytest.raises(ValueError, match="24 training samples leaves 24 to train and 0 to validate"):
         folder_module(tmp_path, validation_fraction=0.01)

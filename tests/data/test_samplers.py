@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from flow_lightning.data.samplers import LengthGroupedSampler, token_budget_batches
+from flow_lightning.data.samplers import LengthGroupedSampler, split_positions, token_budget_batches
 
 
 def padding(batches, lengths) -> int:
@@ -31,7 +31,7 @@ def test_budget_batches_are_a_partition_within_the_budget(lengths, budget):
 
 def test_budget_batches_take_tensors_and_refuse_no_budget():
     assert token_budget_batches(torch.tensor([2, 5, 5]), 10) == [[1, 2], [0]]
-    with pytest.raises(ValueError, match="is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=r"is 0\. Give at least 1"):
         token_budget_batches([1], 0)
 
 
@@ -97,3 +97,10 @@ def test_it_works_in_a_loader():
 def test_bad_arguments_are_explained(arguments, message):
     with pytest.raises(ValueError, match=message):
         LengthGroupedSampler(*arguments)
+
+
+def test_splits_are_complete_disjoint_and_repeatable() -> None:
+    first, second = split_positions(103, 0.8, seed=1)
+    assert sorted(first + second) == list(range(103)) and len(first) == 82
+    assert (first, second) == split_positions(103, 0.8, seed=1) != split_positions(103, 0.8, seed=2)
+    assert first == sorted(first) and second == sorted(second)

@@ -6,13 +6,11 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from flow_lightning.data.sources import (
-    ImageArrays,
-    ImageFiles,
+    LabelledImages,
     UnreadableImageError,
     image_paths,
     read_class_folders,
     read_image,
-    split_positions,
     targets_of,
 )
 from tests.data.fake_datasets import CLASSES, make_class_folders, picture, save_picture
@@ -36,7 +34,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, kind: str, suffix: str) ->
 
 def test_an_absent_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImageError, match=r"gone\.jpg"):
-        ImageFiles([(tmp_path / "gone.jpg", 0)])[0]
+        LabelledImages([(tmp_path / "gone.jpg", 0)])[0]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -48,23 +46,16 @@ def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
 
 def test_arrays_give_back_their_pixels_and_targets() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(np.uint8)
-    dataset = ImageArrays(pixels, np.array([3, 1]))
+    dataset = LabelledImages(zip(pixels, np.array([3, 1])), Image.fromarray)
     image, target = dataset[1]
     assert (np.asarray(image) == pixels[1]).all() and target == 1 and len(dataset) == 2
 
 
 def test_targets_are_known_without_reading_where_that_is_possible() -> None:
-    files = ImageFiles([("a", 2), ("b", 0), ("c", 1)])
+    files = LabelledImages([("a", 2), ("b", 0), ("c", 1)])
     assert targets_of(files) == [2, 0, 1]
     assert targets_of(Subset(Subset(files, [2, 0]), [1])) == [2]
     assert targets_of(ConcatDataset([files])) is None
-
-
-def test_splits_are_complete_disjoint_and_repeatable() -> None:
-    first, second = split_positions(103, 0.8, seed=1)
-    assert sorted(first + second) == list(range(103)) and len(first) == 82
-    assert (first, second) == split_positions(103, 0.8, seed=1) != split_positions(103, 0.8, seed=2)
-    assert first == sorted(first) and second == sorted(second)
 
 
 def test_class_folders_are_read_in_sorted_order(tmp_path: Path) -> None:

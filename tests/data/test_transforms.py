@@ -79,9 +79,9 @@ def test_the_size_before_a_crop_keeps_the_papers_ratio() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mixup", 28, MEAN, STD), "Unknown transforms 'mixup'; expected one of resize_flip"),
-        (("none", 28, MEAN, STD, "cubic"), "Unknown interpolation 'cubic'; expected one of .*bicubic"),
-        (("none", 28, [0.5], [0.5], "bilinear"), "expected three numbers each"),
+        (("mixup", 28, MEAN, STD), "Unknown transforms 'mixup'. Use one of resize_flip"),
+        (("none", 28, MEAN, STD, "cubic"), "Unknown interpolation 'cubic'. Use one of .*bicubic"),
+        (("none", 28, [0.5], [0.5], "bilinear"), "Give three numbers each"),
         (("none", 28, MEAN, [0.0, 1.0, 1.0], "bilinear"), "above 0"),
     ],
 )

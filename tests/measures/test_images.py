@@ -1,24 +1,151 @@
+"""Accuracy, agreement and divergence, each against another way to get there."""
+
+from copy import deepcopy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 import torch
-from lightning import LightningDataModule, LightningModule
+from lightning import LightningModule
 from PIL import Image
+from scipy.special import rel_entr
+from sklearn.metrics import top_k_accuracy_score
 from torch.utils.data import DataLoader, TensorDataset
 
-from flow_lightning.measures.images import pretrained_task_images, target_dataloader, target_outcomes
+import flow_lightning as fl
+from flow_lightning.measures import PretrainedImages, TargetAccuracy
+from flow_lightning.measures.images import pretrained_task_images, target_outcomes
+from flow_lightning.report.metrics import METRICS, read_metrics
+from tests.retention import (
+    CLASSES,
+    IMAGES,
+    SIZE,
+    Pictures,
+    TrainingOnly,
+    image_fit,
+    image_module,
+    labelled_images,
+    logits,
+    pretrained,
+    unlabelled_images,
+)
 
-CONFIG = {
-    "mean": (0.5,) * 3,
-    "std": (0.5,) * 3,
-    "interpolation": "bilinear",
-    "crop_pct": 1.0,
-    "input_size": (3, 20, 20),
-}
+CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+
+
+def measure_images(path, **settings):
+    measures = [TargetAccuracy(), PretrainedImages(path, image_size=SIZE, batch_size=3)]
+    module, _ = image_fit(fl.RetentionCallback(measures=measures), **settings)
+    return module, read_metrics("run/metrics.json")
+
+
+def original(module, batch_norm):
+    """Rebuild the fine-tuned body with the pre-trained head (and BatchNorm layers) by parameter names alone."""
+    model = pretrained()
+    keep = {name for name in model.state_dict() if name.startswith("fc.")}
+    if batch_norm:
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                keep |= {f"{name}.{key}" for key in layer.state_dict()}
+    state = model.state_dict()
+    model.load_state_dict({k: state[k] if k in keep else module.model.state_dict()[k] for k in model.state_dict()})
+    return model.eval()
+
+
+def test_accuracy_is_measured_before_and_after_with_both_kinds_of_batch_norm(tmp_path):
+    path = labelled_images(tmp_path)
+    module, metrics = measure_images(path)
+    with open(path) as file:
+        labels = [int(line.split(",")[1]) for line in file.readlines()[1:]]
+
+    def accuracy(model, k):
+        return top_k_accuracy_score(labels, logits(model, path), k=k, labels=range(CLASSES))
+
+    for key, model in {
+        "retention/before/top{}": pretrained(),
+        "retention/after/top{}": original(module, batch_norm=False),
+        "retention/after/top{}_original_bn": original(module, batch_norm=True),
+    }.items():
+        assert metrics[key.format(1)] == pytest.approx(accuracy(model, 1)), key
+        assert metrics[key.format(5)] == pytest.approx(accuracy(model, 5)), key
+    assert 0 < metrics["retention/before/top1"] < 1
+    assert metrics["average"] == pytest.approx((metrics["target/top1"] + metrics["retention/after/top1"]) / 2)
+    assert set(metrics) <= {metric.key for metric in METRICS}
+
+
+def test_without_labels_agreement_and_kl_are_measured(tmp_path):
+    path = unlabelled_images(tmp_path)
+    module, metrics = measure_images(path)
+    reference = logits(pretrained(), path)
+    for kind, batch_norm in (("", False), ("_original_bn", True)):
+        now = logits(original(module, batch_norm), path)
+        p, q = (torch.from_numpy(x).softmax(1).numpy() for x in (reference, now))
+        assert metrics[f"retention/after/kl{kind}"] == pytest.approx(rel_entr(p, q).sum(1).mean(), rel=1e-3)
+        agreed = (reference.argmax(1) == now.argmax(1)).mean()
+        assert metrics[f"retention/after/agreement{kind}"] == pytest.approx(agreed)
+        assert metrics[f"average{kind}"] == pytest.approx((metrics["target/top1"] + agreed) / 2)
+    assert metrics["retention/after/kl"] > 0 and metrics["retention/before/agreement"] == 1
+    assert metrics["retention/after/kl"] != metrics["retention/after/kl_original_bn"]
+    assert set(metrics) <= {metric.key for metric in METRICS}
+
+
+def test_target_and_its_hardest_samples():
+    module = image_module()
+    before = deepcopy(module).eval()
+    image_fit(fl.RetentionCallback(measures=[TargetAccuracy(hard_fraction=0.3)]), module=module)
+    metrics = read_metrics("run/metrics.json")
+    test = Pictures(9, seed=2)
+    targets = torch.tensor(test.targets)
+    with torch.no_grad():
+        first, last = before(test.images), module.eval()(test.images)
+    losses = -first.log_softmax(1).gather(1, targets[:, None]).flatten().numpy()
+    hard = np.argsort(losses)[-3:]
+    right = (last.argmax(1) == targets).numpy()
+    assert metrics["target/before/top1"] == pytest.approx((first.argmax(1) == targets).double().mean().item())
+    assert metrics["target/top1"] == pytest.approx(right.mean())
+    assert metrics["target/hard_top1"] == pytest.approx(right[hard].mean())
+    assert not [key for key in metrics if key.startswith("retention/")]
+
+
+def test_without_test_set_only_the_pretrained_task_is_measured(tmp_path):
+    with pytest.warns(UserWarning, match=r"no test_dataloader\(\)"):
+        _, metrics = measure_images(labelled_images(tmp_path), data=TrainingOnly())
+    assert "retention/after/top1" in metrics and "target/top1" not in metrics and "average" not in metrics
+
+
+def test_without_batch_norm_both_kinds_are_equal(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=CLASSES, img_size=SIZE)
+    module = fl.ImageClassificationModule(model, num_classes=3, learning_rate=0.05)
+    _, metrics = measure_images(unlabelled_images(tmp_path), module=module)
+    for name in ("agreement", "kl"):
+        assert metrics[f"retention/after/{name}_original_bn"] == metrics[f"retention/after/{name}"]
+
+
+@pytest.mark.parametrize("write", [labelled_images, unlabelled_images])
+def test_two_processes_measure_what_one_does(tmp_path, write):
+    path, runs = write(tmp_path), []
+    for settings in ({}, {"devices": 2, "strategy": "ddp_fork"}):
+        module = image_module(learning_rate=0.0, batch_norm="frozen")
+        _, metrics = measure_images(path, module=module, max_epochs=1, **settings)
+        runs.append({key: value for key, value in metrics.items() if "time/" not in key})
+    one, two = runs
+    assert two == pytest.approx(one, abs=1e-6)
+    assert {"target/hard_top1", "retention/samples", "average"} < set(one)
+
+
+def test_more_processes_than_images(tmp_path):
+    path = unlabelled_images(tmp_path)
+    for number in range(1, IMAGES):
+        (tmp_path / "images" / f"{number}.png").unlink()
+    module = image_module(learning_rate=0.0)
+    _, metrics = measure_images(path, module=module, max_epochs=1, devices=2, strategy="ddp_fork")
+    assert metrics["retention/samples"] == 1
 
 
 class Module(LightningModule):
-    data_config = CONFIG
+    data_config = CONFIG | {"input_size": (3, 20, 20)}
     pretrained_head = torch.nn.Linear(2, 5)
 
     def pretrained_task(self, original_batch_norm):
@@ -29,65 +156,34 @@ class BodyOnly(Module):
     pretrained_head = None
 
 
-class Data(LightningDataModule):
-    def __init__(self, loaders):
-        super().__init__()
-        self.loaders = loaders
-        self.stages = []
-
-    def setup(self, stage):
-        self.stages.append(stage)
-
-    def test_dataloader(self):
-        return self.loaders
-
-
-class SetUpLate(Data):
-    def test_dataloader(self):
-        if "test" not in self.stages:
-            raise AttributeError("test_set")
-        return self.loaders
+def trainer_of(module=None, data=None):
+    return SimpleNamespace(datamodule=data, lightning_module=module)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def red(tmp_path):
     Image.new("RGB", (30, 30), (255, 0, 0)).save(tmp_path / "red.png")
     return str(tmp_path)
 
 
-def test_images_are_prepared_as_the_model_expects(folder):
-    image = pretrained_task_images(folder, None, SimpleNamespace(datamodule=None), Module())[0]["image"]
+def test_images_are_prepared_as_the_model_expects(red):
+    module = Module()
+    image = pretrained_task_images(red, None, trainer_of(module), module)[0]["image"]
     torch.testing.assert_close(image, torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 20, 20))
 
 
-def test_what_the_data_module_sets_comes_first(folder):
-    data = SimpleNamespace(image_size=16, mean=[0.0] * 3, std=[1.0] * 3, interpolation=None)
-    image = pretrained_task_images(folder, None, SimpleNamespace(datamodule=data), Module())[0]["image"]
+def test_what_the_data_module_sets_comes_first(red):
+    trainer = trainer_of(data=SimpleNamespace(image_size=16, mean=[0.0] * 3, std=[1.0] * 3, interpolation=None))
+    image = pretrained_task_images(red, None, trainer, Module())[0]["image"]
     torch.testing.assert_close(image, torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 16))
-    assert pretrained_task_images(folder, 8, SimpleNamespace(datamodule=data), Module())[0]["image"].shape[-1] == 8
+    assert pretrained_task_images(red, 8, trainer, Module())[0]["image"].shape[-1] == 8
 
 
-def test_a_module_without_pretrained_task_is_refused(folder):
-    trainer = SimpleNamespace(datamodule=None)
+def test_a_module_without_pretrained_task_is_refused(red):
     with pytest.raises(TypeError, match=r"LightningModule has no pretrained_task\(\)"):
-        pretrained_task_images(folder, None, trainer, LightningModule())
+        pretrained_task_images(red, None, trainer_of(), LightningModule())
     with pytest.raises(ValueError, match="BodyOnly has no pre-trained head"):
-        pretrained_task_images(folder, None, trainer, BodyOnly())
-
-
-@pytest.mark.parametrize(("kind", "stages"), [(Data, []), (SetUpLate, ["test"])])
-def test_the_test_set_is_set_up_only_where_that_is_missing(kind, stages):
-    samples = [{"image": torch.zeros(1), "target": 0}] * 3
-    data = kind(DataLoader(samples, batch_size=2, shuffle=True))
-    loader = target_dataloader(SimpleNamespace(datamodule=data), Module(), batch_size=64)
-    assert data.stages == stages
-    assert [batch["index"].tolist() for batch in loader] == [[0, 1], [2]]
-
-
-def test_no_test_set_and_several_test_sets():
-    assert target_dataloader(SimpleNamespace(datamodule=None), Module(), batch_size=64) is None
-    with pytest.raises(TypeError, match="gave a list; expected one DataLoader"):
-        target_dataloader(SimpleNamespace(datamodule=Data([])), Module(), batch_size=64)
+        pretrained_task_images(red, None, trainer_of(), BodyOnly())
 
 
 def test_batches_that_are_no_dicts_are_named():
@@ -96,3 +192,9 @@ def test_batches_that_are_no_dicts_are_named():
         target_outcomes(Module(), batch)
     with pytest.raises(TypeError, match=r"got a dict of \['x'\]"):
         target_outcomes(Module(), {"x": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match="hard_fraction"):
+        TargetAccuracy(hard_fraction=fraction)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 import flow_lightning as fl
-from flow_lightning.modules.causal_language import supervised_counts
+from flow_lightning.method.losses import supervised_counts
 from tests.examples import fit
 from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
@@ -95,7 +95,7 @@ def test_a_model_with_unknown_logits_takes_its_own_road(tmp_path):
     model = Unusual(tiny_model(len(TOKENIZER)).config)
     torch.nn.init.normal_(model.lm_head.weight)
     module, batch = fl.CausalLanguageModule(model, TOKENIZER).eval(), batch_of(tmp_path)
-    with pytest.warns(UserWarning, match="more to its logits"):
+    with pytest.warns(UserWarning, match="changes its logits"):
         module.setup("fit")
     torch.testing.assert_close(module.token_losses(batch), torch.cat(own_losses(model, batch)), rtol=1e-4, atol=1e-5)
 
@@ -213,48 +213,29 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
-def test_a_resumed_fit_finds_its_token_weights_beside_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_resumed_fit_takes_its_token_weights_from_the_checkpoint(tmp_path):
     data = language_data(tmp_path)
-    first = fl.FlowWeightingCallback(per="token")
-    _, trainer = fit(first, module=language_module(), data=data, default_root_dir=str(tmp_path / "a"))
-    trainer.save_checkpoint(tmp_path / "a" / "some.ckpt")
-    state = torch.load(tmp_path / "a" / "some.ckpt", weights_only=True)["callbacks"]["FlowWeightingCallback"]
-    assert set(state) == {"file", "digest"}
-    second = fl.FlowWeightingCallback(per="token")
-    again = {"data": data, "ckpt_path": str(tmp_path / "a" / "some.ckpt"), "max_epochs": 2}
+    first, second = fl.FlowWeightingCallback(per="token"), fl.FlowWeightingCallback(per="token")
+    _, trainer = fit(first, module=language_module(), data=data)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    torch.load(tmp_path / "some.ckpt", weights_only=True)
     module = language_module()
     module.token_losses = lambda batch: pytest.fail("scored again") if not module.training else losses(batch)
     losses = fl.CausalLanguageModule.token_losses.__get__(module)
     module.setup = lambda stage: None
-    fit(second, module=module, default_root_dir=str(tmp_path / "b"), **again)
+    fit(second, module=module, data=data, ckpt_path=str(tmp_path / "some.ckpt"), max_epochs=2)
     assert torch.equal(second.weights.weights, first.weights.weights)
 
-    moved = tmp_path / "elsewhere" / "some.ckpt"
-    moved.parent.mkdir()
-    (tmp_path / "a" / "some.ckpt").rename(moved)
-    (tmp_path / "a" / "flow_weights.safetensors").rename(moved.parent / "flow_weights.safetensors")
-    again["ckpt_path"] = str(moved)
-    fit(fl.FlowWeightingCallback(per="token"), module=language_module(), default_root_dir=str(tmp_path / "c"), **again)
 
-    (moved.parent / "flow_weights.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"is missing.*flow_weights.safetensors.*weights_file"):
-        fit(
-            fl.FlowWeightingCallback(per="token"),
-            module=language_module(),
-            default_root_dir=str(tmp_path / "d"),
-            **again,
-        )
-    fl.TokenWeights.from_losses(torch.rand(4) + 0.1, torch.tensor([0, 4])).save(
-        moved.parent / "flow_weights.safetensors"
-    )
-    with pytest.raises(FileNotFoundError, match="is not the one"):
-        fit(
-            fl.FlowWeightingCallback(per="token"),
-            module=language_module(),
-            default_root_dir=str(tmp_path / "e"),
-            **again,
-        )
+def test_a_checkpoint_gives_the_optimizer_back(tmp_path):
+    module = language_module(optimizer=lambda p: torch.optim.AdamW(p, weight_decay=0.3, betas=(0.8, 0.95)))
+    _, trainer = fit(module=module, data=language_data(tmp_path), max_steps=2)
+    trainer.save_checkpoint("x.ckpt")
+    parts = {"model": tiny_model(len(TOKENIZER)), "tokenizer": TOKENIZER}
+    loaded = fl.CausalLanguageModule.load_from_checkpoint("x.ckpt", weights_only=True, **parts)
+    made = loaded.optimizer(loaded.parameters())
+    assert type(made) is torch.optim.AdamW
+    assert (made.defaults["weight_decay"], made.defaults["betas"]) == (0.3, (0.8, 0.95))
 
 
 def test_selective_token_masking_trains(tmp_path):

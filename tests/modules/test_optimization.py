@@ -1,12 +1,17 @@
-"""Optimizer and schedule against the formula of the cosine."""
+"""The schedule against the formula of the cosine, and optimizers that come back from a checkpoint."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import nn, optim
 
 import flow_lightning as fl
+from flow_lightning.modules.optimization import optimizer_factory, optimizer_settings
 from tests.examples import make_trainer
-from tests.images import PictureData
+from tests.images import PictureData, tiny_module
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,76 @@ def test_the_learning_rate_follows_the_schedule_step_by_step(schedule, warmup, e
     module = Recorded("test_resnet.r160_in1k", 3, pretrained=False, learning_rate=0.1, schedule=schedule, warmup=warmup)
     make_trainer(max_epochs=2).fit(module, datamodule=PictureData())
     np.testing.assert_allclose(rates, 0.1 * np.array(expected), rtol=1e-6)
+
+
+def settings_of(optimizer):
+    """Class and settings of an optimizer, without what the schedule changes and `learning_rate` replaces."""
+    return type(optimizer), {key: value for key, value in optimizer.defaults.items() if key != "lr"}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: optim.AdamW(p, weight_decay=0.3, betas=(0.8, 0.95), amsgrad=True),
+        lambda p: optim.SGD(p, momentum=0.7, nesterov=True),
+        lambda p: optim.RMSprop(p, alpha=0.5, centered=True),
+    ],
+    ids=["AdamW", "SGD", "RMSprop"],
+)
+def test_a_checkpoint_gives_the_optimizer_back_with_its_settings(tmp_path, optimizer):
+    module, trainer = tiny_module(optimizer=optimizer, learning_rate=0.01), make_trainer(max_steps=2)
+    trainer.fit(module, datamodule=PictureData())
+    for number in range(2):  # a module that was loaded is saved again
+        trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
+        torch.load(tmp_path / f"{number}.ckpt", weights_only=True)
+        module = fl.ImageClassificationModule.load_from_checkpoint(tmp_path / f"{number}.ckpt", weights_only=True)
+        trainer = make_trainer()
+        trainer.test(module, datamodule=PictureData(), verbose=False)
+    made = module.optimizer(module.parameters())
+    assert settings_of(made) == settings_of(optimizer([nn.Parameter(torch.zeros(1))]))
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(module, datamodule=PictureData())
+    assert settings_of(trainer.optimizers[0]) == settings_of(made) and module.learning_rate == 0.01
+
+
+def command_line(*arguments):
+    """Fit through LightningCLI, which builds the optimizer from a configuration."""
+    options = {"limit_train_batches": 2, "max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    return LightningCLI(
+        fl.ImageClassificationModule,
+        PictureData,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        trainer_defaults={"accelerator": "cpu", "enable_model_summary": False, **options},
+        args=["fit", "--model.model=test_resnet.r160_in1k", "--model.num_classes=3", *arguments],
+    )
+
+
+def test_a_checkpoint_of_the_command_line_gives_the_optimizer_back(tmp_path):
+    chosen = ["--model.pretrained=false", "--model.optimizer=AdamW", "--model.optimizer.weight_decay=0.3"]
+    cli = command_line(*chosen, "--model.optimizer.betas=[0.8,0.95]")
+    cli.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    module = fl.ImageClassificationModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    kind, settings = settings_of(module.optimizer(module.parameters()))
+    assert kind is optim.AdamW and settings["weight_decay"] == 0.3 and tuple(settings["betas"]) == (0.8, 0.95)
+    resumed = command_line("--model.pretrained=false", f"--ckpt_path={tmp_path / 'x.ckpt'}", "--trainer.max_epochs=2")
+    kind, settings = settings_of(resumed.trainer.optimizers[0])
+    assert kind is optim.AdamW and settings["weight_decay"] == 0.3 and resumed.trainer.global_step == 4
+
+
+class Unseen(optim.SGD):
+    """An optimizer of the user's own."""
+
+
+def test_an_optimizer_that_was_not_imported_is_refused(monkeypatch):
+    settings = optimizer_settings(Unseen([nn.Parameter()], lr=0.5, momentum=0.9))
+    assert optimizer_factory(settings)([nn.Parameter()]).defaults["momentum"] == 0.9
+    monkeypatch.delitem(sys.modules, Unseen.__module__)
+    with pytest.raises(ValueError, match=r"Unseen' is not known\. Import its module before loading"):
+        optimizer_factory(settings)
+
+
+@pytest.mark.parametrize("path", ["os.system", "lightning.Trainer", "SGD"])
+def test_a_checkpoint_cannot_choose_what_code_runs(path):
+    with pytest.raises(ValueError, match="is not known"):
+        optimizer_factory({"class_path": path, "init_args": {}})

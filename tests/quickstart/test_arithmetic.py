@@ -1,6 +1,6 @@
 import re
 
-from flow_lightning.data.instructions import read_records
+from flow_lightning.data.instructions.records import read_records
 from flow_lightning.quickstart.arithmetic import word_problems
 
 

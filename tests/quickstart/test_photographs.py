@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flow_lightning.data import packaged_images
+from flow_lightning import optional
 from flow_lightning.quickstart.photographs import crop_boxes, packaged_photographs
 
 
@@ -27,8 +27,8 @@ def test_boxes_are_squares_that_reach_every_border(width: int, height: int) -> N
 
 
 def test_a_missing_package_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged_images, "find_spec", lambda package: None)
-    with pytest.raises(ModuleNotFoundError, match=r"need skimage.*pip install 'flow-lightning\[quickstart\]'"):
+    monkeypatch.setattr(optional, "find_spec", lambda package: None)
+    with pytest.raises(ImportError, match=r"'skimage' is needed for.*pip install \"flow-lightning\[quickstart\]\""):
         packaged_photographs()
 
 
@@ -36,5 +36,5 @@ def test_a_package_without_the_photographs_is_named(tmp_path: Path, monkeypatch:
     (tmp_path / "skimage").mkdir()
     (tmp_path / "skimage" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"skimage/data/astronaut\.png; this version of skimage"):
+    with pytest.raises(FileNotFoundError, match=r"skimage/data/astronaut\.png: this version of skimage"):
         packaged_photographs()

@@ -1,0 +1,151 @@
+"""The tokenised data set, and its batches.
+
+In: records and a tokenizer. Out: samples of tokens, and batches with labels. Next: `module.py`.
+"""
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from flow_lightning.data.instructions.prompts import encode, prompt_splitter
+from flow_lightning.data.instructions.records import Record
+from flow_lightning.method.losses import IGNORED
+
+_TEXTS = 1000  # texts that a fast tokenizer gets at once, to share them between its threads
+
+
+class InstructionDataset(Dataset[dict[str, Any]]):
+    """Hold the tokens of instructions and responses: `{"input_ids": int64 [T], "prompt_length": int}`.
+
+    Samples longer than `max_length` lose their end, and with it the end-of-sequence token. A sample whose prompt alone
+    fills `max_length` is excluded.
+
+    Attributes:
+        lengths: Tokens of each sample, int64 `[N]`.
+        supervised: Supervised tokens of each sample (response and end of sequence), int64 `[N]`.
+        kept: Position of each sample among the records.
+        truncated: Number of samples that lost their end and are kept.
+        excluded: Number of records without a supervised token.
+        records: The records of the samples with `keep_records`, otherwise None.
+
+    Args:
+        records: Dicts that hold the two fields.
+        tokenizer: A tokenizer of transformers. The data set does not keep it.
+        instruction_field: Field of the instruction.
+        response_field: Field of the response.
+        template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
+        max_length: Most tokens of a sample.
+        progress: Show a progress bar.
+        keep_records: Keep the texts as well.
+
+    Raises:
+        ValueError: If no sample is left, the template does not fit, or the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Any,
+        instruction_field: str = "query",
+        response_field: str = "response",
+        template: str = "alpaca",
+        max_length: int = 1024,
+        progress: bool = True,
+        keep_records: bool = False,
+    ) -> None:
+        if max_length < 2:
+            raise ValueError(f"max_length is {max_length}. Give at least 2 tokens: one of prompt, one of response.")
+        split = prompt_splitter(template, tokenizer)
+        texts = (split(record[instruction_field], record[response_field]) for record in records)
+        encoded = _encode_in_batches(texts, len(records), tokenizer, template == "chat", progress)
+        self._store(encoded, max_length)
+        if not self.kept:
+            raise ValueError(_nothing_left(len(records), max_length))
+        self.records = [records[position] for position in self.kept] if keep_records else None
+
+    def _store(self, encoded: Iterator[tuple[list[int], int]], max_length: int) -> None:
+        # One flat tensor: hundreds of thousands of small ones cost more memory than their tokens.
+        tokens, ends, prompt_lengths = array("i"), [0], array("q")
+        self.kept: list[int] = []
+        self.truncated = self.excluded = 0
+        for position, (ids, prompt_length) in enumerate(encoded):
+            if prompt_length >= max_length:
+                self.excluded += 1
+                continue
+            self.truncated += len(ids) > max_length
+            tokens.extend(ids[:max_length])
+            ends.append(len(tokens))
+            prompt_lengths.append(prompt_length)
+            self.kept.append(position)
+        self.tokens = torch.from_numpy(np.array(tokens, dtype=np.int32))
+        self.offsets = torch.tensor(ends)
+        self.prompt_lengths = torch.from_numpy(np.array(prompt_lengths, dtype=np.int64))
+        self.lengths = self.offsets.diff()
+        self.supervised = self.lengths - self.prompt_lengths
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        position = range(len(self))[index]
+        start, end = self.offsets[position : position + 2].tolist()
+        return {"input_ids": self.tokens[start:end].long(), "prompt_length": int(self.prompt_lengths[position])}
+
+    @property
+    def targets(self) -> npt.NDArray[np.int32]:
+        """All tokens, one sample after the other. Fingerprints of the data set are made from them."""
+        flat: npt.NDArray[np.int32] = self.tokens.numpy()
+        return flat
+
+
+def _encode_in_batches(
+    texts: Iterator[tuple[str, str]], total: int, tokenizer: Any, chat: bool, progress: bool
+) -> Iterator[tuple[list[int], int]]:
+    with tqdm(total=total, desc="Tokenizing", unit=" samples", dynamic_ncols=True, disable=not progress) as bar:
+        while batch := list(islice(texts, _TEXTS)):
+            yield from encode(batch, tokenizer, chat)
+            bar.update(len(batch))
+
+
+def _nothing_left(records: int, max_length: int) -> str:
+    if records == 0:
+        return "There are no records. Check the file or the split."
+    return (
+        f"The prompt of each of the {records} records fills max_length={max_length} tokens or more, so no response is "
+        "left to train on. Raise max_length, or use a shorter template."
+    )
+
+
+def collate(samples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """Make a batch of samples, padded on the right.
+
+    Labels are not shifted: the label of a supervised token is the token itself, that of any other is -100. Padding is
+    known by its position, so the end-of-sequence token is supervised even if it is also the padding token.
+
+    Args:
+        samples: Samples of `IndexedDataset(InstructionDataset(...))`.
+        pad_id: Token to pad with.
+
+    Returns:
+        `input_ids` int64 `[B, T]`, `labels` int64 `[B, T]` and `index` int64 `[B]`.
+
+    Example:
+        >>> sample = {"input_ids": torch.tensor([5, 6, 2]), "prompt_length": 1, "index": 7}
+        >>> collate([sample], pad_id=2)["labels"]
+        tensor([[-100,    6,    2]])
+    """
+    shape = (len(samples), max(len(sample["input_ids"]) for sample in samples))
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORED)
+    for row, sample in enumerate(samples):
+        ids, start = sample["input_ids"], sample["prompt_length"]
+        input_ids[row, : len(ids)] = ids
+        labels[row, start : len(ids)] = ids[start:]
+    return {"input_ids": input_ids, "labels": labels, "index": torch.tensor([sample["index"] for sample in samples])}

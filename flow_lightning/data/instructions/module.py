@@ -1,0 +1,241 @@
+"""The instruction data module: data sets of instruction and response for training, validation and test.
+
+In: names of data, and how to tokenise them. Out: loaders of tokens and labels. Next: `modules/causal_language.py`.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from flow_lightning.contract import module_contract
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.instructions.dataset import InstructionDataset, collate
+from flow_lightning.data.instructions.prompts import end_of_sequence
+from flow_lightning.data.instructions.records import Record, read_records
+from flow_lightning.data.samplers import (
+    FixedBatches,
+    LengthGroupedSampler,
+    check_fraction,
+    hold_out,
+    token_budget_batches,
+)
+from flow_lightning.distributed import data_rank, from_rank_zero
+from flow_lightning.resume import ResumableDataLoader
+
+#: The sets that each stage needs.
+_SETS = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": [], None: ["train", "val", "test"]}
+_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+class InstructionDataModule(LightningDataModule):
+    """Load pairs of instruction and response for supervised fine-tuning of a language model.
+
+    Only the response and the end-of-sequence token are supervised. Rank 0 alone downloads, reads and tokenises, in
+    `prepare_data`. In `setup` the other processes get the tokens from it.
+
+    Args:
+        train: Training data: a `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a
+            Hugging Face data set, optionally with its configuration as `name:config`, or `generated:arithmetic:COUNT`.
+        test: Test data, in one of the same forms. None for none.
+        instruction_field: Field of the instruction.
+        response_field: Field of the response.
+        template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
+        max_length: Most tokens of a sample. Longer ones lose their end.
+        batch_size: Training samples per batch and device.
+        train_split: Split of a Hugging Face data set to train on.
+        test_split: Split of a Hugging Face data set to test on.
+        limit_train: Number of training records to use, from the first. None for all.
+        limit_test: Number of test records to use, from the first. None for all.
+        num_workers: Loader processes. The tokens are in memory, so 0 is usually fastest.
+        tokens_per_batch: Most tokens, padding included, of a batch in scoring and evaluation.
+        tokenizer: A tokenizer of transformers. By default that of the module being trained.
+        seed: Seed of the training order.
+        validation_fraction: Share of the training records to hold out for validation, in [0, 1). With 0 there is no
+            validation.
+        split_seed: Seed that chooses the records held out.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        test: str | None = None,
+        instruction_field: str = "query",
+        response_field: str = "response",
+        template: str = "alpaca",
+        max_length: int = 1024,
+        batch_size: int = 4,
+        train_split: str = "train",
+        test_split: str = "test",
+        limit_train: int | None = None,
+        limit_test: int | None = None,
+        num_workers: int = 0,
+        tokens_per_batch: int = 8192,
+        tokenizer: Any | None = None,
+        seed: int = 0,
+        validation_fraction: float = 0.05,
+        split_seed: int = 42,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}. Give at least 1.")
+        check_fraction(validation_fraction)
+        self.save_hyperparameters(ignore="tokenizer")
+        self.prepare_data_per_node = False  # rank 0 sends its tokens to the other nodes as well
+        self.train, self.test = train, test
+        self.instruction_field, self.response_field = instruction_field, response_field
+        self.template, self.max_length, self.batch_size = template, max_length, batch_size
+        self.train_split, self.test_split = train_split, test_split
+        self.limit_train, self.limit_test = limit_train, limit_test
+        self.num_workers, self.tokens_per_batch, self.seed = num_workers, tokens_per_batch, seed
+        self.tokenizer = tokenizer
+        self.validation_fraction, self.split_seed = validation_fraction, split_seed
+        self.train_set: IndexedDataset | None = None
+        self.val_set: IndexedDataset | None = None
+        self.test_set: IndexedDataset | None = None
+        self._prepared: dict[str, InstructionDataset] = {}
+
+    def prepare_data(self) -> None:
+        """Read and tokenise what the trainer is about to use. In a fit callbacks may ask for the test set as well."""
+        stage = None if self.trainer is None else self.trainer.state.fn
+        for name in self._missing(stage) + (self._missing("test") if stage == "fit" else []):
+            if name not in self._prepared:
+                self._prepared[name] = self._build(name)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Take the sets of a stage from rank 0, which reads them now if `prepare_data` did not.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            ValueError: If the data cannot be used.
+        """
+        for name in self._missing(stage):
+            take = partial(self._take, name)
+            dataset = take() if self.trainer is None else from_rank_zero(self.trainer, take)
+            setattr(self, f"{name}_set", IndexedDataset(dataset))
+            self._check_positions(name, dataset)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training samples, shuffled, with samples of similar length in a batch."""
+        dataset = _ready(self.train_set, "training")
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
+        lengths = dataset.dataset.lengths
+        sampler = LengthGroupedSampler(dataset, lengths, self.batch_size, world, rank, self.seed)
+        return self._loader(dataset, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler)
+
+    def scoring_dataloader(self) -> DataLoader[Any]:
+        """Return the training samples, the longest first, with the `index` they have in training."""
+        return self._budget_loader(_ready(self.train_set, "training"))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the held-out part of the training samples, or no loader with `validation_fraction=0`."""
+        return self._evaluation_loader(_ready(self.val_set, "validation")) if self.validation_fraction else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test samples, the longest first.
+
+        Raises:
+            ValueError: If there is no test set.
+        """
+        if self.test is None:
+            raise ValueError("There is no test set. Give InstructionDataModule(test=...) a file or a data set's name.")
+        if self.test_set is None:  # in a fit, whose own stage does not need it
+            self.setup("test")
+        return self._evaluation_loader(_ready(self.test_set, "test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Refuse: a fine-tuned language model writes with transformers.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "`predict` is for classifiers. To generate text, load the run's folder model/ with transformers: "
+            "pipeline('text-generation', model='.../model')."
+        )
+
+    def _missing(self, stage: str | None) -> list[str]:
+        """Return the names of the sets that a stage needs, that exist, and that are not set up yet."""
+        exists = {"train": True, "val": self.validation_fraction > 0, "test": self.test is not None}
+        ready = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
+        return [name for name in _SETS[stage] if exists[name] and ready[name] is None]
+
+    def _take(self, name: str) -> InstructionDataset:
+        return self._prepared.pop(name) if name in self._prepared else self._build(name)
+
+    def _build(self, name: str) -> InstructionDataset:
+        progress = self.trainer is None or self.trainer.is_global_zero
+        fields, keep = (self.instruction_field, self.response_field), name == "test"
+        records = self._records(name, fields, progress)
+        tokenizer = self._tokenizer()
+        dataset = InstructionDataset(records, tokenizer, *fields, self.template, self.max_length, progress, keep)
+        rank_zero_info(
+            f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.tokens.numel()} tokens, "
+            f"{int(dataset.supervised.sum())} of them supervised. Cut to max_length={self.max_length}: "
+            f"{dataset.truncated} samples. Excluded, because the prompt alone is longer: {dataset.excluded}."
+        )
+        return dataset
+
+    def _records(self, name: str, fields: tuple[str, str], progress: bool) -> list[Record]:
+        if name == "test":
+            return read_records(str(self.test), self.test_split, fields, self.limit_test, progress)
+        records = read_records(self.train, self.train_split, fields, self.limit_train, progress)
+        held_out, kept = hold_out(len(records), self.validation_fraction, self.split_seed)
+        return [records[position] for position in (kept if name == "train" else held_out)]
+
+    def _check_positions(self, name: str, dataset: InstructionDataset) -> None:
+        positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions
+        longest = int(dataset.lengths.max())
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"The longest sample of the {_NAMES[name]} set has {longest} tokens, but the model has {positions} "
+                f"positions. Set max_length={positions} or less."
+            )
+
+    def _tokenizer(self) -> Any:
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.trainer is not None:
+            tokenizer = module_contract(self.trainer.lightning_module).tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "The tokenizer is not known: none was given, and the module has none. Give "
+                "InstructionDataModule(tokenizer=...)."
+            )
+        return tokenizer
+
+    def _evaluation_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # Lightning shares the samples between processes by a sampler of its own, which excludes a batch sampler.
+            return self._loader(dataset, batch_size=self.batch_size)
+        return self._budget_loader(dataset)
+
+    def _budget_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
+        batches = token_budget_batches(dataset.dataset.lengths, self.tokens_per_batch)
+        return self._loader(dataset, batch_sampler=FixedBatches(batches))
+
+    def _loader(
+        self, dataset: IndexedDataset, kind: type[DataLoader[Any]] = DataLoader, **batching: Any
+    ) -> DataLoader[Any]:
+        tokenizer = self._tokenizer()
+        pad_id = tokenizer.pad_token_id
+        return kind(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=partial(collate, pad_id=end_of_sequence(tokenizer) if pad_id is None else pad_id),
+            pin_memory=torch.cuda.is_available(),
+            **batching,
+        )
+
+
+def _ready(dataset: IndexedDataset | None, name: str) -> IndexedDataset:
+    if dataset is None:
+        raise RuntimeError(f"The {name} set is not there yet. Call setup() of the data module first.")
+    return dataset

@@ -1,0 +1,128 @@
+"""From instruction and response to tokens: templates, and the boundary between prompt and response.
+
+In: texts and a tokenizer. Out: token ids, and how many of them are the prompt's. Next: `dataset.py`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+"""The prompt of Alpaca for an instruction without input."""
+
+Split = Callable[[str, str], tuple[str, str]]
+_PLACEHOLDER = "{instruction}"
+_PROBE = "flow-lightning-response"
+_UNSPLITTABLE = (
+    "The chat template writes a conversation that does not start with its prompt, so the response cannot be separated. "
+    "Use template='alpaca' or a text of your own with {instruction}."
+)
+
+
+def prompt_splitter(template: str, tokenizer: Any) -> Split:
+    """Return the function that turns instruction and response into the prompt and the supervised text.
+
+    Args:
+        template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
+        tokenizer: A tokenizer of transformers. Only "chat" uses it.
+
+    Raises:
+        ValueError: If the template has no `{instruction}`, or the tokenizer no usable chat template.
+
+    Example:
+        >>> prompt_splitter("Q: {instruction} A:", None)("1 + 1?", "2")
+        ('Q: 1 + 1? A:', '2')
+    """
+    if template == "chat":
+        return _chat_splitter(tokenizer)
+    text = ALPACA if template == "alpaca" else template
+    if _PLACEHOLDER not in text:
+        raise ValueError(
+            f"The template {template!r} does not contain {_PLACEHOLDER}. Use 'alpaca', 'chat' or a text with "
+            f"{_PLACEHOLDER} in the place of the instruction."
+        )
+    # Not str.format: braces are common in templates with code or formulas.
+    return lambda instruction, response: (text.replace(_PLACEHOLDER, instruction), response)
+
+
+def _chat_splitter(tokenizer: Any) -> Split:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "template='chat' needs a tokenizer with a chat template. This one has none. Use template='alpaca', or set "
+            "tokenizer.chat_template."
+        )
+    render = partial(_render, tokenizer)
+    _, rest = render(_PROBE, _PROBE)
+    if _PROBE not in rest:
+        raise ValueError("The chat template leaves the response out. Use template='alpaca'.")
+    # Some templates put text between their generation prompt and the response: a role header, if they ignore
+    # add_generation_prompt, or an empty block of thoughts. It belongs to the prompt; the model need not learn it.
+    header = rest[: rest.index(_PROBE)]
+
+    def split(instruction: str, response: str) -> tuple[str, str]:
+        prompt, rest = render(instruction, response)
+        if not rest.startswith(header):
+            raise ValueError(_UNSPLITTABLE)
+        return prompt + header, rest.removeprefix(header)
+
+    return split
+
+
+def _render(tokenizer: Any, instruction: str, response: str) -> tuple[str, str]:
+    """Return the text of the prompt, and what the conversation with the response adds to it."""
+    user, assistant = {"role": "user", "content": instruction}, {"role": "assistant", "content": response}
+    prompt: str = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    conversation: str = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    if not conversation.startswith(prompt):
+        raise ValueError(_UNSPLITTABLE)
+    return prompt, conversation.removeprefix(prompt)
+
+
+def encode(texts: Sequence[tuple[str, str]], tokenizer: Any, chat: bool = False) -> Iterator[tuple[list[int], int]]:
+    """Tokenise prompts and responses, each text on its own, so that the boundary between them is exact.
+
+    Args:
+        texts: Pairs of prompt and response. A response gets the end-of-sequence token, unless it ends with it.
+        tokenizer: A tokenizer of transformers.
+        chat: Whether the texts come from a chat template. They then hold their special tokens already, and what follows
+            the last end-of-sequence token is cut off.
+
+    Yields:
+        The token ids of prompt and response, and how many of them are the prompt's.
+
+    Raises:
+        ValueError: If the tokenizer has no end-of-sequence token.
+    """
+    end = end_of_sequence(tokenizer)
+    prompts = _tokenise([prompt for prompt, _ in texts], tokenizer, special=not chat)
+    responses = _tokenise([response for _, response in texts], tokenizer, special=False)
+    for prompt, response in zip(prompts, responses):
+        if not chat and prompt[-1:] == [end]:  # some tokenizers end every text
+            prompt = prompt[:-1]
+        if chat and end in response:
+            response = response[: len(response) - response[::-1].index(end)]
+        yield prompt + (response if response[-1:] == [end] else [*response, end]), len(prompt)
+
+
+def _tokenise(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
+    # Not verbose: it would warn of texts longer than the model, which are cut to max_length later.
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def end_of_sequence(tokenizer: Any) -> int:
+    """Return the end-of-sequence token.
+
+    Raises:
+        ValueError: If the tokenizer has none.
+    """
+    end: int | None = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, so the model cannot learn where a response ends. Set "
+            "tokenizer.eos_token to the token that ends the model's texts."
+        )
+    return end

@@ -1,0 +1,185 @@
+"""Generated answers: does the final answer of a worked solution come out right?
+
+In: Trainer, module and a test set with its records. Out: the fraction of right answers. Next: `harness.py`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from flow_lightning.contract import data_contract, module_contract
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.instructions import InstructionDataset
+from flow_lightning.distributed import data_rank, gather
+from flow_lightning.measures.base import Measure, Metric, Panel, When, check_at_least
+from flow_lightning.measures.target import target_dataloader
+from flow_lightning.measures.text import check_language_model, padding_id
+from flow_lightning.scoring.evaluation import evaluation
+from flow_lightning.scoring.score import progress
+
+_MARKS = (re.compile(r"####"), re.compile(r"the answer is", re.IGNORECASE))
+_NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+class Answers(Measure):
+    """The fraction of test instructions to which the model generates the right final answer, greedily.
+
+    Args:
+        max_new_tokens: Most tokens of an answer.
+        batch_size: Prompts per batch.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    part = "target"
+    metrics = (
+        Metric("target/before/exact_match", "right final answers before training", "fraction", "up"),
+        Metric("target/exact_match", "right final answers", "fraction", "up"),
+        Metric("target/samples", "target test samples", "samples"),
+    )
+    panels = (Panel("right final answers", "fraction", "up", {"target": "target/exact_match"}),)
+
+    def __init__(self, *, max_new_tokens: int = 256, batch_size: int = 8) -> None:
+        check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.dataset: InstructionDataset | None = None
+        self.references: list[str] = []
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Find the test set and the final answers of its references.
+
+        Raises:
+            TypeError: If the test set has no records.
+            ValueError: If a reference has no final answer, or prompts and answers are too long for the model.
+        """
+        check_language_model(module, "Answers")
+        loader: Any = target_dataloader(trainer)
+        self.dataset = None if loader is None else _instructions(loader.dataset.dataset)
+        if self.dataset is None:
+            return {}
+        self.references = _reference_answers(self.dataset, data_contract(trainer).response_field)
+        longest = int(self.dataset.prompt_lengths.max())
+        _check_positions(longest, self.max_new_tokens, module_contract(module).max_positions)
+        return {"target/samples": len(self.dataset)}
+
+    def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
+        """Generate answers and compare the final ones; rank r takes samples r, r + world, r + 2 world, ..."""
+        if self.dataset is None:
+            return {}
+        length, (rank, world) = len(self.dataset), data_rank(trainer)
+        mine = list(range(rank, length, world))
+        # In shards, a model runs on all ranks or on none: a rank with one sample less takes one for nothing.
+        spare = [0] if trainer.strategy.restore_checkpoint_after_setup and len(mine) * world < length else []
+        answers = self._answers(trainer, module, mine + spare, f"Answers {when}")
+        right = sum(final_answer(answers[index]) == self.references[index] for index in mine)
+        (of_all_ranks,) = gather(trainer, [(torch.tensor([right]),)])
+        return {"exact_match": int(of_all_ranks.sum()) / length}
+
+    def _answers(
+        self, trainer: Trainer, module: LightningModule, samples: Sequence[int], description: str
+    ) -> dict[int, str]:
+        """Return the generated text by index of the sample; the longest prompts come first."""
+        assert self.dataset is not None
+        lengths = self.dataset.prompt_lengths.tolist()
+        answers: dict[int, str] = {}
+        ordered = sorted(samples, key=lambda index: -lengths[index])
+        batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with progress(len(batches), description, show) as bar, evaluation(module):
+            for batch in batches:
+                prompts = [self.dataset[index]["input_ids"][: lengths[index]] for index in batch]
+                answers |= dict(zip(batch, generate(trainer, module, prompts, self.max_new_tokens)))
+                bar.update()
+        return answers
+
+
+def final_answer(text: str) -> str | None:
+    r"""Return the final answer of a worked solution, in a form that can be compared.
+
+    It is the rest of the line after the last `####`; without one the rest of the line after the last "The answer is";
+    without that the last number. Separators of thousands, dollar signs, and a period at the end do not count, nor do
+    zeros at the end of a decimal fraction.
+
+    Returns:
+        The answer, or None if there is none.
+
+    >>> final_answer("48 + 24 = 72 clips.\n#### 72"), final_answer("The answer is: $1,200.00.")
+    ('72', '1200')
+    >>> final_answer("She pays 2.50 for 3 of them"), final_answer("I do not know.")
+    ('3', None)
+    """
+    for mark in _MARKS:
+        marks = list(mark.finditer(text))
+        if marks:
+            return _normalised(text[marks[-1].end() :].strip(": \n").partition("\n")[0])
+    numbers = _NUMBER.findall(text)
+    return _normalised(numbers[-1]) if numbers else None
+
+
+def _normalised(answer: str) -> str | None:
+    answer = _THOUSANDS.sub("", answer.replace("$", "")).strip().rstrip(". ")
+    if re.fullmatch(r"-?\d*\.\d+", answer):
+        answer = answer.rstrip("0").rstrip(".")
+    return answer or None
+
+
+def _instructions(dataset: Any) -> InstructionDataset:
+    """Return the instructions in a test set, numbered or not."""
+    inner = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
+    if not isinstance(inner, InstructionDataset) or inner.records is None:
+        raise TypeError(
+            f"The test set is a {type(inner).__name__} without records, so generated answers cannot be compared. Use "
+            "InstructionDataModule(test=...), or leave out Answers."
+        )
+    return inner
+
+
+def _reference_answers(dataset: InstructionDataset, field: str) -> list[str]:
+    records = dataset.records or []
+    answers = [final_answer(record[field]) for record in records]
+    if None in answers:
+        number = answers.index(None)
+        raise ValueError(
+            f"The response of test sample {number} has no final answer: {records[number][field]!r:.200}. Expected one "
+            "after '####', after 'The answer is', or at least a number. Leave out Answers for such data."
+        )
+    return [answer for answer in answers if answer is not None]
+
+
+def _check_positions(prompt: int, answer: int, positions: int | None) -> None:
+    if positions is not None and prompt + answer > positions:
+        raise ValueError(
+            f"The longest prompt has {prompt} tokens and an answer up to max_new_tokens={answer}, but the model has "
+            f"{positions} positions. Set max_new_tokens to {max(positions - prompt, 1)} or less, or give the data "
+            "module a smaller max_length."
+        )
+
+
+def generate(trainer: Trainer, module: LightningModule, prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
+    """Continue prompts `[T]`, greedily; return the text of what is new."""
+    contract, width = module_contract(module), max(map(len, prompts))
+    tokenizer = contract.tokenizer
+    pad = padding_id(tokenizer)
+    # On the left, so that each answer follows its prompt.
+    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    batch = trainer.strategy.batch_to_device({"input_ids": ids, "attention_mask": mask})
+    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    with trainer.precision_plugin.forward_context():
+        output = contract.causal_lm.generate(
+            **batch,
+            **settings,
+            use_cache=True,
+            synced_gpus=trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+        )
+    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return texts

@@ -1,0 +1,134 @@
+"""What a measure is: numbers of a model before and after training, and how tables and pictures show them.
+
+In: Trainer and module. Out: numbers by name. Next: `target.py`, then one file for each kind of data.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from lightning import LightningModule, Trainer
+
+When = Literal["before", "epoch", "after"]
+
+
+class Metric(NamedTuple):
+    """One key of `metrics.json`.
+
+    Attributes:
+        key: The stable key; one that ends in `*` stands for all keys that begin like it.
+        name: What a table calls it; a `*` stands for the rest of the key.
+        unit: `fraction` (0 to 1, shown in percent), `nats`, `samples`, `tokens`, `seconds` or `number`.
+        better: `up`, `down`, or nothing where neither end is good.
+    """
+
+    key: str
+    name: str
+    unit: str
+    better: str = ""
+
+
+class Panel(NamedTuple):
+    """What pictures show of a measure: a panel in that of a run, groups of bars in that of a comparison.
+
+    Attributes:
+        title: What is shown: "target accuracy".
+        unit: The unit of its values, see `Metric`.
+        better: `up` or `down`.
+        groups: Label of each group of bars in a comparison to its key; the first is the main result.
+        after: Label of each bar after training to its key, for a run; by default the main result alone.
+    """
+
+    title: str
+    unit: str
+    better: str
+    groups: Mapping[str, str]
+    after: Mapping[str, str] = {}
+
+    @property
+    def main(self) -> str:
+        """The key of the main result."""
+        return next(iter(self.groups.values()))
+
+    @property
+    def part(self) -> str:
+        """The part that it belongs to, see `Measure`."""
+        return self.main.partition("/")[0]
+
+    @property
+    def before(self) -> str:
+        """The key of the main result before training."""
+        return f"{self.part}/before/{self.main.rpartition('/')[2]}"
+
+    @property
+    def bars_after(self) -> Mapping[str, str]:
+        """Label of each bar after training to its key."""
+        return self.after or {"after": self.main}
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether the values are fractions, shown in percent."""
+        return self.unit == "fraction"
+
+
+class Measure(ABC):
+    """Something that RetentionCallback measures before and after training; derive your own from it.
+
+    Attributes:
+        part: `target`: what the fit learned. `retention`: what it kept; only this is also measured after epochs.
+        metrics: The keys that it writes.
+        panels: What pictures show of them; those without a value are left out.
+
+    Example:
+        >>> class NormOfWeights(Measure):
+        ...     part = "retention"
+        ...     metrics = (Metric("retention/after/norm", "norm of the weights", "number"),)
+        ...     def measure(self, trainer, module, when):
+        ...         return {"norm": sum(p.square().sum().item() for p in module.parameters()) ** 0.5}
+        >>> NormOfWeights().key("after", "norm")
+        'retention/after/norm'
+    """
+
+    part: ClassVar[Literal["target", "retention"]]
+    metrics: ClassVar[tuple[Metric, ...]]
+    panels: ClassVar[tuple[Panel, ...]] = ()
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Find the data, at `on_fit_start`, and check that the module can be measured on them.
+
+        Returns:
+            Facts about the data, by key of `metrics.json`: a resumed fit must find the same.
+        """
+        return {}
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
+        """Measure the module as it is now; called on every rank.
+
+        Returns:
+            Numbers by name, the same on every rank. Nothing where there is nothing to measure.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs: tensors and primitives."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most measures have none
+        """Take over the state of an earlier fit; an empty one at the start of each fit."""
+
+    def key(self, when: When, name: str) -> str:
+        """Return the key in `metrics.json` of a number that `measure` returned."""
+        if self.part == "retention":
+            return f"retention/{when}/{name}"
+        return f"target/{name}" if when == "after" else f"target/{when}/{name}"
+
+
+def check_at_least(least: int, **arguments: int | None) -> None:
+    """Refuse arguments that are too small; None is allowed.
+
+    Raises:
+        ValueError: If one is below `least`.
+    """
+    for name, value in arguments.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}.")

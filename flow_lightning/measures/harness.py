@@ -1,0 +1,209 @@
+"""Tasks of the lm-evaluation-harness, on the model as it is in memory.
+
+In: Trainer, module, names of tasks. Out: a score for each. Next: `callbacks/retention.py`.
+"""
+
+import difflib
+import logging
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+
+from flow_lightning.contract import module_contract
+from flow_lightning.distributed import from_rank_zero, on_rank_zero
+from flow_lightning.measures.base import Measure, Metric, Panel, When, check_at_least
+from flow_lightning.measures.text import check_language_model
+from flow_lightning.optional import optional_import
+from flow_lightning.scoring.evaluation import evaluation
+
+#: Metrics of the harness that can be a task's score, with their filter; the first that a task has counts. None: any.
+_MAIN_METRICS = (("exact_match", None), ("acc", "none"), ("acc_norm", "none"), ("pass@1", None), ("pass_at_1", None))
+_TASK = re.compile(r"([^:].*?)(?::(\d+))?")
+
+
+class HarnessTasks(Measure):
+    """The scores of tasks of the lm-evaluation-harness, and their mean; `retention/tasks` lists the names.
+
+    Rank 0 evaluates and the other ranks wait. If that takes longer than the timeout of the process group (30 minutes by
+    default), raise it, for instance with `DDPStrategy(timeout=...)`.
+
+    Args:
+        tasks: Tasks or groups, as `name` or `name:shots`.
+        tasks_path: Folder with YAML files of tasks of one's own.
+        limit: Samples per task; None for all.
+        batch_size: Sequences per forward pass.
+        run_unsafe_code: Whether tasks may run code that the model wrote, as MBPP does. Some also ask for the
+            environment variable HF_ALLOW_CODE_EVAL=1.
+
+    Raises:
+        ValueError: If a number is out of range, or a task is named twice.
+    """
+
+    part = "retention"
+    metrics = (
+        Metric("retention/before/accuracy", "mean accuracy of the tasks before training", "fraction", "up"),
+        Metric("retention/after/accuracy", "mean accuracy of the tasks", "fraction", "up"),
+        Metric("retention/after/task/*", "task *", "fraction", "up"),
+    )
+    panels = (Panel("accuracy on general tasks", "fraction", "up", {"general\ntasks": "retention/after/accuracy"}),)
+
+    def __init__(
+        self,
+        tasks: list[str],
+        *,
+        tasks_path: str | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+        run_unsafe_code: bool = False,
+    ) -> None:
+        check_at_least(1, limit=limit, batch_size=batch_size)
+        names = [split_task(entry)[0] for entry in tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks names {twice} more than once; expected each once, as 'name' or 'name:shots'.")
+        self.tasks, self.tasks_path, self.limit = tasks, tasks_path, limit
+        self.batch_size, self.run_unsafe_code = batch_size, run_unsafe_code
+        self.index: Any = None
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Check the module, and that the harness knows the tasks.
+
+        Raises:
+            TypeError: If the module is no language model, or in shards on several processes.
+            ValueError: If there is no such task.
+        """
+        check_language_model(module, "HarnessTasks")
+        if trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1:
+            raise TypeError(
+                f"Under {type(trainer.strategy).__name__} the model is in shards, so rank 0 cannot evaluate it alone. "
+                "Leave out HarnessTasks, and evaluate the model that SavePretrainedCallback writes."
+            )
+        names = [split_task(entry)[0] for entry in self.tasks]
+        self.index = on_rank_zero(trainer, lambda: find_tasks(names, self.tasks_path))
+        return {"retention/tasks": sorted(names)}
+
+    def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
+        """Score the tasks."""
+        scores = from_rank_zero(trainer, lambda: self._scores(trainer, module))
+        mean = {"accuracy": statistics.fmean(scores.values())}
+        return mean | {f"task/{name}": score for name, score in scores.items()}
+
+    def _scores(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        harness = _import_harness("lm_eval")
+        scores: dict[str, float] = {}
+        with evaluation(module), _errors_only("lm_eval"):
+            model = _harness_model(trainer, module, self.batch_size)
+            for shots, names in _by_shots(self.tasks).items():
+                results = harness.simple_evaluate(
+                    model,
+                    tasks=names,
+                    num_fewshot=shots,
+                    limit=self.limit,
+                    task_manager=self.index,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                    confirm_run_unsafe_code=self.run_unsafe_code,
+                )
+                by_name = {**results["results"], **results.get("groups", {})}
+                scores |= {name: main_metric(name, by_name.get(name, {})) for name in names}
+        return {name: scores[name] for name, _ in map(split_task, self.tasks)}
+
+
+def split_task(entry: str) -> tuple[str, int | None]:
+    """Split `name:shots` into the name of a task and its number of examples, None if the task's own.
+
+    >>> split_task("mmlu:5"), split_task("piqa")
+    (('mmlu', 5), ('piqa', None))
+    """
+    match = _TASK.fullmatch(entry)
+    if match is None:
+        raise ValueError(f"A task is {entry!r}; expected the name of a task, or name:shots, such as 'mmlu:5'.")
+    name, shots = match.groups()
+    return name, None if shots is None else int(shots)
+
+
+def _import_harness(name: str) -> Any:
+    return optional_import(name, "eval", "tasks of the lm-evaluation-harness")
+
+
+@contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    """Let a logger report errors only: the harness warns of what is intended here, such as a ready model."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def find_tasks(names: Sequence[str], include_path: str | None) -> Any:
+    """Return the harness's index of tasks: that of `include_path` alone if all are there, as its own takes seconds.
+
+    Raises:
+        ImportError: If the harness is not installed.
+        ValueError: If it has no such task.
+    """
+    managers = _import_harness("lm_eval.tasks")
+    if include_path is not None:
+        manager = managers.TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(manager.all_tasks):
+            return manager
+    manager = managers.TaskManager(include_path=include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks)
+            raise ValueError(
+                f"The evaluation harness has no task {name!r}; similar ones are {close or 'not there either'}. See "
+                "`lm_eval ls tasks`, or set tasks_path to the folder of its YAML file."
+            )
+    return manager
+
+
+def _harness_model(trainer: Trainer, module: LightningModule, batch_size: int) -> Any:
+    models, contract = _import_harness("lm_eval.models.huggingface"), module_contract(module)
+    model = contract.causal_lm
+    with trainer.precision_plugin.forward_context():
+        # The harness turns autocast off unless it is told the type.
+        device = model.device.type
+        mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return models.HFLM(
+        pretrained=model,
+        tokenizer=deepcopy(contract.tokenizer),  # it may get a padding token
+        backend="causal",
+        batch_size=batch_size,
+        max_length=contract.max_positions,
+        mixed_precision_dtype=mixed,
+    )
+
+
+def _by_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:
+    """Put tasks with the same number of examples together."""
+    groups: dict[int | None, list[str]] = {}
+    for name, shots in map(split_task, tasks):
+        groups.setdefault(shots, []).append(name)
+    return groups
+
+
+def main_metric(task: str, results: Mapping[str, Any]) -> float:
+    """Return a task's score: its `exact_match`, else `acc`, else `acc_norm`, else `pass@1`.
+
+    Raises:
+        ValueError: If it has none of them.
+    """
+    values = {tuple(key.split(",", 1)): value for key, value in results.items() if "," in key}
+    for name, filters in _MAIN_METRICS:
+        for (metric, kind), value in values.items():
+            if metric == name and filters in (kind, None):
+                return float(value)
+    metrics = sorted(key for key in results if "," in key and "_stderr," not in key)
+    raise ValueError(
+        f"The task {task!r} has no metric exact_match, acc, acc_norm or pass@1, but {metrics or 'none of its own'}. "
+        "Choose another task; instead of a tag, name its tasks."
+    )

@@ -1,0 +1,59 @@
+"""What is wrong with an option, in one or two lines, the nearest right name first.
+
+In: the parser's message, tens of lines long. Out: ours.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from flow_lightning.configurations import nearest
+
+_UNKNOWN = re.compile(r"does not accept option '([^']+)'|unrecognized arguments: -*(\S+)|Key '([^']+)' is not expected")
+_UNKNOWN_OF_CLASS = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
+_UNKNOWN_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+_KEY = re.compile(r'Parser key "([\w.]+)":')
+_ONE_TYPE = re.compile(r"Expected (?:an? )?(.+)\. Got value: (.+)")
+_UNION = re.compile(
+    r"Subtypes: \[(.+)\]\n\s*Errors:\n(?:\s*- Expected .+\n)+\s*Given value type: .+\n\s*Given value: (.+)"
+)
+_NESTED = re.compile(r"Errors:\n\s*- (?!Expected|Not a valid|Problem)(.+?)(?=\n\s*- |\n\s*Given value|\Z)", re.DOTALL)
+
+
+def explain(message: str, keys: Iterable[str]) -> str:
+    """Shorten a message of jsonargparse.
+
+    Args:
+        message: The message.
+        keys: All options that the parser knows.
+    """
+    if match := _UNKNOWN_OF_CLASS.search(message):
+        path, option = match.groups()
+        known = list(inspect.signature(_imported(path)).parameters)
+        return f"{path} has no option {option!r}. {nearest(option, known)}It has: {', '.join(known)}."
+    if match := _UNKNOWN_CLASS.search(message):
+        module, name = match.groups()
+        return f"{module} has no {name!r}. {nearest(name, dir(importlib.import_module(module)))}".strip()
+    if match := _UNKNOWN.search(message):
+        name = next(group for group in match.groups() if group).partition("=")[0]
+        return f"There is no option {name!r}. {nearest(name, keys)}All options: flow-lightning fit --help-all."
+    if match := _ONE_TYPE.search(message) or _UNION.search(message):
+        return _wrong_value(".".join(dict.fromkeys(_KEY.findall(message))), *match.groups())
+    if match := _NESTED.search(message):
+        return " ".join(match[1].split())
+    return message.rpartition(" failed: ")[2].strip()
+
+
+def _wrong_value(key: str, types: str, value: str) -> str:
+    """Say which value was expected; for a choice of words the nearest comes first."""
+    types = re.sub(r"<class '([\w.]+)'>", r"\1", types.replace("typing.", "")).replace("NoneType", "null")
+    words = re.findall(r"'([^']+)'", types) if "Literal" in types else []
+    expected = f"one of {', '.join(words)}" if words else re.sub(r", (?![^\[]*\])", " or ", types)
+    return f"{key}: {value!r} is no valid value. {nearest(value, words)}Expected {expected}."
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,97 @@
+import pytest
+
+from flow_lightning.data.instructions.dataset import InstructionDataset
+from flow_lightning.data.instructions.prompts import ALPACA, prompt_splitter
+from tests.language import END, TRICKY, encode_one, tiny_tokenizer
+
+NO_GENERATION_PROMPT = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("response", TRICKY)
+@pytest.mark.parametrize("instruction", TRICKY)
+def test_decoding_gives_prompt_and_response_back(instruction, response):
+    tokenizer = tiny_tokenizer()
+    prompt, answer = prompt_splitter("alpaca", tokenizer)(instruction, response)
+    ids, length = encode_one(prompt, answer, tokenizer)
+    assert tokenizer.decode(ids[:length]) == ALPACA.replace("{instruction}", instruction)
+    assert tokenizer.decode(ids[length:]) == response + END
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_response_that_ends_already_is_not_ended_twice():
+    tokenizer = tiny_tokenizer()
+    assert encode_one("Q", f"A{END}", tokenizer) == encode_one("Q", "A", tokenizer)
+
+
+def test_the_beginning_is_marked_once_and_the_prompt_not_ended():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|begin|>", END)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"<|begin|> $A {END}", special_tokens=marks)
+    assert tokenizer.decode(tokenizer("Q")["input_ids"]) == f"<|begin|>Q{END}"
+    ids, length = encode_one("Q", "A", tokenizer)
+    assert (tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:])) == ("<|begin|>Q", f"A{END}")
+    ids, _ = encode_one("<|begin|>Q", f"A{END}\n", tokenizer, chat=True)
+    assert tokenizer.decode(ids) == f"<|begin|>QA{END}"
+
+
+@pytest.mark.parametrize("template", [None, NO_GENERATION_PROMPT])
+@pytest.mark.parametrize("response", ["assistant", *TRICKY])
+def test_chat_supervises_the_response_alone(response, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    dataset = InstructionDataset(
+        [{"query": "Hello {x}", "response": response}], tokenizer, template="chat", progress=False
+    )
+    ids, length = dataset[0]["input_ids"], dataset[0]["prompt_length"]
+    assert tokenizer.decode(ids[:length]) == f"<|user|>\nHello {{x}}{END}\n<|assistant|>\n"
+    assert tokenizer.decode(ids[length:]) == response + END
+
+
+def test_chat_moves_what_precedes_every_response_to_the_prompt():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}U {{ m['content'] }}\n"
+        "{% else %}A <think></think>{{ m['content'] }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A {% endif %}"
+    )
+    assert prompt_splitter("chat", tokenizer)("1?", "2") == ("U 1?\nA <think></think>", "2\n")
+    ids, length = encode_one(
+        "U 1?\nA ", "2\n", tokenizer, chat=True
+    )  # no end of sequence in this template: it is added
+    assert tokenizer.decode(ids[length:]) == f"2\n{END}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, r"needs a tokenizer with a chat template.*template='alpaca'"),
+        ("{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}", "does not start with"),
+        ("{{ messages[0]['content'] }}", "leaves the response out"),
+        (
+            "{{ messages[0]['content'] }}"
+            "{% if messages | length > 1 %}{% if messages[0]['content'] == '?' %}other{% endif %}"
+            "A: {{ messages[1]['content'] }}{% endif %}",
+            "does not start with",
+        ),
+    ],
+)
+def test_bad_chat_templates_are_explained(template, message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        prompt_splitter("chat", tokenizer)("?", "!")
+
+
+def test_a_template_without_place_for_the_instruction_is_refused():
+    with pytest.raises(ValueError, match=r"'alpacca' does not contain \{instruction\}\. Use 'alpaca', 'chat'"):
+        prompt_splitter("alpacca", tiny_tokenizer())
+
+
+def test_a_tokenizer_without_end_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"no end-of-sequence token.*Set tokenizer\.eos_token"):
+        encode_one("Q", "A", tokenizer)

@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from flow_lightning.data.instructions.records import read_records
+from tests.language import TRICKY, instructions, write_jsonl
+
+FIELDS = ("query", "response")
+
+
+def test_jsonl_json_and_parquet_hold_the_same(tmp_path):
+    records = [*instructions(7), *({"query": text, "response": text} for text in TRICKY)]
+    write_jsonl(tmp_path / "a.jsonl", records)
+    write_jsonl(tmp_path / "a.json", records)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "json", "parquet"):
+        assert read_records(tmp_path / f"a.{suffix}", "train", FIELDS) == records
+        assert read_records(tmp_path / f"a.{suffix}", "train", FIELDS, limit=3) == records[:3]
+        assert read_records(tmp_path / f"a.{suffix}", "train", ["query"], limit=1) == [{"query": records[0]["query"]}]
+
+
+def test_empty_lines_at_the_end_are_fine(tmp_path):
+    path = Path(write_jsonl(tmp_path / "a.jsonl", instructions(2)))
+    path.write_text(path.read_text() + "\n \n\n")
+    assert read_records(path, "train", FIELDS) == instructions(2)
+
+
+@pytest.mark.parametrize(("source", "config"), [("org/maths", None), ("org/maths:main", "main")])
+def test_a_hub_name_is_loaded_with_configuration_and_split(source, config, monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **settings):
+        asked.append((arguments, settings))
+        return datasets.Dataset.from_list([record | {"more": 1} for record in instructions(5)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_records(source, "validation", FIELDS) == instructions(5)
+    assert asked == [(("org/maths", config), {"split": "validation"})]
+
+
+def test_a_hub_name_that_cannot_be_loaded_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"'nobody/nothing' is no file .* local \.jsonl or \.parquet"):
+        read_records("nobody/nothing", "train", FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"bad\.jsonl is empty\. Give at least one record"),
+        ("\n\n", r"bad\.jsonl is empty"),
+        ('{"query": "a", "response": "b"}\n{"query"\n', r"bad\.jsonl, line 2: not JSON .* one JSON object per line"),
+        ("\n[1, 2]\n", r"bad\.jsonl, line 2: got a list\. Write one JSON object"),
+        (
+            '{"query": "a", "answer": "b"}',
+            r"line 1: no field 'response'; there are 'query', 'answer'\. Set instruction_field and response_field",
+        ),
+        ("{}", r"no field 'query', 'response'; there are none"),
+        ('{"query": "a", "response": 5}', r"line 1: the field 'response' is 5, a int, not text"),
+    ],
+)
+def test_bad_lines_are_named(content, message, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path / "bad.jsonl", "train", FIELDS)
+
+
+def test_bad_parquet_files_are_named(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"bad\.parquet cannot be read as Parquet"):
+        read_records(tmp_path / "bad.parquet", "train", FIELDS)
+    pyarrow.parquet.write_table(pyarrow.table({"query": ["a", "b"], "response": ["c", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no field 'answer'; there are 'query', 'response'"):
+        read_records(tmp_path / "a.parquet", "train", ["query", "answer"])
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: the field 'response' is None, a NoneType"):
+        read_records(tmp_path / "a.parquet", "train", FIELDS)
+
+
+def test_missing_files_other_kinds_and_limits_are_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*none\.jsonl\. Check the path"):
+        read_records(tmp_path / "none.jsonl", "train", FIELDS)
+    (tmp_path / "a.csv").write_text("query,response\n")
+    with pytest.raises(ValueError, match=r"a\.csv is a \.csv\. Give a \.jsonl, \.json or \.parquet"):
+        read_records(tmp_path / "a.csv", "train", FIELDS)
+    with pytest.raises(ValueError, match=r"limit of records is 0\. Give at least 1"):
+        read_records(tmp_path / "a.jsonl", "train", FIELDS, limit=0)

@@ -1,0 +1,147 @@
+"""Tasks of the evaluation harness on the live model, against likelihoods computed here."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import flow_lightning as fl
+from flow_lightning.measures import Answers, HarnessTasks
+from flow_lightning.measures.harness import split_task
+from flow_lightning.report.metrics import read_metrics
+from tests.language import TOKENIZER, instructions, language_module, tiny_model
+from tests.retention import TEMPLATE, OnFitStart, Scripted, language_fit, measured
+
+QUESTIONS = [
+    {"question": "Anna has three apples and buys", "choices": ["four more", "miles"], "label": 0},
+    {"question": "A train goes 60", "choices": ["apples", "miles in one hour", "request"], "label": 1},
+    {"question": "How many", "choices": ["apples does she have", "train"], "label": 0},
+    {"question": "She has", "choices": ["completes", "hour", "seven"], "label": 2},
+    {"question": "Below is an instruction", "choices": ["that describes", "apples apples"], "label": 1},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two local multiple-choice tasks, which differ in their name only, and one that has a perplexity."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+    choice = (
+        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_target: label\ndoc_to_choice: choices\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    for name in ("tiny", "tiny_too"):
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{choice}")
+    (folder / "words.yaml").write_text(
+        f"task: words\n{common}output_type: loglikelihood\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{choices[label]}}"\nmetric_list: [{metric: perplexity}]\n'
+    )
+    return str(folder)
+
+
+@torch.no_grad()
+def own_accuracy():
+    """Take the choice with the highest log-likelihood after the question and a space."""
+    model, right = tiny_model(len(TOKENIZER)).eval(), []
+    for question in QUESTIONS:
+        start = len(TOKENIZER(question["question"])["input_ids"])
+        scores = []
+        for choice in question["choices"]:
+            ids = torch.tensor(TOKENIZER(f"{question['question']} {choice}")["input_ids"])
+            log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
+            scores.append(log_p[start - 1 :].sum().item())
+        right.append(max(range(len(scores)), key=scores.__getitem__) == question["label"])
+    return right
+
+
+def test_the_harness_measures_the_live_model_and_leaves_no_trace(folder):
+    right = own_accuracy()
+    assert 0 < sum(right) < len(right)
+    measure = HarnessTasks(["tiny_too:0", "tiny"], tasks_path=folder, batch_size=2)
+
+    def traces(module):
+        modes = [submodule.training for submodule in module.modules()]
+        return modes, torch.get_rng_state().tolist(), module.tokenizer.pad_token, logging.getLogger("lm_eval").level
+
+    def function(trainer, module):
+        module.causal_lm.model.layers[0].eval()
+        measure.prepare(trainer, module)
+        before = traces(module)
+        values = measure.measure(trainer, module, "before")
+        assert traces(module) == before
+        return values
+
+    language_fit(OnFitStart(function), max_epochs=0)
+    values = torch.load("answer0.pt")
+    assert list(values) == ["accuracy", "task/tiny_too", "task/tiny"]
+    assert values == {name: pytest.approx(sum(right) / len(right)) for name in values}
+
+
+def test_the_harness_runs_on_one_process_and_tells_the_others(folder):
+    ranks = measured(HarnessTasks(["tiny"], tasks_path=folder, limit=2), devices=2, strategy="ddp_fork")
+    score = sum(own_accuracy()[:2]) / 2
+    assert ranks == [{"retention/tasks": ["tiny"], "accuracy": score, "task/tiny": score}] * 2
+
+
+def test_answers_and_tasks_before_and_after(folder, capsys):
+    query = TEMPLATE.replace("{instruction}", instructions(12)[9]["query"])
+    module = Scripted("I do not know", {query: f"The answer is: {9 + 2}"})
+    tasks = HarnessTasks(["tiny:0", "tiny_too"], tasks_path=folder, limit=4)
+    language_fit(fl.RetentionCallback(measures=[tasks, Answers(max_new_tokens=8)]), module=module)
+    metrics = read_metrics("run/metrics.json")
+    assert metrics["target/before/exact_match"] == metrics["target/exact_match"] == pytest.approx(1 / 3)
+    for when in ("before", "after"):
+        scores = [metrics[f"retention/{when}/task/{name}"] for name in ("tiny", "tiny_too")]
+        assert metrics[f"retention/{when}/accuracy"] == pytest.approx(sum(scores) / 2)
+        assert all(4 * score == round(4 * score) for score in scores)
+    assert metrics["average"] == pytest.approx((1 / 3 + metrics["retention/after/accuracy"]) / 2)
+    assert "task tiny_too" in capsys.readouterr().out
+
+
+def test_a_task_without_a_score_is_named(folder):
+    with pytest.raises(ValueError, match=r"'words' has no metric .* but \['perplexity,none'\]"):
+        measured(HarnessTasks(["words"], tasks_path=folder))
+
+
+def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
+    """The harness's own tasks are many files: a stand-in for its index."""
+
+    class Manager:
+        all_tasks = ("hellaswag", "piqa")
+
+        def __init__(self, **settings):
+            pass
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
+    with pytest.raises(ValueError, match=r"no task 'helaswag'; similar ones are \['hellaswag'\]"):
+        measured(HarnessTasks(["helaswag"]), language_module())
+
+
+def test_a_model_in_shards_is_refused():
+    trainer = SimpleNamespace(strategy=SimpleNamespace(restore_checkpoint_after_setup=True), world_size=2)
+    with pytest.raises(TypeError, match="the model is in shards, so rank 0 cannot evaluate it alone"):
+        HarnessTasks(["piqa"]).prepare(trainer, language_module())
+
+
+@pytest.mark.parametrize("entry", ["", ":5"])
+def test_a_task_needs_a_name(entry):
+    with pytest.raises(ValueError, match="expected the name of a task"):
+        split_task(entry)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "message"),
+    [
+        (["mmlu", "mmlu:5"], {}, "more than once"),
+        (["mmlu"], {"limit": 0}, "limit is 0"),
+        (["mmlu"], {"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_unusable_arguments_are_refused(tasks, settings, message):
+    with pytest.raises(ValueError, match=message):
+        HarnessTasks(tasks, **settings)

@@ -1,0 +1,119 @@
+"""`metrics.json`, the table of a run or a comparison, and the table of keys in the documentation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from flow_lightning.report.metrics import (
+    METRICS,
+    averages,
+    declared_by,
+    main_panel,
+    metrics_markdown,
+    metrics_table,
+    print_table,
+    read_metrics,
+    write_metrics,
+)
+from tests.retention import RUN, UNLABELLED, SizeOfHead
+
+
+def printed(table):
+    console = Console(width=200, record=True)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def test_metrics_are_sorted_and_an_older_file_is_replaced(tmp_path):
+    path = tmp_path / "run" / "metrics.json"
+    write_metrics(path, {"a": 1})
+    write_metrics(path, {"c": [{"epoch": 1}], "a": 2})
+    assert read_metrics(path) == {"a": 2, "c": [{"epoch": 1}]}
+    assert list(json.loads(path.read_text())) == ["a", "c"]
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_metrics(path, {"a": math.nan, "b": [{"c": math.inf}]})
+    assert "NaN" not in path.read_text()
+    assert read_metrics(path) == {"a": None, "b": [{"c": None}]}
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_a_file_of_another_kind_is_named(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.json"):
+        read_metrics(path)
+
+
+def test_table_shows_mean_and_standard_deviation():
+    accuracies = [0.79, 0.80, 0.84]
+    text = printed(metrics_table({"plain": [RUN | {"target/top1": a} for a in accuracies], "flow": UNLABELLED}))
+    mean, spread = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
+    assert f"{mean:.1f} ± {spread:.1f} %" in text
+    assert "80.0 %" in text and "plain" in text and "flow" in text
+    assert "–" in text  # accuracy on the pre-trained task is missing in one column
+
+
+def test_table_leaves_out_what_no_run_has_and_numbers_that_were_not_finite():
+    text = printed(metrics_table({"value": {"target/top1": 0.5, "retention/after/kl": None}}))
+    assert "target accuracy" in text and "KL" not in text
+
+
+def test_table_has_a_row_for_each_task_after_their_mean():
+    tasks = {"retention/after/task/mmlu": 0.4, "retention/after/task/arc": 0.6, "retention/after/accuracy": 0.5}
+    rows = [line for line in printed(metrics_table({"value": tasks})).splitlines() if "%" in line]
+    assert [row.split("│")[1].strip() for row in rows] == ["mean accuracy of the tasks", "task arc", "task mmlu"]
+
+
+def test_table_is_at_most_80_columns_wide_and_no_number_is_lost(capsys):
+    runs = {name: [RUN, RUN | {"target/top1": 0.85}] for name in ("standard", "small_step", "flow_of_tokens")}
+    print_table(metrics_table(runs, "A title"), f"/a/{'long/' * 30}path")
+    *table, last = capsys.readouterr().out.splitlines()
+    assert max(map(len, table)) <= 80 and last.endswith("/path")
+    assert sum(line.count("82.5 ± 3.5 %") for line in table) == 3
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        (RUN, {"average": 0.6, "average_original_bn": 0.61}),
+        (UNLABELLED, {"average": 0.75}),
+        ({"target/exact_match": 0.3, "target/loss": 1.0, "retention/after/accuracy": 0.5}, {"average": 0.4}),
+        ({"target/loss": 1.0, "retention/after/accuracy": 0.5}, {}),
+        ({"target/exact_match": 0.3, "retention/after/perplexity": 20.0}, {}),
+        ({"target/top1": 0.8}, {}),
+    ],
+)
+def test_only_fractions_are_averaged(metrics, expected):
+    assert averages(metrics) == pytest.approx(expected)
+
+
+def test_the_first_result_that_a_run_has_leads():
+    runs = [{"target/loss": 1.0, "target/exact_match": None}, {"retention/after/perplexity": 20.0}]
+    assert main_panel("target", runs).main == "target/loss"
+    assert main_panel("target", [*runs, {"target/exact_match": 0.1}]).main == "target/exact_match"
+    assert main_panel("retention", runs).main == "retention/after/perplexity"
+    assert main_panel("retention", runs[:1]) is None
+
+
+def test_a_measure_of_ones_own_is_shown():
+    declared, run = declared_by([SizeOfHead()]), {"retention/after/size": 3.14159}
+    assert "3.142" in printed(metrics_table({"value": run}, declared=declared))
+    assert main_panel("retention", [run], declared).title == "size of the head"
+    assert "size of the head" not in printed(metrics_table({"value": run}))
+
+
+def test_every_key_is_documented_once():
+    keys = [metric.key for metric in METRICS]
+    assert len(keys) == len(set(keys))
+    assert {"target/top1", "target/hard_top1", "average", "flow/temperature", "flow/mean_weight"} <= set(keys)
+    rows = metrics_markdown().splitlines()
+    assert len(rows) == len(METRICS) + 2
+    assert all(row.replace("\\|", "").count("|") == 5 for row in rows)

@@ -1,0 +1,94 @@
+"""The README and the texts beside it say what the code does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+import flow_lightning as fl
+from flow_lightning.cli import FlowCLI
+from flow_lightning.configurations import method_names, shipped, with_files
+from flow_lightning.report.metrics import metrics_markdown
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ["README.md", "configs/README.md", "tests/benchmarks/README.md", ".github/CONTRIBUTING.md", "CHANGELOG.md"]
+PLACEHOLDERS = {"CONFIG": "cifar10", "METHOD": "flow"}
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Every command of the texts and of the comments in configurations, without the launcher before it."""
+    blocks = [block for name in TEXTS for block in re.findall(r"```bash\n(.*?)```", text_of(name), re.DOTALL)]
+    comments = ["\n".join(re.findall(r"^#   (.*)$", path.read_text(), re.MULTILINE)) for path in shipped().values()]
+    lines = "\n".join([*blocks, *comments]).replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:flow-lightning|main\.py) (.*)", line) for line in lines if not line.startswith("#")]
+    return [match[1] for match in found if match]
+
+
+def test_the_readme_is_one_page():
+    assert len(text_of("README.md").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_names_configurations_and_commands_that_exist(command):
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)]
+    assert words[0] in {*FlowCLI.subcommands(), "compare", "--help"}
+    assert all(Path(word.partition("=")[2]).is_file() for word in with_files(words) if word.startswith("--config="))
+    methods = yaml.safe_load(words[words.index("--methods") + 1]) if "--methods" in words else []
+    assert set(methods) <= {*method_names(), "tests/benchmarks/small_step.yaml"}
+
+
+def test_the_texts_name_commands():
+    assert len(commands()) > 15
+
+
+def test_every_link_leads_to_a_file():
+    for name in TEXTS:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text_of(name)):
+            assert (ROOT / name).parent.joinpath(link).exists(), (name, link)
+
+
+def test_the_table_of_metrics_is_the_codes():
+    """Print it anew with `metrics_markdown()`."""
+    assert metrics_markdown().strip() in text_of("configs/README.md")
+
+
+def test_the_tables_list_every_configuration_and_method():
+    listed = set(
+        re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| `.*?\|", text_of("configs/README.md"), re.MULTILINE)))
+    )
+    for name in shipped():
+        assert name in listed or name.rpartition("/")[2] in listed, name
+
+
+def test_the_test_command_runs_the_linters_and_ci_runs_the_test_command():
+    command = text_of("README.md").split("<!-- test command -->")[1].split("```bash\n")[1].split("\n```")[0]
+    assert all(part in command for part in ("ruff check .", "ruff format --check .", "mypy", "python -m pytest"))
+    assert "<!-- test command -->" in text_of(".ci/run")
+
+
+@pytest.mark.parametrize("sign", ["+", "-"])
+def test_the_diff_of_a_project_runs_before_and_after(sign):
+    diff = text_of("README.md").split("```diff\n")[1].split("```")[0]
+    code = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, ""))
+    head, fit = code.split("trainer = ")
+    own = [
+        "    def __init__(self):",
+        "        super().__init__()",
+        "        self.model = torch.nn.Linear(4, 1)",
+        "    def configure_optimizers(self):",
+        "        return torch.optim.SGD(self.parameters(), lr=0.01)",
+    ]
+    names = {"torch": torch, "LightningModule": LightningModule, "Trainer": Trainer, "DataLoader": DataLoader, "fl": fl}
+    names["samples"] = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
+    exec("\n".join([head.rstrip(), *own, "trainer = " + fit]), names)
+    assert names["trainer"].global_step == 16
+    assert any(isinstance(c, fl.FlowWeightingCallback) for c in names["trainer"].callbacks) == (sign == "+")
