@@ -144,7 +144,6 @@ def _end_epoch(trainer: Trainer, data_fetcher: Any) -> None:
         trainer.limit_val_batches = 0  # it was done
     epoch_loop.on_advance_end(data_fetcher)
     trainer.limit_val_batches = limit
-    epoch_loop.on_iteration_done()
     end_restart(trainer)
 
 

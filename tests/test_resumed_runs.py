@@ -267,5 +267,5 @@ def test_kills_at_random_points_of_each_part(make, rounds, tmp_path):
         calls = Counter(Path(folder, "calls").read_text().split())
         # None twice but the one that it died in, and those that each of six starts scores anew to check the file.
         assert calls["scoring"] <= whole["scoring"] + 1 + 6 * store._CHECKED
-        assert calls["training"] <= whole["training"] + 2 and calls["weights"] >= 2
+        assert calls["training"] <= whole["training"] + 2 and calls["weights"] >= 1
         assert not list(Path(folder, "ckpt").glob(".*"))
