@@ -10,21 +10,18 @@ import pytest
 import torch
 from lightning import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, model_parallel
-from torch.distributed.fsdp import _init_utils, fully_shard, fully_sharded_data_parallel
-from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
-from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from lightning.pytorch.strategies import ModelParallelStrategy, model_parallel
+from torch.distributed.fsdp import fully_shard
 
 import flow_lightning as fl
-from flow_lightning.distributed import data_rank, from_rank_zero, on_rank_zero, whole_parameters
-from flow_lightning.method.losses import cross_entropy
+from flow_lightning.distributed import data_rank, from_rank_zero, on_rank_zero
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 from flow_lightning.trainer import FlowTrainer
 from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
-from tests.images import PictureData, tiny_module
+from tests.images import tiny_module
 from tests.language import language_data, language_module
 from tests.processes import launch
+from tests.shards import InOrder, PicturesInOrder, Record
 
 
 class Regression(LinearRegression):
@@ -41,33 +38,7 @@ class Regression(LinearRegression):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
-class Record(fl.FlowWeightingCallback):
-    def on_train_end(self, trainer, pl_module):
-        in_shards = all(isinstance(p, DTensor) for p in pl_module.parameters())
-        whole = {name: full(p.detach()).clone() for name, p in pl_module.named_parameters()}
-        held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in pl_module.parameters())
-        found = {"held": held, "weights": self.weights.weights.clone(), "in_shards": in_shards, "parameters": whole}
-        torch.save(found, f"found{trainer.global_rank}.pt")
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class InOrder:
-    """Rank r trains on samples r, r + world, ...: Lightning's own sampler would shuffle."""
-
-    def train_dataloader(self):
-        loader, (rank, world) = super().train_dataloader(), data_rank(self.trainer)
-        order = range(rank, len(loader.dataset), world)
-        return DataLoader(loader.dataset, batch_size=loader.batch_size // world, sampler=order)
-
-
 class RegressionInOrder(InOrder, RegressionData):
-    pass
-
-
-class PicturesInOrder(InOrder, PictureData):
     pass
 
 
@@ -244,125 +215,6 @@ def test_a_checkpoint_of_shards_is_the_old_or_the_new_one(death):
     for name, value in expected["parameters"].items():
         torch.testing.assert_close(found["parameters"][name], value, rtol=0, atol=0, msg=name)
     assert [path.name for path in Path("ckpt").iterdir()] == ["last.ckpt"]
-
-
-class CpuFSDP(FSDPStrategy):
-    """FSDP of the first version, which says that it needs a GPU, and works on a CPU where nobody asks for one."""
-
-    root_device = torch.device("cpu")
-    mesh_device = torch.device("cpu")
-
-    def setup_environment(self):
-        def on_cpu(state, module, ignored_params, device_id):
-            state._device_handle = _FSDPDeviceHandle.from_device(torch.device("cpu"))
-            return state
-
-        for where in (fully_sharded_data_parallel, _init_utils):
-            where._init_device_handle = on_cpu
-        super().setup_environment()
-
-
-class Pictured(fl.WeightedLossModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = torch.nn.Linear(3 * 32 * 32, 9), torch.nn.Linear(9, 3)
-
-    def features(self, batch):
-        return self.body(batch["image"].flatten(1)).relu()
-
-    def sample_losses(self, batch):
-        return cross_entropy(self.head(self.features(batch)), batch["target"])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class RecordWhole(Record):
-    def on_train_end(self, trainer, pl_module):
-        held = sum(p.numel() for p in pl_module.parameters())
-        with whole_parameters(trainer, pl_module):
-            super().on_train_end(trainer, pl_module)
-        torch.save(held, f"held{trainer.global_rank}.pt")
-
-
-def fit_pictured(callback, probe, **settings):
-    callbacks = [fl.LinearProbeCallback(refit=False), callback] if probe else [callback]
-    data, settings = PicturesInOrder(n=21), {"max_steps": 2, "use_distributed_sampler": False} | settings
-    fit(*callbacks, module=Pictured(), data=data, **settings)
-
-
-def in_fsdp(probe):
-    fit_pictured(RecordWhole(), probe, devices=2, strategy=CpuFSDP())
-
-
-@pytest.mark.parametrize("probe", [False, True])
-def test_fsdp_of_the_first_version_has_the_weights_and_the_steps_of_one_process(probe):
-    fit_pictured(RecordWhole(), probe)
-    expected, held = (torch.load(f"{name}0.pt", weights_only=True) for name in ("found", "held"))
-    launch(in_fsdp, probe)
-    for rank in (0, 1):
-        found = torch.load(f"found{rank}.pt", weights_only=True)
-        assert torch.load(f"held{rank}.pt", weights_only=True) <= held / 2 + 8  # padding
-        torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
-        for name, value in expected["parameters"].items():
-            torch.testing.assert_close(found["parameters"][name], value, rtol=1e-4, atol=1e-6, msg=name)
-
-
-class Wrapper(torch.nn.Module):
-    """Has parameters during its forward only, as DeepSpeed does, which needs a GPU; here they are 0 outside."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-        self.kept = [p.detach().clone() for p in module.parameters()]
-        self.empty()
-
-    @torch.no_grad()
-    def empty(self):
-        for parameter in self.module.parameters():
-            parameter.zero_()
-
-    def forward(self, *args, **kwargs):
-        with torch.no_grad():
-            for parameter, kept in zip(self.module.parameters(), self.kept):
-                parameter.copy_(kept)
-        found = self.module(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            self.empty()
-        return found
-
-
-class WrappingStrategy(SingleDeviceStrategy):
-    """Wraps the module, and restores checkpoints after on_fit_start."""
-
-    restore_checkpoint_after_setup = True
-
-    def setup(self, trainer):
-        super().setup(trainer)
-        self.model = Wrapper(self.lightning_module)
-
-
-def test_scoring_goes_through_a_wrapper_that_holds_the_parameters():
-    expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
-    fit(expected)
-    module = LinearRegression()
-    fit(found, module=module, strategy=WrappingStrategy("cpu"), max_steps=1)
-    assert torch.equal(found.weights.weights, expected.weights.weights)
-    assert "validation_step" not in vars(module)
-
-
-def test_a_head_that_cannot_be_put_into_the_model_names_what_can():
-    with pytest.raises(TypeError, match=r"Under WrappingStrategy a fitted head cannot be put .* Use ddp"):
-        fit(fl.LinearProbeCallback(), module=tiny_module(), data=PictureData(), strategy=WrappingStrategy("cpu"))
-
-
-def test_a_weights_file_of_a_wrapped_model_is_not_taken_for_that_of_another():
-    for seed in (0, 1):
-        expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback(weights_file=FILE)
-        fit(expected, module=LinearRegression(seed=seed))
-        fit(found, module=LinearRegression(seed=seed), strategy=WrappingStrategy("cpu"), max_steps=1)
-        assert torch.equal(found.weights.weights, expected.weights.weights)
 
 
 class OnRankZero(Callback):
