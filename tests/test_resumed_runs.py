@@ -265,7 +265,7 @@ def test_kills_at_random_points_of_each_part(make, rounds, tmp_path):
         assert started(tmp_path / folder, make) == 0
         assert_equal(torch.load(f"{folder}/done.pt"), expected)
         calls = Counter(Path(folder, "calls").read_text().split())
-        # None twice but the one that it died in, and those that each of six starts scores anew to check the file.
-        assert calls["scoring"] <= whole["scoring"] + 1 + 6 * store._CHECKED
+        # None twice but the one that it died in, and those by which each of six starts checks the blocks and the file.
+        assert calls["scoring"] <= whole["scoring"] + 1 + 6 * 2 * store._CHECKED
         assert calls["training"] <= whole["training"] + 2 and calls["weights"] >= 1
         assert not list(Path(folder, "ckpt").glob(".*"))
