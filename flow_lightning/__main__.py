@@ -1,18 +1,20 @@
 """The command `flow-lightning`, also `python -m flow_lightning`: answers `--help` at once, runs everything else.
 
 In: the process's arguments. Out: the help text, or a run.
-Next: `cli.py`.
+Next: `cli.py` and `compare.py`.
 """
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from flow_lightning.configurations import OptionError, method_names, shipped, with_files
+from flow_lightning.configurations import OptionError, method_names, nearest, shipped, with_files
+
+COMMANDS = ("fit", "score", "compare", "validate", "test", "predict")
 
 _HELP = """\
 usage: flow-lightning {{fit,score,compare,validate,test,predict}} -c NAME [-c NAME ...] [options]
 
-commands:
   fit         train, then report what the model learned and what it kept
   score       compute, report and draw the weights of the training set, without training
   compare     fit one configuration by several methods and seeds, side by side
@@ -28,14 +30,11 @@ options that matter most:
   --data.root FOLDER              where the data is; --data.download true fetches it
   --retention.images FOLDER       images of the pre-trained task, to measure what the model kept
   --trainer.max_epochs NUMBER     and all other arguments of Lightning's Trainer
-  --trainer.default_root_dir DIR  where runs go
   --ckpt_path FILE                continue from a checkpoint
   --methods "[standard, flow]" --seeds "[1, 2, 3]" --output DIR    for compare
 
-configurations:
-  {configurations}
-methods:
-  {methods}
+configurations: {configurations}
+methods: {methods}
 
 every option:        flow-lightning fit --help-all
 options of a class:  flow-lightning fit --model.help flow_lightning.ImageClassificationModule
@@ -45,28 +44,48 @@ first try:           flow-lightning compare -c quickstart
 
 def help_text() -> str:
     """Return what `--help` prints."""
-    configurations = [name for name in shipped() if not name.startswith("methods/")]
-    return _HELP.format(configurations="\n  ".join(configurations), methods=", ".join(method_names()))
+    names = [name for name in shipped() if not name.startswith("methods/")]
+    return _HELP.format(configurations="\n  ".join(["", *names]), methods=", ".join(method_names()))
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None) -> Any:
     """Run the command line.
 
     Args:
         args: Arguments, by default the process's own.
+
+    Returns:
+        The `FlowCLI` that ran; None for `--help` and for `compare`, which runs several.
     """
-    arguments = sys.argv[1:] if args is None else list(args)
-    if not arguments or {"-h", "--help"} & set(arguments):
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or {"-h", "--help"} & set(words):
         print(help_text(), end="")
-        return
+        return None
     try:
-        with_files(arguments)
-    except OptionError as error:  # a wrong name needs no seconds of imports
+        _check_command(words)
+        words = with_files(words)
+        if words[0] == "compare":
+            from flow_lightning.compare import compare as run  # imports Lightning, which takes seconds
+        else:
+            from flow_lightning.cli import run  # type: ignore[assignment]
+        return run(words)
+    except OptionError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    from flow_lightning.cli import main as run  # imports Lightning, which takes seconds
 
-    run(arguments)
+
+def _check_command(words: list[str]) -> None:
+    """Check that a command comes first, and that it has a configuration, or at least a model."""
+    command = words[0]
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS)
+        raise OptionError(f"The first word must be a command. {hint}Commands: {', '.join(COMMANDS)}.")
+    if not any(word.startswith(("-c", "--config", "--model", "--help")) for word in words):
+        raise OptionError(
+            f"{command} needs a configuration: flow-lightning {command} -c quickstart. Names: flow-lightning --help"
+        )
+    if command == "compare" and any(word.partition("=")[0] == "--method" for word in words):
+        raise OptionError('compare takes its methods from --methods, such as --methods "[standard, flow]".')
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ In: the words of a command line. Out: the same words, with files in place of nam
 Next: `cli.py`, which gives them to the parser.
 """
 
+import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ _PACKAGE = Path(__file__).parent
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
-class OptionError(ValueError):
+class OptionError(argparse.ArgumentTypeError):
     """An option that the command line cannot take; its message is all that the user needs."""
 
 
@@ -33,99 +34,61 @@ def method_names() -> list[str]:
 
 
 def find_configuration(name: str) -> Path:
-    """Return the file of a configuration. A file that exists comes first.
-
-    Args:
-        name: A file, or a shipped name; the folder of the name may be left out: "cifar10" for "vision/cifar10".
+    """Return the file of a configuration: a file of your own, or a shipped one, "cifar10" for "vision/cifar10".
 
     Raises:
-        OptionError: If there is no such file and no such name; the message gives the nearest name.
+        OptionError: If there is neither; the message gives the nearest name.
     """
-    if Path(name).is_file():
-        return Path(name)
     known = shipped()
-    short = {key.rpartition("/")[2]: path for key, path in reversed(known.items())}
+    known = {key.rpartition("/")[2]: path for key, path in reversed(known.items())} | known
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
-    path = known.get(wanted) or short.get(wanted)
-    if path is None:
-        raise OptionError(
-            f"No configuration {name!r}: it is no file and no shipped name. {nearest(wanted, [*short, *known])}"
-            "All names: flow-lightning --help"
-        )
-    return path
+    if not Path(name).is_file() and wanted not in known:
+        hint = nearest(wanted, known)
+        raise OptionError(f"{name!r} is no file and no shipped name. {hint}All names: flow-lightning --help")
+    return Path(name) if Path(name).is_file() else known[wanted]
 
 
 def find_method(name: str) -> Path:
-    """Return the file of a method.
-
-    Args:
-        name: The name of a shipped method, or a file of your own.
+    """Return the file of a method: a file of your own, or a shipped one.
 
     Raises:
-        OptionError: If there is no such method and no such file; the message gives the nearest name.
+        OptionError: If there is neither; the message gives the nearest name.
     """
-    short = Path(name).stem
-    if short in method_names() and not Path(name).is_file():
-        return shipped()[f"methods/{short}"]
-    if Path(name).is_file():
-        return Path(name)
-    raise OptionError(f"No method {name!r}. {nearest(name, method_names())}Shipped: {', '.join(method_names())}.")
+    file = Path(name) if Path(name).is_file() else shipped().get(f"methods/{name}")
+    if file is None:
+        raise OptionError(f"No method {name!r}. {nearest(name, method_names())}Shipped: {', '.join(method_names())}.")
+    return file
 
 
 def with_files(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of configurations by files, and `--method NAME` by the method's file.
+    """Replace the names of configurations and methods by files, which come before all other options.
 
-    The method's file comes where `--method` stands, but after the first configuration, which would undo it.
+    A method's file keeps its place among them, but comes after the first configuration, which would undo it.
 
     Example:
         >>> [Path(word).name for word in with_files(["fit", "--method", "flow", "-c", "cifar10"])]
         ['fit', 'cifar10.yaml', 'flow.yaml']
 
     Raises:
-        OptionError: If a name is unknown, or there are two methods.
+        OptionError: If a name is unknown or missing, or there are two methods.
     """
-    words = _options_with_values(arguments)
-    out: list[str] = []
-    waiting: list[str] = []
-    anything = any(option in _CONFIG for option, _ in words)
-    for option, value in words:
-        if option in _CONFIG:
-            # jsonargparse also takes a configuration itself in place of a file.
-            out += [f"--config={value if '{' in value else find_configuration(value)}", *waiting]
-            waiting, anything = [], False
-        elif option == "--method":
-            (waiting if anything else out).append(f"--config={find_method(value)}")
-        else:
-            out.append(value)
-    if len(methods := methods_among(out)) > 1:
-        raise OptionError(f"There are {len(methods)} methods, {' and '.join(methods)}. Give one.")
-    return out
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_file_or_yaml)
+    parser.add_argument("--method", action="append", dest="files", type=lambda name: (True, find_method(name)))
+    try:
+        parsed, words = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise OptionError(str(error)) from error
+    files: list[tuple[bool, Path | str]] = parsed.files
+    if sum(is_method for is_method, _ in files) > 1:
+        raise OptionError("There are two methods. Give one --method.")
+    files = [*files[1:2], *files[:1], *files[2:]] if files and files[0][0] else files
+    return [*words[:1], *(f"--config={file}" for _, file in files), *words[1:]]
 
 
-def methods_among(arguments: Sequence[str]) -> list[str]:
-    """Return the names of the shipped methods whose files are among the arguments."""
-    paths = [Path(word.removeprefix("--config=")) for word in arguments if word.startswith("--config=")]
-    return [path.stem for path in paths if path.resolve().parent == (FOLDER / "methods").resolve()]
-
-
-_CONFIG = ("-c", "--config")
-
-
-def _options_with_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Pair the options for configurations and methods with their values; other words come as `("", word)`."""
-    words: list[tuple[str, str]] = []
-    rest = iter(arguments)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if option not in (*_CONFIG, "--method"):
-            words.append(("", word))
-        elif equals or ((value := next(rest, "")) and not value.startswith("-")):
-            words.append((option, value))
-        else:
-            raise OptionError(
-                f"{option} needs a value, such as {option} {'flow' if option == '--method' else 'cifar10'}."
-            )
-    return words
+def _file_or_yaml(value: str) -> tuple[bool, Path | str]:
+    """A configuration may also stand on the command line itself: `--config "{seed_everything: 3}"`."""
+    return False, value if "{" in value else find_configuration(value)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -3,10 +3,10 @@
 In: the parser's message, tens of lines long. Out: ours.
 """
 
-import importlib
-import inspect
 import re
 from collections.abc import Iterable
+from inspect import signature
+from pydoc import locate
 from typing import Any
 
 from flow_lightning.configurations import nearest
@@ -15,32 +15,30 @@ _UNKNOWN = re.compile(r"does not accept option '([^']+)'|unrecognized arguments:
 _UNKNOWN_OF_CLASS = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _KEY = re.compile(r'Parser key "([\w.]+)":')
-_ONE_TYPE = re.compile(r"Expected (?:an? )?(.+)\. Got value: (.+)")
-_UNION = re.compile(
-    r"Subtypes: \[(.+)\]\n\s*Errors:\n(?:\s*- Expected .+\n)+\s*Given value type: .+\n\s*Given value: (.+)"
+_WRONG_VALUE = re.compile(  # of one type, or of several
+    r"Expected (?:an? )?(?P<type>[^\n]+)\. Got value: (?P<got>.+)|"
+    r"Subtypes: \[(?P<types>.+)\]\n\s*Errors:\n(?:\s*- Expected .+\n)+\s*Given value type: .+\n"
+    r"\s*Given value: (?P<given>.+)"
 )
 _NESTED = re.compile(r"Errors:\n\s*- (?!Expected|Not a valid|Problem)(.+?)(?=\n\s*- |\n\s*Given value|\Z)", re.DOTALL)
 
 
 def explain(message: str, keys: Iterable[str]) -> str:
-    """Shorten a message of jsonargparse.
-
-    Args:
-        message: The message.
-        keys: All options that the parser knows.
-    """
+    """Shorten a message of jsonargparse; `keys` are all options that the parser knows."""
     if match := _UNKNOWN_OF_CLASS.search(message):
         path, option = match.groups()
-        known = list(inspect.signature(_imported(path)).parameters)
+        owner: Any = locate(path)
+        known = list(signature(owner).parameters)
         return f"{path} has no option {option!r}. {nearest(option, known)}It has: {', '.join(known)}."
     if match := _UNKNOWN_CLASS.search(message):
         module, name = match.groups()
-        return f"{module} has no {name!r}. {nearest(name, dir(importlib.import_module(module)))}".strip()
+        return f"{module} has no {name!r}. {nearest(name, dir(locate(module)))}".strip()
     if match := _UNKNOWN.search(message):
-        name = next(group for group in match.groups() if group).partition("=")[0]
+        name = match[match.lastindex or 0].partition("=")[0]
         return f"There is no option {name!r}. {nearest(name, keys)}All options: flow-lightning fit --help-all."
-    if match := _ONE_TYPE.search(message) or _UNION.search(message):
-        return _wrong_value(".".join(dict.fromkeys(_KEY.findall(message))), *match.groups())
+    if match := _WRONG_VALUE.search(message):
+        key = ".".join(dict.fromkeys(_KEY.findall(message)))
+        return _wrong_value(key, match["type"] or match["types"], match["got"] or match["given"])
     if match := _NESTED.search(message):
         return " ".join(match[1].split())
     return message.rpartition(" failed: ")[2].strip()
@@ -52,8 +50,3 @@ def _wrong_value(key: str, types: str, value: str) -> str:
     words = re.findall(r"'([^']+)'", types) if "Literal" in types else []
     expected = f"one of {', '.join(words)}" if words else re.sub(r", (?![^\[]*\])", " or ", types)
     return f"{key}: {value!r} is no valid value. {nearest(value, words)}Expected {expected}."
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)

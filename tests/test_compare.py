@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from flow_lightning.cli import main
+from flow_lightning.__main__ import main
 from tests.data.fake_datasets import make_folder
-from tests.test_cli import FOLDER, QUICK, error_of
-
-TINY = [*QUICK, *FOLDER]
+from tests.test_cli import QUICK, error_of
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +15,13 @@ def images():
     make_folder(Path("data"))
 
 
+def compare(*options) -> dict:
+    main(["compare", *QUICK, *options, "--output=runs/x"])
+    return json.loads(Path("runs/x/comparison.json").read_text())
+
+
 def test_compare_puts_methods_and_seeds_side_by_side(capsys):
-    assert main(["compare", *TINY, "--methods=[flow, standard]", "--seeds=[1,2]", "--output=runs/x"]) is None
-    runs = json.loads(Path("runs/x/comparison.json").read_text())
+    runs = compare("--methods=[flow, standard]", "--seeds=[1,2]")
     assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
     assert Path("runs/x/comparison.png").read_bytes().startswith(b"\x89PNG")
     for name in runs:
@@ -31,9 +33,8 @@ def test_compare_puts_methods_and_seeds_side_by_side(capsys):
 
 
 def test_compare_goes_on_after_a_run_that_diverged_and_fails_at_the_end(capsys):
-    steps, rates = "--trainer.limit_train_batches=3", "--learning_rate={standard: 1e36, flow: 0.001}"
     with pytest.raises(FloatingPointError, match=r"leaves out(.|\n)*standard/seed-1: The training loss is NaN"):
-        main(["compare", *TINY, steps, rates, "--seeds=[1]", "--output=runs/x"])
+        compare("--trainer.limit_train_batches=3", "--learning_rate={standard: 1e36, flow: 0.001}", "--seeds=[1]")
     runs = json.loads(Path("runs/x/comparison.json").read_text())
     assert runs["standard"] == [{}] and runs["flow"][0]["target/top1"] > 0
     assert "target accuracy" in capsys.readouterr().out
@@ -41,8 +42,7 @@ def test_compare_goes_on_after_a_run_that_diverged_and_fails_at_the_end(capsys):
 
 def test_without_seeds_each_method_runs_once_at_the_seed_of_the_configuration():
     Path("mine.yaml").write_text("method: mine\nlearning_rate: 0.125\n")
-    main(["compare", *TINY, "--methods=mine.yaml", "--output=runs/x", "--trainer.limit_test_batches=1"])
-    assert list(json.loads(Path("runs/x/comparison.json").read_text())) == ["mine"]
+    assert list(compare("--methods=mine.yaml")) == ["mine"]
     (config,) = Path("runs/x/mine/default").rglob("config.yaml")
     assert "seed_everything: 1\n" in config.read_text() and "learning_rate: 0.125\n" in config.read_text()
 
@@ -57,5 +57,5 @@ def test_without_seeds_each_method_runs_once_at_the_seed_of_the_configuration():
     ],
 )
 def test_a_wrong_option_is_named_before_any_run(options, message, capsys):
-    assert message in error_of(capsys, "compare", *TINY, *options)
+    assert message in error_of(capsys, "compare", *QUICK, *options)
     assert not Path("runs").exists()

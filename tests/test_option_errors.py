@@ -1,37 +1,39 @@
-"""Short messages from the parser's long ones. `test_cli.py` has them from the real parser."""
+"""Short messages from the parser's long ones, through the real command line."""
+
+from pathlib import Path
 
 import pytest
 
-from flow_lightning.option_errors import explain
+from tests.data.fake_datasets import make_folder
+from tests.test_cli import QUICK, error_of
 
-UNION = """Parser key "trainer.limit":
-  Does not validate against any of the Union subtypes
-  Subtypes: [<class 'float'>, dict[str, float], <class 'NoneType'>]
-  Errors:
-    - Expected a <class 'float'>
-    - Expected a <class 'dict'>
-    - Expected a <class 'NoneType'>
-  Given value type: <class 'str'>
-  Given value: abc"""
-NESTED = """Does not validate against any of the Union subtypes
-Errors:
-  - No such
-    data set.
-  - Expected a <class 'NoneType'>"""
+BROKEN = {"section.yaml": "trainr: {max_epochs: 3}", "option.yaml": "model: {init_args: {num_clases: 3}}"}
+BROKEN["class.yaml"] = "trainer: {callbacks+: [{class_path: flow_lightning.FlowWeightingCalback}]}"
 
 
 @pytest.mark.parametrize(
-    ("message", "short"),
+    ("options", "message"),
     [
-        (UNION, "trainer.limit: 'abc' is no valid value. Expected float or dict[str, float] or null."),
-        (NESTED, "No such data set."),
-        ("Call to compute_fn of link 'f(a) --> b' with args (1) failed: too much", "too much"),
-        ("something else", "something else"),
-        (
-            "Subcommand 'fit' does not accept option 'trainr.x'",
-            "There is no option 'trainr.x'. Did you mean trainer.x? All options: flow-lightning fit --help-all.",
-        ),
+        (["--lerning_rate=3"], "'lerning_rate'. Did you mean learning_rate? All options: flow-lightning fit --help"),
+        (["--batch_size", "3"], "'batch_size'. Did you mean data.batch_size?"),
+        (["-c=section.yaml"], "'trainr.max_epochs'. Did you mean trainer.max_epochs?"),
+        (["-c=option.yaml"], "'num_clases'. Did you mean num_classes?"),
+        (["-c=class.yaml"], "'FlowWeightingCalback'. Did you mean FlowWeightingCallback?"),
+        (["--data.batchsize=3"], "'batchsize'. Did you mean batch_size?"),
+        (["--model.batch_norm=frosen"], "model.batch_norm: 'frosen' is no valid value. Did you mean frozen?"),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs: 'many' is no valid value. Expected int or null."),
+        (["--learning_rate=abc"], "'abc' is no valid value. Expected float or dict[str, float] or null."),
+        (["--learning_rate={flow: 0.1}"], "error: learning_rate has no rate for the method 'standard', only for flow"),
+        (["--retention.every_n_epochs=0"], "error: every_n_epochs is 0; expected at least 1"),
+        (["--trainer.accelerator=abacus"], "invalid accelerator"),
+        (["--data.dataset=digit"], "Did you mean digits"),
+        (["--model.model=resnet1"], "timm has no model 'resnet1'"),
+        (["--data.root=nowhere"], "nowhere/train"),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_message_is_shortened(message, short):
-    assert explain(message, ["trainer.x"]) == short
+def test_a_wrong_key_or_value_gives_a_short_message_with_the_nearest_right_one(options, message, capsys):
+    make_folder(Path("data"))
+    for name, text in BROKEN.items():
+        Path(name).write_text(text)
+    assert message in error_of(capsys, "fit", *QUICK, *options)

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
-from flow_lightning.cli import FlowCLI
+from flow_lightning.__main__ import COMMANDS
 from flow_lightning.configurations import method_names, shipped, with_files
 from flow_lightning.report.metrics import metrics_markdown
 
@@ -33,40 +33,28 @@ def commands() -> list[str]:
     return [match[1] for match in found if match]
 
 
-def test_the_readme_is_one_page():
-    assert len(text_of("README.md").splitlines()) <= 120
-
-
 @pytest.mark.parametrize("command", commands())
 def test_every_command_names_configurations_and_commands_that_exist(command):
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)]
-    assert words[0] in {*FlowCLI.subcommands(), "compare", "--help"}
+    assert words[0] in {*COMMANDS, "--help"}
     assert all(Path(word.partition("=")[2]).is_file() for word in with_files(words) if word.startswith("--config="))
     methods = yaml.safe_load(words[words.index("--methods") + 1]) if "--methods" in words else []
     assert set(methods) <= {*method_names(), "tests/benchmarks/small_step.yaml"}
 
 
-def test_the_texts_name_commands():
-    assert len(commands()) > 15
-
-
-def test_every_link_leads_to_a_file():
+def test_the_readme_is_one_page_and_every_link_leads_to_a_file():
+    assert len(text_of("README.md").splitlines()) <= 120 and len(commands()) > 15
     for name in TEXTS:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text_of(name)):
             assert (ROOT / name).parent.joinpath(link).exists(), (name, link)
 
 
-def test_the_table_of_metrics_is_the_codes():
-    """Print it anew with `metrics_markdown()`."""
-    assert metrics_markdown().strip() in text_of("configs/README.md")
-
-
-def test_the_tables_list_every_configuration_and_method():
-    listed = set(
-        re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| `.*?\|", text_of("configs/README.md"), re.MULTILINE)))
-    )
-    for name in shipped():
-        assert name in listed or name.rpartition("/")[2] in listed, name
+def test_the_tables_list_every_metric_configuration_and_method():
+    """Print the metrics anew with `metrics_markdown()`."""
+    text = text_of("configs/README.md")
+    assert metrics_markdown().strip() in text
+    listed = set(re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| `.*?\|", text, re.MULTILINE))))
+    assert all(name in listed or name.rpartition("/")[2] in listed for name in shipped())
 
 
 def test_the_test_command_runs_the_linters_and_ci_runs_the_test_command():
@@ -78,15 +66,9 @@ def test_the_test_command_runs_the_linters_and_ci_runs_the_test_command():
 @pytest.mark.parametrize("sign", ["+", "-"])
 def test_the_diff_of_a_project_runs_before_and_after(sign):
     diff = text_of("README.md").split("```diff\n")[1].split("```")[0]
-    code = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, ""))
-    head, fit = code.split("trainer = ")
-    own = [
-        "    def __init__(self):",
-        "        super().__init__()",
-        "        self.model = torch.nn.Linear(4, 1)",
-        "    def configure_optimizers(self):",
-        "        return torch.optim.SGD(self.parameters(), lr=0.01)",
-    ]
+    head, fit = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, "")).split("trainer = ")
+    example = text_of("README.md").split("<!-- example -->")[1]
+    own = re.findall(r"    def (?:__init__|configure_optimizers)\(.*\n(?:        .*\n)+", example)
     names = {"torch": torch, "LightningModule": LightningModule, "Trainer": Trainer, "DataLoader": DataLoader, "fl": fl}
     names["samples"] = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
     exec("\n".join([head.rstrip(), *own, "trainer = " + fit]), names)

@@ -10,7 +10,7 @@ import argparse
 from itertools import product
 from statistics import mean, stdev
 
-from flow_lightning.cli import main
+from flow_lightning.__main__ import main
 
 QUIET = [f"--trainer.enable_{what}=false" for what in ("progress_bar", "model_summary", "checkpointing")]
 

@@ -177,7 +177,7 @@ def test_accumulated_micro_batches_are_one_big_batch(tmp_path):
 def test_what_comes_out_loads_elsewhere(tmp_path, tune, merge):
     module = language_module(tune=tune, lora_r=4)
     folder = tmp_path / "model"
-    save = fl.SavePretrainedCallback(folder, merge)
+    save = fl.SavePretrainedCallback(folder=folder, merge=merge)
     fit(fl.FlowWeightingCallback(), save, module=module, data=language_data(tmp_path), max_epochs=2)
     if tune == "lora" and not merge:
         from peft import PeftModel
