@@ -57,7 +57,9 @@ class _Stored:
             ValueError: If the file is damaged, or holds something else.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"No weights file at {path}. `score`, or a fit with FlowWeightingCallback, writes one.")
+            raise FileNotFoundError(
+                f"No weights file at {path}. `score`, or a fit with FlowWeightingCallback, writes one."
+            )
         try:
             tensors, metadata = load_tensors(path, cls.file_format)
             settings: dict[str, Any] = {
