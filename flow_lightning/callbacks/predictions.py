@@ -8,7 +8,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -27,21 +26,12 @@ class PredictionsCallback(Callback):
     return class probabilities, `[B, C]`; the batches must carry `index`.
     """
 
-    def __init__(self) -> None:
-        self.predictions: list[tuple[Tensor, ...]] = []
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier call."""
-        self.predictions = []
+        self.predictions: list[tuple[Tensor, ...]] = []
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Note index, class and probability of each sample of a batch."""
         probabilities, classes = outputs.max(dim=1)
@@ -49,20 +39,12 @@ class PredictionsCallback(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, by index, with the samples of all ranks."""
-        index, classes, probabilities = gather(trainer, self.predictions)
-        path = Path(run_directory(trainer) or trainer.default_root_dir) / "predictions.csv"
+        rows = sorted(zip(*(values.tolist() for values in gather(trainer, self.predictions))))
         names = data_contract(trainer).class_names
-        on_rank_zero(trainer, lambda: write_bytes(path, _table(index, classes, probabilities, names).encode()))
-        rank_zero_info(f"Predictions of {len(index)} samples: {path.absolute()}")
-
-
-def _table(index: Tensor, classes: Tensor, probabilities: Tensor, names: list[str] | None) -> str:
-    """Return the CSV text; all tensors are `[n]`."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["index", "class", "name", "probability"])
-    for i in torch.argsort(index).tolist():
-        number = int(classes[i])
-        name = names[number] if names is not None else ""
-        table.writerow([int(index[i]), number, name, f"{float(probabilities[i]):.6f}"])
-    return text.getvalue()
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(["index", "class", "name", "probability"])
+        table.writerows([i, number, names[number] if names else "", f"{p:.6f}"] for i, number, p in rows)
+        path = Path(run_directory(trainer) or trainer.default_root_dir) / "predictions.csv"
+        on_rank_zero(trainer, lambda: write_bytes(path, text.getvalue().encode()))
+        rank_zero_info(f"Predictions of {len(rows)} samples: {path.absolute()}")

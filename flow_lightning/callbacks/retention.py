@@ -4,7 +4,6 @@ In: measures, see `measures/base.py`. Out: numbers for `metrics.json` and logger
 """
 
 import time
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.measures import Measure, PretrainedImages, TargetAccuracy, TargetLoss
-from flow_lightning.measures.base import When
+from flow_lightning.measures.base import When, check_at_least
 from flow_lightning.report.metrics import Declared, averages, declared_by, finite, metrics_table, print_table
 from flow_lightning.run import Run, RunCallback
 
@@ -45,10 +44,7 @@ class RetentionCallback(RunCallback):
     def __init__(
         self, *, measures: list[Measure] | None = None, images: str | None = None, every_n_epochs: int | None = None
     ) -> None:
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise ValueError(
-                f"every_n_epochs is {every_n_epochs}; expected at least 1, or None to measure at the end only."
-            )
+        check_at_least(1, every_n_epochs=every_n_epochs)
         self.measures, self.images, self.every_n_epochs = measures, images, every_n_epochs
         self.before: dict[str, Any] = {}
         self.epochs: list[dict[str, float]] = []
@@ -57,11 +53,7 @@ class RetentionCallback(RunCallback):
         self._preparing = self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit, and choose the measures.
-
-        Raises:
-            ValueError: If two measures are of one class.
-        """
+        """Forget an earlier fit, and choose the measures; a ValueError if two are of one class."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -75,10 +67,9 @@ class RetentionCallback(RunCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of all measures."""
         started = time.perf_counter()
-        self._facts = {}
         with isolate_rng():
-            for measure in self._measures.values():
-                self._facts |= measure.prepare(trainer, pl_module)
+            facts = [measure.prepare(trainer, pl_module) for measure in self._measures.values()]
+        self._facts = {key: fact for of_measure in facts for key, fact in of_measure.items()}
         self._preparing = time.perf_counter() - started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,20 +130,20 @@ class RetentionCallback(RunCallback):
         """Return the measures of this fit by the name of their class."""
         default = TargetAccuracy if module_contract(module).token_losses is None else TargetLoss
         measures: list[Measure] = [default()] if self.measures is None else list(self.measures)
-        measures += [] if self.images is None else [PretrainedImages(self.images)]
-        names = Counter(type(measure).__name__ for measure in measures)
-        if twice := [name for name, count in names.items() if count > 1]:
+        if self.images is not None:
+            measures.append(PretrainedImages(self.images))
+        names = [type(measure).__name__ for measure in measures]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"measures has {twice} more than once, so their numbers would have the same keys. Keep one."
             )
-        return {type(measure).__name__: measure for measure in measures}
+        return dict(zip(names, measures))
 
     def _measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, Any]:
         """Return the numbers of all measures, by key; after an epoch those of what was kept."""
-        measures = self._measures.values()
         return {
             measure.key(when, name): value
-            for measure in measures
+            for measure in self._measures.values()
             if when != "epoch" or measure.part == "retention"
             for name, value in measure.measure(trainer, module, when).items()
         }

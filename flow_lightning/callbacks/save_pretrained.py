@@ -26,15 +26,10 @@ class SavePretrainedCallback(Callback):
     """
 
     def __init__(self, *, folder: str | Path | None = None, merge: bool = False) -> None:
-        self.folder = folder
-        self.merge = merge
+        self.folder, self.merge = folder, merge
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module can be written in this format.
-
-        Raises:
-            TypeError: If it has no `save_pretrained`.
-        """
+        """Refuse, with a TypeError, a module that has no `save_pretrained`."""
         if module_contract(pl_module).save_pretrained is None:
             raise TypeError(
                 f"{type(pl_module).__name__} has no save_pretrained(folder). Use CausalLanguageModule, or leave out "

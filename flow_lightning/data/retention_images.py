@@ -5,7 +5,7 @@ In: a folder, a CSV file or the word `packaged`. Out: a data set. Next: `measure
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,18 +37,17 @@ class RetentionImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, views: Sequence[View], transform: Transform) -> None:
-        self.views = list(views)
-        self.transform = transform
-        self.labelled = bool(self.views) and all(view.target is not None for view in self.views)
+        self.views, self.transform = views, transform
+        self.labelled = views[0].target is not None
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        view = self.views[index]
-        image = _read_shared(view.file) if view.box else read_image(view.file)
-        sample = {"image": self.transform(image.crop(view.box) if view.box else image), "index": index}
-        return {**sample, "target": view.target} if self.labelled else sample
+        file, target, box = self.views[index]
+        image = _read_shared(file).crop(box) if box else read_image(file)
+        sample = {"image": self.transform(image), "index": index}
+        return {**sample, "target": target} if self.labelled else sample
 
 
 def retention_images(
@@ -87,37 +86,41 @@ def retention_images(
     """
     if not 0.0 < crop_pct <= 1.0:
         raise ValueError(f"crop_pct is {crop_pct}; expected a share above 0, up to 1.")
-    views = _find_views(path, num_classes)
+    views = list(_packaged_views() if str(path) == "packaged" else _find_views(Path(path), num_classes))
+    if not views:
+        raise FileNotFoundError(
+            f"Retention images: no image files in {Path(path).resolve()} (looked for {', '.join(IMAGE_SUFFIXES)})."
+        )
     resize = v2.Resize(round(image_size / crop_pct), interpolation_mode(interpolation))
     transform = v2.Compose([resize, v2.CenterCrop(image_size), *normalise(mean, std)])
     return RetentionImages(views, transform)
 
 
-def _find_views(path: str | Path, num_classes: int) -> list[View]:
-    if str(path) == "packaged":
-        return _packaged_views()
-    path = Path(path)
+def _packaged_views() -> Iterator[View]:
+    for file in packaged_photographs():
+        with Image.open(file) as image:
+            boxes = crop_boxes(*image.size)
+        yield View(file)
+        yield from (View(file, box=box) for box in boxes)
+
+
+def _find_views(path: Path, num_classes: int) -> Iterator[View]:
     if path.is_file() and path.suffix.lower() == ".csv":
         return _csv_views(path, num_classes)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"Retention images: {path.resolve()} is no folder and no .csv file. Expected a folder of class "
-            "folders, a folder of images, a CSV file with the columns file and class_index, or the word "
-            "'packaged'."
+            f"Retention images: {path.resolve()} is no folder and no .csv file. Expected a folder of class folders, a "
+            "folder of images, a CSV file with the columns file and class_index, or the word 'packaged'."
         )
-    return _folder_views(path / "val" if (path / "val").is_dir() else path, num_classes)
+    folder = path / "val" if (path / "val").is_dir() else path
+    classes = class_folders(folder)
+    indices = _class_indices(folder, [path.name for path in classes], num_classes)
+    if indices is None:
+        return (View(file) for file in image_paths(folder))
+    return (View(file, index) for path, index in zip(classes, indices, strict=True) for file in image_paths(path))
 
 
-def _packaged_views() -> list[View]:
-    views = []
-    for file in packaged_photographs():
-        with Image.open(file) as image:
-            width, height = image.size
-        views += [View(file), *(View(file, box=box) for box in crop_boxes(width, height))]
-    return views
-
-
-def _csv_views(path: Path, num_classes: int) -> list[View]:
+def _csv_views(path: Path, num_classes: int) -> Iterator[View]:
     with path.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.DictReader(lines)
         missing = {"file", "class_index"} - set(rows.fieldnames or ())
@@ -126,36 +129,17 @@ def _csv_views(path: Path, num_classes: int) -> list[View]:
                 f"{path} lacks {' and '.join(sorted(missing))}; the columns in its first line are "
                 f"{list(rows.fieldnames or ())}. Expected at least file,class_index."
             )
-        views = [_csv_view(path, rows.line_num, row, num_classes) for row in rows]
-    if not views:
-        raise ValueError(f"{path} lists no images; expected one line per image below the line file,class_index.")
-    return views
-
-
-def _csv_view(path: Path, line: int, row: dict[str, str | None], num_classes: int) -> View:
-    file, text = path.parent / (row["file"] or ""), row["class_index"] or ""
-    if not re.fullmatch(r"\s*\d+\s*", text) or int(text) >= num_classes:
-        raise ValueError(
-            f"{path}, line {line}: class_index is {text!r}; expected an integer from 0 to {num_classes - 1}, "
-            "the index of the class in the pre-trained model's output."
-        )
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}, line {line}: there is no file {file}. Names are relative to the CSV file.")
-    return View(file, int(text))
-
-
-def _folder_views(folder: Path, num_classes: int) -> list[View]:
-    classes = class_folders(folder)
-    indices = _class_indices(folder, [path.name for path in classes], num_classes)
-    if indices is None:
-        views = [View(file) for file in image_paths(folder)]
-    else:
-        views = [View(file, index) for path, index in zip(classes, indices, strict=True) for file in image_paths(path)]
-    if not views:
-        raise FileNotFoundError(
-            f"Retention images: no image files below {folder.resolve()} (looked for {', '.join(IMAGE_SUFFIXES)})."
-        )
-    return views
+        for row in rows:
+            where, text = f"{path}, line {rows.line_num}", row["class_index"] or ""
+            file = path.parent / (row["file"] or "")
+            if not re.fullmatch(r"\s*\d+\s*", text) or int(text) >= num_classes:
+                raise ValueError(
+                    f"{where}: class_index is {text!r}; expected an integer from 0 to {num_classes - 1}, the index of "
+                    "the class in the pre-trained model's output."
+                )
+            if not file.is_file():
+                raise FileNotFoundError(f"{where}: there is no file {file}. Names are relative to the CSV file.")
+            yield View(file, int(text))
 
 
 def _class_indices(folder: Path, names: list[str], num_classes: int) -> list[int] | None:
@@ -164,8 +148,8 @@ def _class_indices(folder: Path, names: list[str], num_classes: int) -> list[int
         indices = [int(name) for name in names]
         if max(indices) >= num_classes:
             raise ValueError(
-                f"{folder}: the class folder {max(indices)} is no class index; expected 0 to "
-                f"{num_classes - 1}, the indices of the classes in the pre-trained model's output."
+                f"{folder}: the class folder {max(indices)} is no class index; expected 0 to {num_classes - 1}, the "
+                "indices of the classes in the pre-trained model's output."
             )
         return indices
     if len(names) == num_classes:
@@ -180,13 +164,10 @@ def _imagenet_indices(folder: Path, names: list[str], num_classes: int) -> list[
     order = {wnid: index for index, wnid in enumerate(imagenet.label_names())}
     unknown = [name for name in names if name not in order]
     if unknown or num_classes != len(order):
-        problem = f"the pre-trained model has {num_classes} classes"
-        if unknown:
-            problem = f"{unknown[:5]} are not among ImageNet-1K's"
+        reason = f"{unknown[:5]} are not among ImageNet-1K's" if unknown else f"the model has {num_classes} classes"
         raise ValueError(
-            f"{folder}: its {len(names)} folders have ImageNet identifiers, but {problem}. Give exactly "
-            f"{num_classes} class folders, folders named by class index, or a CSV file with the columns file "
-            "and class_index."
+            f"{folder}: its {len(names)} folders have ImageNet identifiers, but {reason}. Give exactly {num_classes} "
+            "class folders, folders named by class index, or a CSV file with the columns file and class_index."
         )
     return [order[name] for name in names]
 

@@ -3,6 +3,7 @@
 In: paths, a tokenizer. Out: samples as `InstructionDataset` has them. Next: `measures/text.py`.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,11 @@ _PACKAGED = "packaged"
 
 
 def read_texts(paths: Sequence[str]) -> list[str]:
-    """Read plain text files.
+    """Read plain text files, one text for each path.
 
     Args:
         paths: UTF-8 text files, or the word `packaged`: half a megabyte of English prose that comes with CPython, the
             topics of `help()`. It changes a little with each version of Python, so compare within one version only.
-
-    Returns:
-        One text for each path.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -65,10 +63,10 @@ class TextWindows(Dataset[dict[str, Any]]):
         texts: The texts.
         tokenizer: A tokenizer of transformers; it is not kept.
         window: Most tokens of a window, at least 2 and at most as many as the model has positions.
-        limit_tokens: Take the first windows, up to so many tokens in all.
+        limit_tokens: Take the first windows, up to so many tokens in all, at least 2.
 
     Raises:
-        ValueError: If a number is out of range, or there is no window.
+        ValueError: If there is no window.
 
     Example:
         >>> def letters(texts, **_):
@@ -81,12 +79,13 @@ class TextWindows(Dataset[dict[str, Any]]):
     def __init__(
         self, texts: Sequence[str], tokenizer: Any, window: int = 1024, limit_tokens: int | None = None
     ) -> None:
-        if window < 2:
-            raise ValueError(f"window is {window}; expected at least 2 tokens: one of context, one to predict.")
-        if limit_tokens is not None and limit_tokens < 2:
-            raise ValueError(f"limit_tokens is {limit_tokens}; expected at least 2, or None for all.")
-        cut = [part for text in texts for part in _windows(text, tokenizer, window)]
-        self.windows = cut if limit_tokens is None else _first(cut, limit_tokens)
+        self.windows: list[Tensor] = []
+        left = sys.maxsize if limit_tokens is None else limit_tokens
+        for text in texts:
+            for part in _windows(text, tokenizer, window):
+                if len(part := part[:left]) >= 2:
+                    self.windows.append(part)
+                    left -= len(part)
         if not self.windows:
             raise ValueError("The texts have fewer than 2 tokens, so there is nothing to predict. Give longer texts.")
         self.lengths = torch.tensor([len(part) for part in self.windows])
@@ -103,8 +102,7 @@ def _windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:
     # Not verbose: the tokenizer would warn of texts that are longer than the model allows, which are cut here.
     (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
     start = _start(tokenizer)
-    parts = torch.tensor(ids, dtype=torch.int32).split(window - len(start))
-    return [part for part in (torch.cat([start, part]) for part in parts) if len(part) >= 2]
+    return [torch.cat([start, part]) for part in torch.tensor(ids, dtype=torch.int32).split(window - len(start))]
 
 
 def _start(tokenizer: Any) -> Tensor:
@@ -112,15 +110,3 @@ def _start(tokenizer: Any) -> Tensor:
     bos = getattr(tokenizer, "bos_token_id", None)
     starts = bos is not None and tokenizer([""], verbose=False)["input_ids"][0][:1] == [bos]
     return torch.tensor([bos] if starts else [], dtype=torch.int32)
-
-
-def _first(windows: list[Tensor], limit: int) -> list[Tensor]:
-    """Return the first windows, the last of them cut, so that they have at most `limit` tokens."""
-    kept: list[Tensor] = []
-    for part in windows:
-        part = part[:limit]
-        if len(part) < 2:
-            break
-        kept.append(part)
-        limit -= len(part)
-    return kept

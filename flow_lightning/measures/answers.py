@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions import InstructionDataset
 from flow_lightning.distributed import data_rank, gather
-from flow_lightning.measures.base import Measure, Metric, Panel, When, check_at_least
-from flow_lightning.measures.target import target_dataloader
+from flow_lightning.measures.base import Metric, Panel, When, check_at_least
+from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.measures.text import check_language_model, padding_id
 from flow_lightning.scoring.evaluation import evaluation
 from flow_lightning.scoring.score import progress
@@ -26,7 +27,7 @@ _NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
-class Answers(Measure):
+class Answers(TargetMeasure):
     """The fraction of test instructions to which the model generates the right final answer, greedily.
 
     Args:
@@ -37,42 +38,41 @@ class Answers(Measure):
         ValueError: If a number is out of range.
     """
 
-    part = "target"
     metrics = (
         Metric("target/before/exact_match", "right final answers before training", "fraction", "up"),
         Metric("target/exact_match", "right final answers", "fraction", "up"),
-        Metric("target/samples", "target test samples", "samples"),
+        TargetMeasure.samples,
     )
     panels = (Panel("right final answers", "fraction", "up", {"target": "target/exact_match"}),)
 
     def __init__(self, *, max_new_tokens: int = 256, batch_size: int = 8) -> None:
         check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.dataset: InstructionDataset | None = None
+        self.prompts: list[Tensor] = []
         self.references: list[str] = []
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Find the test set and the final answers of its references.
+        """Find the prompts of the test set and the final answers of its references.
 
         Raises:
             TypeError: If the test set has no records.
             ValueError: If a reference has no final answer, or prompts and answers are too long for the model.
         """
         check_language_model(module, "Answers")
-        loader: Any = target_dataloader(trainer)
-        self.dataset = None if loader is None else _instructions(loader.dataset.dataset)
-        if self.dataset is None:
-            return {}
-        self.references = _reference_answers(self.dataset, data_contract(trainer).response_field)
-        longest = int(self.dataset.prompt_lengths.max())
-        _check_positions(longest, self.max_new_tokens, module_contract(module).max_positions)
-        return {"target/samples": len(self.dataset)}
+        facts = super().prepare(trainer, module)
+        self.prompts = []
+        if self.loader is not None:
+            dataset = _instructions(self.loader.dataset)
+            self.references = _reference_answers(dataset.records or [], data_contract(trainer).response_field)
+            self.prompts = [dataset[i]["input_ids"][:length] for i, length in enumerate(dataset.prompt_lengths)]
+            _check_positions(max(map(len, self.prompts)), self.max_new_tokens, module_contract(module).max_positions)
+        return facts
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
         """Generate answers and compare the final ones; rank r takes samples r, r + world, r + 2 world, ..."""
-        if self.dataset is None:
+        if not self.prompts:
             return {}
-        length, (rank, world) = len(self.dataset), data_rank(trainer)
+        length, (rank, world) = len(self.prompts), data_rank(trainer)
         mine = list(range(rank, length, world))
         # In shards, a model runs on all ranks or on none: a rank with one sample less takes one for nothing.
         spare = [0] if trainer.strategy.restore_checkpoint_after_setup and len(mine) * world < length else []
@@ -85,29 +85,24 @@ class Answers(Measure):
         self, trainer: Trainer, module: LightningModule, samples: Sequence[int], description: str
     ) -> dict[int, str]:
         """Return the generated text by index of the sample; the longest prompts come first."""
-        assert self.dataset is not None
-        lengths = self.dataset.prompt_lengths.tolist()
         answers: dict[int, str] = {}
-        ordered = sorted(samples, key=lambda index: -lengths[index])
+        ordered = sorted(samples, key=lambda index: -len(self.prompts[index]))
         batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with progress(len(batches), description, show) as bar, evaluation(module):
             for batch in batches:
-                prompts = [self.dataset[index]["input_ids"][: lengths[index]] for index in batch]
-                answers |= dict(zip(batch, generate(trainer, module, prompts, self.max_new_tokens)))
+                prompts = [self.prompts[index] for index in batch]
+                answers |= dict(zip(batch, _generate(trainer, module, prompts, self.max_new_tokens)))
                 bar.update()
         return answers
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return the final answer of a worked solution, in a form that can be compared.
+    r"""Return the final answer of a worked solution, in a form that can be compared; None if there is none.
 
     It is the rest of the line after the last `####`; without one the rest of the line after the last "The answer is";
     without that the last number. Separators of thousands, dollar signs, and a period at the end do not count, nor do
     zeros at the end of a decimal fraction.
-
-    Returns:
-        The answer, or None if there is none.
 
     >>> final_answer("48 + 24 = 72 clips.\n#### 72"), final_answer("The answer is: $1,200.00.")
     ('72', '1200')
@@ -115,11 +110,10 @@ def final_answer(text: str) -> str | None:
     ('3', None)
     """
     for mark in _MARKS:
-        marks = list(mark.finditer(text))
-        if marks:
-            return _normalised(text[marks[-1].end() :].strip(": \n").partition("\n")[0])
-    numbers = _NUMBER.findall(text)
-    return _normalised(numbers[-1]) if numbers else None
+        _, *after = mark.split(text)
+        if after:
+            return _normalised(after[-1].strip(": \n").partition("\n")[0])
+    return _normalised((_NUMBER.findall(text) or [""])[-1])
 
 
 def _normalised(answer: str) -> str | None:
@@ -130,26 +124,28 @@ def _normalised(answer: str) -> str | None:
 
 
 def _instructions(dataset: Any) -> InstructionDataset:
-    """Return the instructions in a test set, numbered or not."""
-    inner = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
-    if not isinstance(inner, InstructionDataset) or inner.records is None:
+    """Return the instructions in a test set, numbered once or twice."""
+    while isinstance(dataset, IndexedDataset):
+        dataset = dataset.dataset
+    if not isinstance(dataset, InstructionDataset) or dataset.records is None:
         raise TypeError(
-            f"The test set is a {type(inner).__name__} without records, so generated answers cannot be compared. Use "
+            f"The test set is a {type(dataset).__name__} without records, so generated answers cannot be compared. Use "
             "InstructionDataModule(test=...), or leave out Answers."
         )
-    return inner
+    return dataset
 
 
-def _reference_answers(dataset: InstructionDataset, field: str) -> list[str]:
-    records = dataset.records or []
-    answers = [final_answer(record[field]) for record in records]
-    if None in answers:
-        number = answers.index(None)
-        raise ValueError(
-            f"The response of test sample {number} has no final answer: {records[number][field]!r:.200}. Expected one "
-            "after '####', after 'The answer is', or at least a number. Leave out Answers for such data."
-        )
-    return [answer for answer in answers if answer is not None]
+def _reference_answers(records: Sequence[dict[str, str]], field: str) -> list[str]:
+    answers = []
+    for number, record in enumerate(records):
+        answer = final_answer(record[field])
+        if answer is None:
+            raise ValueError(
+                f"The response of test sample {number} has no final answer: {record[field]!r:.200}. Expected one "
+                "after '####', after 'The answer is', or at least a number. Leave out Answers for such data."
+            )
+        answers.append(answer)
+    return answers
 
 
 def _check_positions(prompt: int, answer: int, positions: int | None) -> None:
@@ -161,25 +157,26 @@ def _check_positions(prompt: int, answer: int, positions: int | None) -> None:
         )
 
 
-def generate(trainer: Trainer, module: LightningModule, prompts: Sequence[Tensor], max_new_tokens: int) -> list[str]:
+def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], max_new_tokens: int) -> list[str]:
     """Continue prompts `[T]`, greedily; return the text of what is new."""
-    contract, width = module_contract(module), max(map(len, prompts))
-    tokenizer = contract.tokenizer
-    pad = padding_id(tokenizer)
+    contract = module_contract(module)
+    tokenizer, pad = contract.tokenizer, padding_id(contract.tokenizer)
     # On the left, so that each answer follows its prompt.
-    ids = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0), value=pad) for prompt in prompts])
-    mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
+    ids = pad_sequence(prompts, True, pad, "left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left")
     batch = trainer.strategy.batch_to_device({"input_ids": ids, "attention_mask": mask})
-    settings = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     with trainer.precision_plugin.forward_context():
         output = contract.causal_lm.generate(
             **batch,
-            **settings,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
             use_cache=True,
             synced_gpus=trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1,
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad,
         )
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return texts
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[no-any-return]

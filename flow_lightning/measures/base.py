@@ -118,17 +118,11 @@ class Measure(ABC):
 
     def key(self, when: When, name: str) -> str:
         """Return the key in `metrics.json` of a number that `measure` returned."""
-        if self.part == "retention":
-            return f"retention/{when}/{name}"
-        return f"target/{name}" if when == "after" else f"target/{when}/{name}"
+        return f"target/{name}" if (self.part, when) == ("target", "after") else f"{self.part}/{when}/{name}"
 
 
 def check_at_least(least: int, **arguments: int | None) -> None:
-    """Refuse arguments that are too small; None is allowed.
-
-    Raises:
-        ValueError: If one is below `least`.
-    """
+    """Refuse arguments below `least` with a ValueError; None is allowed."""
     for name, value in arguments.items():
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}; expected at least {least}.")

@@ -4,11 +4,12 @@ In: Trainer, module, names of tasks. Out: a score for each. Next: `callbacks/ret
 """
 
 import difflib
+import fnmatch
 import logging
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -22,9 +23,8 @@ from flow_lightning.measures.text import check_language_model
 from flow_lightning.optional import optional_import
 from flow_lightning.scoring.evaluation import evaluation
 
-#: Metrics of the harness that can be a task's score, with their filter; the first that a task has counts. None: any.
-_MAIN_METRICS = (("exact_match", None), ("acc", "none"), ("acc_norm", "none"), ("pass@1", None), ("pass_at_1", None))
-_TASK = re.compile(r"([^:].*?)(?::(\d+))?")
+#: What can be a task's score, as metric,filter of the harness; the first that a task has counts.
+_SCORES = ("exact_match,*", "acc,none", "acc_norm,none", "pass@1,*", "pass_at_1,*")
 
 
 class HarnessTasks(Measure):
@@ -63,10 +63,10 @@ class HarnessTasks(Measure):
         run_unsafe_code: bool = False,
     ) -> None:
         check_at_least(1, limit=limit, batch_size=batch_size)
-        names = [split_task(entry)[0] for entry in tasks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"tasks names {twice} more than once; expected each once, as 'name' or 'name:shots'.")
-        self.tasks, self.tasks_path, self.limit = tasks, tasks_path, limit
+        self.shots = dict(map(split_task, tasks))
+        if len(self.shots) < len(tasks):
+            raise ValueError(f"tasks {tasks} names one more than once; expected each once, as 'name' or 'name:shots'.")
+        self.tasks_path, self.limit = tasks_path, limit
         self.batch_size, self.run_unsafe_code = batch_size, run_unsafe_code
         self.index: Any = None
 
@@ -83,22 +83,24 @@ class HarnessTasks(Measure):
                 f"Under {type(trainer.strategy).__name__} the model is in shards, so rank 0 cannot evaluate it alone. "
                 "Leave out HarnessTasks, and evaluate the model that SavePretrainedCallback writes."
             )
-        names = [split_task(entry)[0] for entry in self.tasks]
-        self.index = on_rank_zero(trainer, lambda: find_tasks(names, self.tasks_path))
-        return {"retention/tasks": sorted(names)}
+        self.index = on_rank_zero(trainer, lambda: _find_tasks(self.shots, self.tasks_path))
+        return {"retention/tasks": sorted(self.shots)}
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
         """Score the tasks."""
         scores = from_rank_zero(trainer, lambda: self._scores(trainer, module))
-        mean = {"accuracy": statistics.fmean(scores.values())}
-        return mean | {f"task/{name}": score for name, score in scores.items()}
+        tasks = {f"task/{name}": scores[name] for name in self.shots}
+        return {"accuracy": statistics.fmean(tasks.values())} | tasks
 
     def _scores(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        harness = _import_harness("lm_eval")
+        harness, logger = _import_harness("lm_eval"), logging.getLogger("lm_eval")
         scores: dict[str, float] = {}
-        with evaluation(module), _errors_only("lm_eval"):
+        with evaluation(module), ExitStack() as stack:
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)  # it warns of what is intended here, such as a ready model
             model = _harness_model(trainer, module, self.batch_size)
-            for shots, names in _by_shots(self.tasks).items():
+            for shots in dict.fromkeys(self.shots.values()):
+                names = [name for name in self.shots if self.shots[name] == shots]
                 results = harness.simple_evaluate(
                     model,
                     tasks=names,
@@ -110,8 +112,8 @@ class HarnessTasks(Measure):
                     confirm_run_unsafe_code=self.run_unsafe_code,
                 )
                 by_name = {**results["results"], **results.get("groups", {})}
-                scores |= {name: main_metric(name, by_name.get(name, {})) for name in names}
-        return {name: scores[name] for name, _ in map(split_task, self.tasks)}
+                scores |= {name: _main_metric(name, by_name.get(name, {})) for name in names}
+        return scores
 
 
 def split_task(entry: str) -> tuple[str, int | None]:
@@ -120,7 +122,7 @@ def split_task(entry: str) -> tuple[str, int | None]:
     >>> split_task("mmlu:5"), split_task("piqa")
     (('mmlu', 5), ('piqa', None))
     """
-    match = _TASK.fullmatch(entry)
+    match = re.fullmatch(r"([^:].*?)(?::(\d+))?", entry)
     if match is None:
         raise ValueError(f"A task is {entry!r}; expected the name of a task, or name:shots, such as 'mmlu:5'.")
     name, shots = match.groups()
@@ -131,25 +133,8 @@ def _import_harness(name: str) -> Any:
     return optional_import(name, "eval", "tasks of the lm-evaluation-harness")
 
 
-@contextmanager
-def _errors_only(name: str) -> Iterator[None]:
-    """Let a logger report errors only: the harness warns of what is intended here, such as a ready model."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def find_tasks(names: Sequence[str], include_path: str | None) -> Any:
-    """Return the harness's index of tasks: that of `include_path` alone if all are there, as its own takes seconds.
-
-    Raises:
-        ImportError: If the harness is not installed.
-        ValueError: If it has no such task.
-    """
+def _find_tasks(names: Iterable[str], include_path: str | None) -> Any:
+    """Return the harness's index of tasks: that of `include_path` alone if all are there, as its own takes seconds."""
     managers = _import_harness("lm_eval.tasks")
     if include_path is not None:
         manager = managers.TaskManager(include_path=include_path, include_defaults=False)
@@ -183,25 +168,11 @@ def _harness_model(trainer: Trainer, module: LightningModule, batch_size: int) -
     )
 
 
-def _by_shots(tasks: Sequence[str]) -> dict[int | None, list[str]]:
-    """Put tasks with the same number of examples together."""
-    groups: dict[int | None, list[str]] = {}
-    for name, shots in map(split_task, tasks):
-        groups.setdefault(shots, []).append(name)
-    return groups
-
-
-def main_metric(task: str, results: Mapping[str, Any]) -> float:
-    """Return a task's score: its `exact_match`, else `acc`, else `acc_norm`, else `pass@1`.
-
-    Raises:
-        ValueError: If it has none of them.
-    """
-    values = {tuple(key.split(",", 1)): value for key, value in results.items() if "," in key}
-    for name, filters in _MAIN_METRICS:
-        for (metric, kind), value in values.items():
-            if metric == name and filters in (kind, None):
-                return float(value)
+def _main_metric(task: str, results: Mapping[str, Any]) -> float:
+    """Return a task's score, by `metric,filter`: its `exact_match`, else `acc`, else `acc_norm`, else `pass@1`."""
+    for pattern in _SCORES:
+        for key in fnmatch.filter(results, pattern):
+            return float(results[key])
     metrics = sorted(key for key in results if "," in key and "_stderr," not in key)
     raise ValueError(
         f"The task {task!r} has no metric exact_match, acc, acc_norm or pass@1, but {metrics or 'none of its own'}. "

@@ -5,23 +5,32 @@ In: Trainer and module. Out: a loader with samples numbered by position. Next: `
 
 from typing import Any
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions import InstructionDataModule
-from flow_lightning.data.samplers import FixedBatches
-from flow_lightning.scoring.samples import cut_batches
+from flow_lightning.measures.base import Measure, Metric
+from flow_lightning.scoring.samples import cut_batches, loader_like
+
+
+class TargetMeasure(Measure):
+    """A measure on the test set of the data module or the module; `self.loader` is None if there is no test set."""
+
+    part = "target"
+    samples = Metric("target/samples", "target test samples", "samples")
+    loader: DataLoader[Any] | None = None
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """Find the test set."""
+        self.loader = target_dataloader(trainer)
+        return {} if self.loader is None else {self.samples.key: len(self.loader.dataset)}  # type: ignore[arg-type]
 
 
 def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
     """Find the test set of the data module, else of the module, and number its samples by position.
-
-    A fit calls `setup("fit")` only. So `test_dataloader()` is first called as things are: a data module may split anew
-    in each setup, and training samples would get into the test set. If it raises an exception, `setup("test")` is
-    called, as `Trainer.test` would, and `test_dataloader()` again. What they raise then is not caught.
 
     Returns:
         A loader in the order of the data set; None, with a warning, if there is no test set.
@@ -39,27 +48,16 @@ def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
             f"test_dataloader() returned a {type(loader).__name__}; expected one DataLoader of the target test set. "
             "Return a single DataLoader."
         )
-    return DataLoader(
-        IndexedDataset(loader.dataset),
-        batch_sampler=FixedBatches(cut_batches(loader)),
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
-    )
+    return loader_like(loader, cut_batches(loader), IndexedDataset(loader.dataset))
 
 
 def _test_dataloader(trainer: Trainer) -> Any:
-    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    owners: list[Any] = [owner for owner in (datamodule, trainer.lightning_module) if owner is not None]
+    owners: tuple[Any, ...] = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
     owner = next((owner for owner in owners if is_overridden("test_dataloader", owner)), None)
     if owner is None or (isinstance(owner, InstructionDataModule) and owner.test is None):
         return None
-    try:
+    try:  # A fit has called setup("fit") only. Where that will do, another setup could split the data anew.
         return owner.test_dataloader()
     except Exception:
-        if not is_overridden("setup", owner):
-            raise
         owner.setup("test")
         return owner.test_dataloader()

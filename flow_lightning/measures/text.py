@@ -3,7 +3,6 @@
 In: Trainer and module. Out: nats per token, perplexity. Next: `answers.py`, `callbacks/retention.py`.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -13,38 +12,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
-from flow_lightning.data.instructions import IGNORED, collate
+from flow_lightning.data.instructions import collate
 from flow_lightning.data.texts import TextWindows, read_texts
 from flow_lightning.measures.base import Measure, Metric, Panel, When, check_at_least
-from flow_lightning.measures.target import target_dataloader
+from flow_lightning.measures.target import TargetMeasure
+from flow_lightning.method.losses import supervised_counts
 from flow_lightning.scoring.score import score_dataset
 
 
-class TargetLoss(Measure):
+class TargetLoss(TargetMeasure):
     """The loss per token of the held-out instructions: the test set of the data module or the module."""
 
-    part = "target"
     metrics = (
         Metric("target/before/loss", "target loss before training", "nats", "down"),
         Metric("target/loss", "target loss", "nats", "down"),
-        Metric("target/samples", "target test samples", "samples"),
+        TargetMeasure.samples,
     )
     panels = (Panel("target loss", "nats", "down", {"target loss": "target/loss"}),)
-
-    def __init__(self) -> None:
-        self.loader: DataLoader[Any] | None = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Find the test set."""
         check_language_model(module, "TargetLoss")
-        self.loader = target_dataloader(trainer)
-        return {} if self.loader is None else {"target/samples": len(self.loader.dataset)}  # type: ignore[arg-type]
+        return super().prepare(trainer, module)
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
         """Measure the loss per supervised token."""
         if self.loader is None:
             return {}
-        return {"loss": mean_token_loss(trainer, module, self.loader, f"Target {when}")}
+        return {"loss": mean_token_loss(trainer, module, self.loader, f"Target {when}").item()}
 
 
 class GeneralText(Measure):
@@ -67,6 +62,7 @@ class GeneralText(Measure):
         Metric("retention/tokens", "predicted tokens of general text", "tokens"),
     )
     panels = (Panel("perplexity of general text", "number", "down", {"general text": "retention/after/perplexity"}),)
+    loader: DataLoader[Any]
 
     def __init__(
         self, texts: list[str], *, window: int = 1024, limit_tokens: int | None = None, batch_size: int = 8
@@ -74,7 +70,6 @@ class GeneralText(Measure):
         check_at_least(2, window=window, limit_tokens=limit_tokens)
         check_at_least(1, batch_size=batch_size)
         self.texts, self.window, self.limit_tokens, self.batch_size = texts, window, limit_tokens, batch_size
-        self.loader: DataLoader[Any] | None = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Read the texts and cut them into windows of tokens."""
@@ -88,38 +83,24 @@ class GeneralText(Measure):
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
         """Measure the perplexity: at least 1, infinite or NaN if the model has diverged."""
-        assert self.loader is not None
-        loss = mean_token_loss(trainer, module, self.loader, f"General text {when}")
-        return {"perplexity": math.exp(loss) if loss < 700 or math.isnan(loss) else math.inf}
+        return {"perplexity": mean_token_loss(trainer, module, self.loader, f"General text {when}").exp().item()}
 
 
-def mean_token_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], description: str) -> float:
-    """Compute the mean loss per supervised token, over all samples of a loader's data set.
+def mean_token_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], description: str) -> Tensor:
+    """Compute the mean loss per supervised token over a loader's data set: nats `[]`, float64, the same on every rank.
 
-    Args:
-        trainer: Gives devices, precision and ranks.
-        module: Has `token_losses`.
-        loader: Gives batches of `input_ids` `[B, T]`, `labels` `[B, T]` and `index` `[B]`.
-        description: What the progress bar says.
-
-    Returns:
-        Nats per token, the same on every rank.
+    Batches have `input_ids` `[B, T]`, `labels` `[B, T]` and `index` `[B]`.
     """
     sums, counts = score_dataset(trainer, module, loader, partial(_sums_and_counts, module), description)
-    return (sums.sum() / counts.sum()).item()
+    return sums.sum() / counts.sum()
 
 
 def check_language_model(module: LightningModule, measure: str) -> None:
-    """Refuse a module that is no language model.
-
-    Raises:
-        TypeError: If it has no `token_losses`.
-    """
-    contract, name = module_contract(module), type(module).__name__
-    if contract.token_losses is None:
+    """Refuse a module that has no `token_losses`, with a TypeError."""
+    if module_contract(module).token_losses is None:
         raise TypeError(
-            f"{name} has no token_losses(batch), so {measure} cannot measure it. Use CausalLanguageModule, or the "
-            "measures of images: TargetAccuracy, PretrainedImages."
+            f"{type(module).__name__} has no token_losses(batch), so {measure} cannot measure it. Use "
+            "CausalLanguageModule, or the measures of images: TargetAccuracy, PretrainedImages."
         )
 
 
@@ -131,7 +112,7 @@ def padding_id(tokenizer: Any) -> int:
 
 def _sums_and_counts(module: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of the token losses, float64, and the number of supervised tokens of each row, both `[B]`."""
-    counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).cpu()
+    counts = supervised_counts(batch).cpu()
     losses = module.token_losses(batch).cpu().double()  # some devices have no float64
     rows = torch.arange(len(counts)).repeat_interleave(counts)
     return torch.zeros(len(counts), dtype=torch.float64).index_add(0, rows, losses), counts

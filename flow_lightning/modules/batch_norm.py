@@ -5,8 +5,9 @@ In: a model. Out: its BatchNorm layers and what they hold. Next: `image_classifi
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
+
+from flow_lightning.distributed import fill
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -30,8 +31,7 @@ def batch_norm_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def set_batch_norm(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put the values of `batch_norm_state` into the BatchNorm layers of a model."""
     for name, value in batch_norm_state(model).items():
-        value.copy_(state[name])
+        fill(value, state[name])

@@ -40,7 +40,7 @@ _TIMES = (
     Metric("time/fit_s", "training, with the head refit", "seconds", "down"),
     Metric("time/after_s", "measuring after training", "seconds", "down"),
 )
-_FORMATS = {"nats": "{:.3f}", "samples": "{:,.0f}", "tokens": "{:,.0f}", "seconds": "{:.1f}"}
+_FORMATS = {"fraction": "{:.1f}", "nats": "{:.3f}", "samples": "{:,.0f}", "tokens": "{:,.0f}", "seconds": "{:.1f}"}
 _SIZES = ("samples", "tokens")  # units of metrics that stand after the results
 
 
@@ -84,15 +84,11 @@ def averages(metrics: Mapping[str, Any], declared: Declared = DECLARED) -> Metri
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, atomically.
+    """Write `metrics.json`, atomically; its folder is made if absent.
 
     JSON has no NaN and no infinity: they are written as null, so that every reader can parse the file.
-
-    Args:
-        path: The JSON file; its folder is made if absent.
-        metrics: Keys of `METRICS` or others, values of JSON types.
     """
-    text = json.dumps(finite(dict(metrics)), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(finite(metrics), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
 
 
@@ -105,12 +101,10 @@ def read_metrics(path: str | Path) -> Metrics:
     """
     try:
         metrics = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(metrics, dict):
+            raise ValueError(f"a JSON {type(metrics).__name__}, expected an object")
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Delete or mend it, then run again.") from error
-    if not isinstance(metrics, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(metrics).__name__}, expected an object. Delete it, then run again."
-        )
+        raise ValueError(f"{path} holds no metrics ({error}). Delete or mend it, then run again.") from error
     return metrics
 
 
@@ -124,11 +118,7 @@ def finite(value: Any) -> Any:
 
 
 def format_value(metric: Metric, values: Sequence[float]) -> str:
-    """Write one value, or the mean and the standard deviation (n - 1) of several runs.
-
-    Args:
-        metric: Gives the unit.
-        values: One value per run; none gives a dash.
+    """Write one value, or the mean and the standard deviation (n - 1) of several runs; a dash if there is none.
 
     >>> format_value(Metric("target/top1", "target accuracy", "fraction"), [0.5])
     '50.0 %'
@@ -137,9 +127,8 @@ def format_value(metric: Metric, values: Sequence[float]) -> str:
     """
     if not values:
         return "–"
-    scale, pattern, suffix = (
-        (100, "{:.1f}", " %") if metric.unit == "fraction" else (1, _FORMATS.get(metric.unit, "{:.4g}"), "")
-    )
+    pattern = _FORMATS.get(metric.unit, "{:.4g}")
+    scale, suffix = (100, " %") if metric.unit == "fraction" else (1, "")
     scaled = [scale * value for value in values]
     spread = f" ± {pattern.format(statistics.stdev(scaled))}" if len(scaled) > 1 else ""
     return pattern.format(statistics.fmean(scaled)) + spread + suffix
@@ -162,7 +151,7 @@ def metrics_table(
     for name in columns:
         table.add_column(name, justify="right")
     runs = [[column] if isinstance(column, Mapping) else list(column) for column in columns.values()]
-    for metric in _rows(runs, declared):
+    for metric in _rows({key for column in runs for run in column for key in run}, declared):
         values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs]
         if any(values):
             unit = {"seconds": " (s)", "nats": " (nats)"}.get(metric.unit, "")
@@ -170,17 +159,14 @@ def metrics_table(
     return table
 
 
-def _rows(runs: Sequence[Sequence[Mapping[str, Any]]], declared: Declared) -> Iterator[Metric]:
+def _rows(keys: Iterable[str], declared: Declared) -> Iterator[Metric]:
     """Yield the declared metrics; one for many keys becomes one for each key that there is."""
-    keys = sorted({key for column in runs for run in column for key in run})
     for metric in declared.metrics:
-        start, _, rest = metric.key.partition("*")
-        if start + rest == metric.key:
+        start, is_many, _ = metric.key.partition("*")
+        for key in sorted(key for key in keys if is_many and key.startswith(start)):
+            yield metric._replace(key=key, name=metric.name.replace("*", key.removeprefix(start)))
+        if not is_many:
             yield metric
-            continue
-        for key in keys:
-            if key.startswith(start):
-                yield metric._replace(key=key, name=metric.name.replace("*", key.removeprefix(start)))
 
 
 def print_table(table: Table, last_line: str) -> None:

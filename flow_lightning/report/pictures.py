@@ -6,12 +6,12 @@ Colours are those of Okabe and Ito, which people with any colour vision can tell
 
 import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -34,6 +34,20 @@ _BAR = 0.36
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
+@contextmanager
+def _picture(path: str | Path, widths: Sequence[float], height: float) -> Iterator[tuple[Figure, Iterator[Axes]]]:
+    """Yield a figure and its axes, side by side, sizes in inches; then write the PNG, whole or not at all."""
+    layout = ConstrainedLayoutEngine(wspace=0.05)
+    figure = Figure(figsize=(max(5.6, 0.8 + sum(widths)), height), dpi=150, layout=layout)
+    every = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    yield figure, iter(every)
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_bytes(path, content.getvalue())
+
+
 def plot_weights(scored: Any, path: str | Path) -> None:
     """Draw how the losses of the pre-trained model become weights.
 
@@ -44,12 +58,10 @@ def plot_weights(scored: Any, path: str | Path) -> None:
         scored: `SampleWeights` or `TokenWeights`.
         path: The PNG file to write.
     """
-    figure = _figure(9, 3.6)
-    left, right = figure.subplots(1, 2)
     losses, weights = _some(scored)
-    _draw_losses(left, losses.cpu().numpy(), scored.temperature)
-    _draw_weights(right, weights.cpu())
-    _save(figure, path)
+    with _picture(path, [4.1, 4.1], 3.6) as (_, axes):
+        _draw_losses(next(axes), losses.cpu(), scored.temperature)
+        _draw_weights(next(axes), weights.cpu())
 
 
 def log_weights(loggers: Iterable[Any], scored: Any, picture: Path | None) -> None:
@@ -69,14 +81,13 @@ def _some(scored: Any, most: int = 1_000_000) -> tuple[Tensor, Tensor]:
     return scored.losses[::step].detach().float(), scored.weights[::step].detach().float()
 
 
-def _draw_losses(axes: Axes, losses: npt.NDArray[np.float32], temperature: float) -> None:
+def _draw_losses(axes: Axes, losses: Tensor, temperature: float) -> None:
     # Beyond six temperatures a weight is below 0.0025: nothing is left to see.
-    limit = max(min(float(np.quantile(losses, 0.995)), 6 * temperature), 1.5 * temperature)
-    beyond = float((losses > limit).mean())
-    axes.hist(losses, bins=60, range=(0.0, limit), color=SKY, alpha=0.75)
+    limit = max(min(float(np.quantile(losses.numpy(), 0.995)), 6 * temperature), 1.5 * temperature)
+    beyond = (losses > limit).double().mean().item()
+    axes.hist(losses.numpy(), bins=60, range=(0.0, limit), color=SKY, alpha=0.75)
     axes.axvline(temperature, color="black", linestyle="--", linewidth=1)
-    label = f" τ = {temperature:.3g}"
-    axes.text(temperature, 0.97, label, transform=axes.get_xaxis_transform(), va="top")
+    axes.text(temperature, 0.97, f" τ = {temperature:.3g}", transform=axes.get_xaxis_transform(), va="top")
     axes.set(xlim=(0, limit), ylabel="samples", title="Losses of the pre-trained model")
     axes.set_xlabel("loss" + (f"   ({beyond:.1%} of the samples lie further right)" if beyond else ""))
     grid = np.linspace(0.0, limit, 200)
@@ -85,7 +96,6 @@ def _draw_losses(axes: Axes, losses: npt.NDArray[np.float32], temperature: float
     curve.set_ylim(0, 1.05)
     curve.set_ylabel("weight  exp(−loss / τ)", color=RED)
     curve.tick_params(axis="y", labelcolor=RED)
-    _tidy(axes)
     curve.spines["top"].set_visible(False)
 
 
@@ -97,11 +107,9 @@ def _draw_weights(axes: Axes, weights: Tensor) -> None:
     axes.plot(100 * share, ordered, color=BLUE, linewidth=2)
     axes.axhline(mean, color="black", linestyle="--", linewidth=1)
     axes.text(99, mean + 0.015, f"mean {mean:.3f}", ha="right")
-    axes.set(xlim=(0, 100), ylim=(0, 1.05), xlabel="samples, from easy to hard (%)", ylabel="weight")
-    axes.set_title("Weights")
+    axes.set(xlim=(0, 100), ylim=(0, 1.05), xlabel="samples, from easy to hard (%)", ylabel="weight", title="Weights")
     label = f"effective sample size\n{size:,.0f} of {len(weights):,} ({size / len(weights):.0%})"
     axes.text(0.98, 0.97, label, transform=axes.transAxes, ha="right", va="top")
-    _tidy(axes)
 
 
 def plot_retention(metrics: Mapping[str, Any], path: str | Path, declared: Declared = DECLARED) -> None:
@@ -116,15 +124,12 @@ def plot_retention(metrics: Mapping[str, Any], path: str | Path, declared: Decla
     """
     panels = [panel for panel in declared.panels if panel.part in _PARTS and _bars(panel, metrics)]
     course = metrics.get("retention/epochs") or []
-    courses = [panel for panel in panels if any(_after_epochs(panel, course).values())]
-    count = len(panels) + len(courses)
-    figure = _figure(0.8 + 3.5 * max(1, count), 3.7)
-    axes = iter(figure.subplots(1, max(1, count), squeeze=False)[0])
-    for panel in panels:
-        _draw_bars(next(axes), panel, metrics)
-    for panel in courses:
-        _draw_course(next(axes), panel, metrics)
-    _save(figure, path)
+    courses = [panel for panel in panels if _after_epochs(panel, course)]
+    with _picture(path, [3.5] * max(1, len(panels) + len(courses)), 3.7) as (_, axes):
+        for panel in panels:
+            _draw_bars(next(axes), panel, _bars(panel, metrics))
+        for panel in courses:
+            _draw_course(next(axes), panel, metrics.get(panel.before), course)
 
 
 def _bars(panel: Panel, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -133,39 +138,32 @@ def _bars(panel: Panel, metrics: Mapping[str, Any]) -> dict[str, float]:
     return {label: _scaled(metrics[key], panel) for label, key in bars.items() if metrics.get(key) is not None}
 
 
-def _draw_bars(axes: Axes, panel: Panel, metrics: Mapping[str, Any]) -> None:
+def _draw_bars(axes: Axes, panel: Panel, bars: Mapping[str, float]) -> None:
     part, *colours = _PARTS[panel.part]
-    bars = _bars(panel, metrics)
     fills = [GREY if label == "before" else colours.pop(0) for label in bars]
     drawn = axes.bar(list(bars), list(bars.values()), color=fills, width=0.65)
     axes.bar_label(drawn, fmt="%.1f" if panel.is_percent else "%.4g", padding=2)
-    axes.set_ylim(0, 108 if panel.is_percent else 1.12 * max(bars.values()))
-    axes.set_ylabel(_label(panel))
-    axes.set_title(f"{part}: {panel.title}")
-    _tidy(axes)
+    top = 108 if panel.is_percent else 1.12 * max(bars.values())
+    axes.set(ylim=(0, top), ylabel=_label(panel), title=f"{part}: {panel.title}")
 
 
-def _draw_course(axes: Axes, panel: Panel, metrics: Mapping[str, Any]) -> None:
-    course = metrics["retention/epochs"]
-    before = metrics.get(panel.before)
+def _draw_course(axes: Axes, panel: Panel, before: float | None, course: Sequence[Mapping[str, Any]]) -> None:
     if before is not None:
         axes.axhline(_scaled(before, panel), color=GREY, linestyle="--", linewidth=1, label="before")
     epochs = [entry["epoch"] for entry in course]
-    for (label, values), colour in zip(_after_epochs(panel, course).items(), (GREEN, ORANGE)):
-        heights = [np.nan if value is None else _scaled(value, panel) for value in values]
+    for (label, heights), colour in zip(_after_epochs(panel, course).items(), (GREEN, ORANGE)):
         axes.plot(epochs, heights, color=colour, marker="o", label=label.removeprefix("after,\n").replace("\n", " "))
+    top = 108 if panel.is_percent else 1.12 * axes.get_ylim()[1]
     axes.set(xticks=epochs[:: -(-len(epochs) // 6)], xlabel="epoch", title="Kept, by epoch")
-    axes.set_ylim(0, 108 if panel.is_percent else 1.12 * axes.get_ylim()[1])
-    axes.set_ylabel(_label(panel))
+    axes.set(ylim=(0, top), ylabel=_label(panel))
     axes.legend(frameon=False, loc="lower left")
-    _tidy(axes)
 
 
-def _after_epochs(panel: Panel, course: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return the values after epochs of each bar that has some; they have the last part of the bar's key."""
+def _after_epochs(panel: Panel, course: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the heights after epochs of each bar that has some; they have the last part of the bar's key."""
     names = {label: key.removeprefix("retention/after/") for label, key in panel.bars_after.items()}
-    values = {label: [entry.get(name) for entry in course] for label, name in names.items()}
-    return {label: row for label, row in values.items() if any(value is not None for value in row)}
+    rows = {label: [_scaled(entry.get(name), panel) for entry in course] for label, name in names.items()}
+    return {label: row for label, row in rows.items() if not np.isnan(row).all()}
 
 
 def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED) -> None:
@@ -181,24 +179,30 @@ def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED)
     """
     every = [run for column in runs.values() for run in column]
     learned, kept = (main_panel(part, every, declared) for part in ("target", "retention"))
-    plane = learned and kept and any(_points(column, learned, kept) for column in runs.values())
+    plane = (learned, kept) if learned and kept and any(_points(every, learned, kept)) else None
     mains = [panel for panel in declared.panels if any(run.get(panel.main) is not None for run in every)]
     numbers = [panel for panel in mains if not panel.is_percent]
     groups = _percent_groups(every, declared)
     percent = bool(groups or not numbers)
-    inches = [4.1] * bool(plane) + [max(3.0, 1 + _BAR * len(runs) * len(groups))] * percent
-    inches += [max(2.0, 1 + _BAR * len(runs))] * len(numbers)
-    figure = _figure(max(5.6, 0.8 + sum(inches)), 4.2)
-    axes = iter(figure.subplots(1, len(inches), squeeze=False, width_ratios=inches)[0])
+    widths = [4.1] * bool(plane) + [max(3.0, 1 + _BAR * len(runs) * len(groups))] * percent
+    widths += [max(2.0, 1 + _BAR * len(runs))] * len(numbers)
     legend = [Patch(color=COLOURS[order % len(COLOURS)], label=name) for order, name in enumerate(runs)]
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
-    if plane and learned and kept:
-        _draw_plane(next(axes), runs, learned, kept)
-    if percent:
-        _draw_groups(next(axes), runs, groups)
-    for panel in numbers:
-        _draw_numbers(next(axes), runs, panel)
-    _save(figure, path)
+    with _picture(path, widths, 4.2) as (figure, axes):
+        figure.legend(handles=legend, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
+        if plane:
+            _draw_plane(next(axes), runs, *plane)
+        if percent:
+            several = any(len(column) > 1 for column in runs.values())
+            title = "Mean ± standard deviation of the runs" if several else "One run per method"
+            place = next(axes)
+            _draw_means(place, runs, list(groups.values()), 100, "{:.1f}")
+            place.set_xticks(range(len(groups)), list(groups))
+            place.set(ylim=(0, 110), ylabel="%", title=title)
+        for panel in numbers:
+            place = next(axes)
+            _draw_means(place, runs, [[panel.main]], 1, "{:.3g}")
+            place.margins(y=0.12)
+            place.set(xticks=[], ylim=(0, None), ylabel=_label(panel))
 
 
 def _draw_plane(axes: Axes, runs: Runs, learned: Panel, kept: Panel) -> None:
@@ -217,17 +221,13 @@ def _draw_plane(axes: Axes, runs: Runs, learned: Panel, kept: Panel) -> None:
         where = axes.get_yaxis_transform()
         axes.annotate("pre-trained", (0.01, level), (0, -3), where, "offset points", va="top", color=GREY)
     axes.margins(0.15)
-    axes.set_xlabel(f"learned: {_label(learned)}")
-    axes.set_ylabel(f"kept: {_label(kept)}")
-    if learned.better == "down":
-        axes.invert_xaxis()
+    axes.set(xlabel=f"learned: {_label(learned)}", ylabel=f"kept: {_label(kept)}")
+    axes.set_title("Each run: up and right is better")
     if kept.is_percent:
         axes.set_ylim(top=min(axes.get_ylim()[1], 103))
-    if kept.better == "down":
-        axes.invert_yaxis()
-    axes.set_title("Each run: up and right is better")
+    axes.xaxis.set_inverted(learned.better == "down")
+    axes.yaxis.set_inverted(kept.better == "down")
     axes.grid(alpha=0.25)
-    _tidy(axes)
 
 
 def _percent_groups(every: Sequence[Mapping[str, Any]], declared: Declared) -> dict[str, list[str]]:
@@ -240,46 +240,23 @@ def _percent_groups(every: Sequence[Mapping[str, Any]], declared: Declared) -> d
     return groups
 
 
-def _draw_groups(axes: Axes, runs: Runs, groups: Mapping[str, Sequence[str]]) -> None:
+def _draw_means(axes: Axes, runs: Runs, groups: Sequence[Sequence[str]], scale: float, pattern: str) -> None:
+    """Draw a group of bars for each group of keys, and in it the mean of each method's runs."""
+    width = 0.82 / len(runs)
     for order, column in enumerate(runs.values()):
-        values = [
-            [100 * run[key] for run in column for key in keys if run.get(key) is not None] for keys in groups.values()
-        ]
-        _draw_means(axes, values, order, len(runs), "{:.1f}")
-    axes.set_xticks(range(len(groups)), list(groups))
-    several = any(len(column) > 1 for column in runs.values())
-    title = "Mean ± standard deviation of the runs" if several else "One run per method"
-    axes.set(ylim=(0, 110), ylabel="%", title=title)
-    _tidy(axes)
+        for group, keys in enumerate(groups):
+            values = [scale * run[key] for run in column for key in keys if run.get(key) is not None]
+            mean, spread = _mean_and_spread(values)
+            place = group + (order - (len(runs) - 1) / 2) * width
+            axes.bar(place, mean, width * 0.94, color=COLOURS[order % len(COLOURS)])
+            if spread:
+                axes.errorbar(place, mean, spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+            top, label = (mean + spread, pattern.format(mean)) if values else (0, "–")
+            axes.annotate(label, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
 
 
-def _draw_numbers(axes: Axes, runs: Runs, panel: Panel) -> None:
-    """Draw the bars of a value that is no percentage."""
-    for order, column in enumerate(runs.values()):
-        values = [float(run[panel.main]) for run in column if run.get(panel.main) is not None]
-        _draw_means(axes, [values], order, len(runs), "{:.3g}")
-    axes.margins(y=0.12)
-    axes.set(xticks=[], ylim=(0, None), ylabel=_label(panel))
-    _tidy(axes)
-
-
-def _draw_means(axes: Axes, groups: Sequence[Sequence[float]], order: int, methods: int, pattern: str) -> None:
-    """Draw the bars of one method, the `order`-th of them, with the mean of each group's runs."""
-    if not groups:
-        return
-    width = 0.82 / methods
-    means, spreads = zip(*map(_mean_and_spread, groups))
-    places = [group + (order - (methods - 1) / 2) * width for group in range(len(groups))]
-    axes.bar(places, means, width * 0.94, color=COLOURS[order % len(COLOURS)])
-    whiskers = [spread or np.nan for spread in spreads]
-    axes.errorbar(places, means, whiskers, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    for place, mean, spread in zip(places, means, spreads):
-        top, label = (0, "–") if np.isnan(mean) else (mean + spread, pattern.format(mean))
-        axes.annotate(label, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-
-
-def _scaled(value: float, panel: Panel) -> float:
-    return 100 * value if panel.is_percent else value
+def _scaled(value: float | None, panel: Panel) -> float:
+    return np.nan if value is None else 100 * value if panel.is_percent else value
 
 
 def _label(panel: Panel) -> str:
@@ -297,21 +274,5 @@ def _points(column: Sequence[Mapping[str, Any]], learned: Panel, kept: Panel) ->
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     if not values:
-        return float("nan"), 0.0
+        return np.nan, 0.0
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure; width and height are in inches."""
-    return Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.05))
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    """Write the PNG whole or not at all."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_bytes(path, content.getvalue())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import data_contract
 from flow_lightning.data.indexing import check_map_style
@@ -95,13 +95,15 @@ def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
     return [range(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def loader_like(loader: DataLoader[Any], batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
+def loader_like(
+    loader: DataLoader[Any], batches: Sequence[Sequence[int]], dataset: Dataset[Any] | None = None
+) -> DataLoader[Any]:
     """Make a loader over `batches`, in order, with the data set, collate function and workers of another loader.
 
     The other loader is never iterated, so neither its order nor its persistent workers notice.
     """
     return DataLoader(
-        loader.dataset,
+        loader.dataset if dataset is None else dataset,
         batch_sampler=FixedBatches(batches),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

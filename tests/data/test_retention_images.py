@@ -115,7 +115,6 @@ def test_a_packaged_view_is_the_crop_it_names() -> None:
     [
         ("file,label\nimages/0.png,3\n", r"lacks class_index; the columns .*\['file', 'label'\]"),
         ("", "lacks class_index and file"),
-        ("file,class_index\n", "lists no images"),
         ("file,class_index\nimages/0.png,1\nimages/1.png,cat\n", "line 3: class_index is 'cat'; .*0 to 999"),
         ("file,class_index\nimages/0.png,1000\n", "line 2: class_index is '1000'"),
         ("file,class_index\nimages/0.png,-1\n", "line 2: class_index is '-1'"),
@@ -131,12 +130,14 @@ def test_a_listed_file_that_is_absent_is_named_with_its_line(tmp_path: Path) -> 
     path = write_csv(tmp_path, "file,class_index\nimages/0.png,1\nimages/9.png,1\n")
     with pytest.raises(FileNotFoundError, match=r"line 3: there is no file .*images/9\.png"):
         open_images(path)
+    with pytest.raises(FileNotFoundError, match=r"no image files in .*labels\.csv"):
+        open_images(write_csv(tmp_path, "file,class_index\n"))
 
 
 def test_a_wrong_path_is_named_with_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere is no folder.*'packaged'"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no image files below"):
+    with pytest.raises(FileNotFoundError, match="no image files in"):
         open_images(tmp_path)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.measures import PretrainedImages, TargetAccuracy
-from flow_lightning.measures.images import pretrained_task_images, target_outcomes
+from flow_lightning.measures.images import target_outcomes
 from flow_lightning.report.metrics import METRICS, read_metrics
 from tests.retention import (
     CLASSES,
@@ -156,34 +156,31 @@ class BodyOnly(Module):
     pretrained_head = None
 
 
-def trainer_of(module=None, data=None):
-    return SimpleNamespace(datamodule=data, lightning_module=module)
+def red_image(module, data=None, **settings):
+    """Return the tensor of a red picture."""
+    Image.new("RGB", (30, 30), (255, 0, 0)).save("red.png")
+    measure = PretrainedImages(".", **settings)
+    measure.prepare(SimpleNamespace(datamodule=data, lightning_module=module), module)
+    return measure.loader.dataset[0]["image"]
 
 
-@pytest.fixture
-def red(tmp_path):
-    Image.new("RGB", (30, 30), (255, 0, 0)).save(tmp_path / "red.png")
-    return str(tmp_path)
+def test_images_are_prepared_as_the_model_expects():
+    torch.testing.assert_close(red_image(Module()), torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 20, 20))
 
 
-def test_images_are_prepared_as_the_model_expects(red):
-    module = Module()
-    image = pretrained_task_images(red, None, trainer_of(module), module)[0]["image"]
-    torch.testing.assert_close(image, torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 20, 20))
+def test_what_the_data_module_sets_comes_first():
+    data = SimpleNamespace(image_size=16, mean=[0.0] * 3, std=[1.0] * 3, interpolation=None)
+    torch.testing.assert_close(
+        red_image(Module(), data), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 16)
+    )
+    assert red_image(Module(), data, image_size=8).shape[-1] == 8
 
 
-def test_what_the_data_module_sets_comes_first(red):
-    trainer = trainer_of(data=SimpleNamespace(image_size=16, mean=[0.0] * 3, std=[1.0] * 3, interpolation=None))
-    image = pretrained_task_images(red, None, trainer, Module())[0]["image"]
-    torch.testing.assert_close(image, torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 16))
-    assert pretrained_task_images(red, 8, trainer, Module())[0]["image"].shape[-1] == 8
-
-
-def test_a_module_without_pretrained_task_is_refused(red):
+def test_a_module_without_pretrained_task_is_refused():
     with pytest.raises(TypeError, match=r"LightningModule has no pretrained_task\(\)"):
-        pretrained_task_images(red, None, trainer_of(), LightningModule())
+        red_image(LightningModule())
     with pytest.raises(ValueError, match="BodyOnly has no pre-trained head"):
-        pretrained_task_images(red, None, trainer_of(), BodyOnly())
+        red_image(BodyOnly())
 
 
 def test_batches_that_are_no_dicts_are_named():
