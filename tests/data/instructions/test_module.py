@@ -51,7 +51,7 @@ def test_a_stage_sets_up_what_it_needs_and_once(tmp_path):
         sets = {"train": data.train_set, "val": data.val_set, "test": data.test_set}
         return [name for name, dataset in sets.items() if dataset is not None]
 
-    with pytest.raises(RuntimeError, match=r"training set is not there yet\. Call setup\(\)"):
+    with pytest.raises(RuntimeError, match=r"This set is not there yet\. Call setup\(\)"):
         data.scoring_dataloader()
     for stage, expected in (("predict", []), ("validate", ["val"]), ("fit", ["train", "val"])):
         data.setup(stage)
