@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def optional_import(module: str, extra: str, purpose: str = "") -> Any:
+def optional_import(module: str, extra: str, purpose: str) -> Any:
     """Import a module that an extra installs.
 
     Args:
@@ -23,22 +23,17 @@ def optional_import(module: str, extra: str, purpose: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise _missing(module, extra, purpose, str(error)) from error
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"The package {package!r} is needed for {purpose} and cannot be imported ({error}). "
+            f'Run pip install "flow-lightning[{extra}]"',
+            name=package,
+        ) from error
 
 
-def package_folder(package: str, extra: str, purpose: str = "") -> Path:
+def package_folder(package: str, extra: str, purpose: str) -> Path:
     """Return the folder of a package without importing it; otherwise as `optional_import`."""
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise _missing(package, extra, purpose, "it is not installed")
+    spec: Any = (
+        find_spec(package) or optional_import(package, extra, purpose).__spec__
+    )  # which fails, with the pip line
     return Path(spec.submodule_search_locations[0])
-
-
-def _missing(module: str, extra: str, purpose: str, reason: str) -> ImportError:
-    package = module.partition(".")[0]
-    needed = f"is needed for {purpose}" if purpose else "is needed"
-    return ImportError(
-        f"The package {package!r} {needed} and cannot be imported ({reason}). "
-        f'Run pip install "flow-lightning[{extra}]"',
-        name=package,
-    )

@@ -26,16 +26,8 @@ SENTENCES = [
 ]
 
 #: Texts that are easily lost or changed on the way to tokens and back.
-TRICKY = [
-    "",
-    " leading",
-    "trailing \n",
-    "\n\nlines\r\n\t",
-    "größer 漢字 العربية",
-    "👩‍👩‍👧 🎉",
-    "12 345.678",
-    "{x} {instruction}",
-]
+TRICKY = ["", " leading", "trailing \n", "\n\nlines\r\n\t", "größer 漢字 العربية", "👩‍👩‍👧 🎉", "12 345.678"]
+TRICKY += ["{x} {instruction}"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -43,32 +35,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=END,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    settings = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=360, **settings))
+    settings = {"eos_token": END, "pad_token": END, "chat_template": CHAT_TEMPLATE}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **settings)
 
 
 def instructions(n: int) -> list[dict[str, str]]:
     """Return `n` different records of varying length."""
-    return [
-        {
-            "query": f"Anna has {i} apples and buys {i % 7} more. How many apples does she have now?",
-            "response": " ".join(f"Step {step} is {i + step}." for step in range(i % 5))
-            + f" The answer is: {i + i % 7}",
-        }
-        for i in range(n)
-    ]
+    records = []
+    for i in range(n):
+        steps = " ".join(f"Step {step} is {i + step}." for step in range(i % 5))
+        query = f"Anna has {i} apples and buys {i % 7} more. How many apples does she have now?"
+        records.append({"query": query, "response": f"{steps} The answer is: {i + i % 7}"})
+    return records
 
 
 def encode_one(prompt, response, tokenizer, chat=False) -> tuple[list[int], int]:

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from flow_lightning.data.transforms import RecipeName
 from flow_lightning.optional import optional_import
 
 datasets = optional_import("torchvision.datasets", "vision", "image data sets")
+_DOWNLOAD = "Fetch it with download=True (--data.download true), or set root (--data.root) to the folder that has it."
+_CARS_TEST = "cars_test_annos_withlabels.mat"
 
 
 class Splits(NamedTuple):
@@ -62,53 +65,41 @@ def find_dataset(name: str) -> str:
     )
 
 
-def _open(name: str, root: Path, download: bool, options: Sequence[dict[str, Any]]) -> list[Any]:
-    """Open parts of one of torchvision's data sets, each by its own options."""
+def _official(
+    name: str, needed: Sequence[str], root: Path, download: bool, split_seed: int, how: str = _DOWNLOAD
+) -> Splits:
+    """Take the official splits, as torchvision reads them. The validation images are for training."""
+    if not download:
+        for part in needed:
+            _require(root / part, name, how)
+    if name in ("Flowers102", "StanfordCars"):
+        optional_import("scipy.io", "quickstart", f"the data set {name}")
+    open_part = partial(getattr(datasets, name), root, download=download)
     try:
-        return [getattr(datasets, name)(root, download=download, **part) for part in options]
+        if name.startswith("CIFAR"):  # its images are in memory
+            train, test = open_part(train=True), open_part(train=False)
+            return Splits(train, test, list(train.classes))
+        # torchvision hands each path to the loader. This one returns it, so that no image is read here.
+        splits = ("train", "test") if name == "StanfordCars" else ("train", "val", "test")
+        parts = [open_part(split=split, loader=str) for split in splits]
     except RuntimeError as error:
         raise FileNotFoundError(
             f"The files of {name} in {root.resolve()} are incomplete or damaged ({error}). Remove them and fetch them "
             "again with download=True (--data.download true)."
         ) from error
-
-
-def _cifar(name: str, root: Path, download: bool, split_seed: int) -> Splits:
-    """Take torchvision's training and test set, whose images are in memory."""
-    if not download:
-        _require(root / getattr(datasets, name).base_folder, name, _DOWNLOAD)
-    train, test = _open(name, root, download, [{"train": True}, {"train": False}])
-    return Splits(train, test, list(train.classes))
-
-
-def _train_val_test(name: str, needed: Sequence[str], root: Path, download: bool, split_seed: int) -> Splits:
-    """Train on the official training and validation images. Test on the official test images."""
-    if not download:
-        for part in needed:
-            _require(root / part, name, _DOWNLOAD)
-    train, names = _listed(name, root, ["train", "val"], download)
-    return Splits(train, _listed(name, root, ["test"])[0], names)
-
-
-def _listed(name: str, root: Path, splits: Sequence[str], download: bool = False) -> tuple[LabelledImages, list[str]]:
-    """List the image files of official splits, and the class names, as torchvision reads them."""
-    if name in ("Flowers102", "StanfordCars"):
-        optional_import("scipy.io", "quickstart", f"the data set {name}")
-    # torchvision hands each path to the loader. This one returns it, so that no image is read here.
-    parts = _open(name, root, download, [{"split": split, "loader": str} for split in splits])
-    return LabelledImages(part[position] for part in parts for position in range(len(part))), list(parts[0].classes)
+    samples = [[part[position] for position in range(len(part))] for part in parts]
+    return Splits(LabelledImages(chain(*samples[:-1])), LabelledImages(samples[-1]), list(parts[0].classes))
 
 
 def _caltech101(root: Path, download: bool, split_seed: int) -> Splits:
     """Read train and test folders, as the paper does, or else split the 101 class folders 80/20 at random."""
     folder, no_class = root / "caltech101", ("BACKGROUND_Google",)
     if (folder / "train").is_dir():
-        return _train_test_folders(folder, no_class)
+        return _train_test_folders(folder, ignore=no_class)
     if download:
         datasets.Caltech101(root, download=True)
-    images = folder / "101_ObjectCategories"
-    _require(images, "Caltech101", f"{_DOWNLOAD} Or split it into {folder}/train/<class>/ and test/<class>/.")
-    return _random_split(images, split_seed, no_class)
+    how = f"{_DOWNLOAD} Or split it into {folder}/train/<class>/ and test/<class>/."
+    return _random_split(folder / "101_ObjectCategories", "Caltech101", how, split_seed, no_class)
 
 
 def _stanford_cars(root: Path, download: bool, split_seed: int) -> Splits:
@@ -116,25 +107,20 @@ def _stanford_cars(root: Path, download: bool, split_seed: int) -> Splits:
     folder = root / "stanford_cars"
     if (folder / "train").is_dir():
         return _train_test_folders(folder)
-    files = ("cars_train_annos.mat", "cars_test_annos_withlabels.mat")
-    for part in ("devkit/cars_meta.mat", "cars_train", "cars_test", f"devkit/{files[0]}", files[1]):
-        _require(
-            folder / part,
-            "StanfordCars",
-            "Its official page (ai.stanford.edu/~jkrause/cars) no longer offers the files, so download does not help. "
-            f"Put a copy into {folder}: train/<class>/ and test/<class>/ folders, or cars_train/, cars_test/, "
-            f"{files[1]} and devkit/.",
-        )
-    train, names = _listed("StanfordCars", root, ["train"])
-    return Splits(train, _listed("StanfordCars", root, ["test"])[0], names)
+    files = ("devkit/cars_meta.mat", "cars_train", "cars_test", "devkit/cars_train_annos.mat", _CARS_TEST)
+    how = (
+        "Its official page (ai.stanford.edu/~jkrause/cars) no longer offers the files, so download does not help. "
+        f"Put a copy into {folder}: train/<class>/ and test/<class>/ folders, or cars_train/, cars_test/, {_CARS_TEST} "
+        "and devkit/."
+    )
+    return _official("StanfordCars", [f"stanford_cars/{file}" for file in files], root, False, split_seed, how)
 
 
 def _stanford_dogs(root: Path, download: bool, split_seed: int) -> Splits:
     """Split all images 80/20 at random, as in the paper."""
     images = root / "stanford_dogs" / "Images"
     how = "Unpack images.tar from the Stanford Dogs page (vision.stanford.edu/aditya86/ImageNetDogs) there: "
-    _require(images, "StanfordDogs", f"{how}{images}/<breed>/*.jpg.")
-    return _random_split(images, split_seed)
+    return _random_split(images, "StanfordDogs", f"{how}{images}/<breed>/*.jpg.", split_seed)
 
 
 def _digits(root: Path, download: bool, split_seed: int) -> Splits:
@@ -142,26 +128,23 @@ def _digits(root: Path, download: bool, split_seed: int) -> Splits:
     pictures = optional_import("sklearn.datasets", "quickstart", "the data set digits").load_digits()
     grey = np.round(pictures.images * (255 / 16)).astype(np.uint8)
     pixels = np.repeat(grey[..., None], 3, axis=-1)
-    first, second = (np.array(part) for part in split_positions(len(pixels), 2 / 3, split_seed))
     train, test = (
-        LabelledImages(zip(pixels[part], pictures.target[part]), Image.fromarray) for part in (first, second)
+        LabelledImages(zip(pixels[part], pictures.target[part]), Image.fromarray)
+        for part in split_positions(len(pixels), 2 / 3, split_seed)
     )
     return Splits(train, test, [str(name) for name in pictures.target_names])
 
 
-def _folder(root: Path, download: bool, split_seed: int) -> Splits:
-    """Read the user's own images: `root/train/<class>/` and `root/test/<class>/` (or `val`)."""
-    return _train_test_folders(root)
-
-
-def _train_test_folders(folder: Path, ignore: tuple[str, ...] = ()) -> Splits:
-    layout = f"Put images into {folder}/train/<class>/ and {folder}/test/<class>/ (or val/<class>/)."
+def _train_test_folders(
+    folder: Path, download: bool = False, split_seed: int = 0, ignore: tuple[str, ...] = ()
+) -> Splits:
+    """Read `folder/train/<class>/` and `folder/test/<class>/` (or `val`)."""
     val_instead = (folder / "val").is_dir() and not (folder / "test").is_dir()
-    train_folder, test_folder = folder / "train", folder / ("val" if val_instead else "test")
-    for part in (train_folder, test_folder):
+    parts = train_folder, test_folder = folder / "train", folder / ("val" if val_instead else "test")
+    for part in parts:
+        layout = f"Put images into {folder}/train/<class>/ and {folder}/test/<class>/ (or val/<class>/)."
         _require(part, "image folder", layout)
-    train, train_names = read_class_folders(train_folder, ignore)
-    test, test_names = read_class_folders(test_folder, ignore)
+    (train, train_names), (test, test_names) = (read_class_folders(part, ignore) for part in parts)
     if train_names != test_names:
         only_train = sorted(set(train_names) - set(test_names))
         only_test = sorted(set(test_names) - set(train_names))
@@ -172,7 +155,8 @@ def _train_test_folders(folder: Path, ignore: tuple[str, ...] = ()) -> Splits:
     return Splits(train, test, train_names)
 
 
-def _random_split(images: Path, split_seed: int, ignore: tuple[str, ...] = ()) -> Splits:
+def _random_split(images: Path, name: str, how: str, split_seed: int, ignore: tuple[str, ...] = ()) -> Splits:
+    _require(images, name, how)
     files, names = read_class_folders(images, ignore)
     train, test = (Subset(files, part) for part in split_positions(len(files), 0.8, split_seed))
     return Splits(train, test, names)
@@ -185,16 +169,15 @@ def _require(path: Path, dataset: str, how: str) -> None:
 
 _FLOWERS102_FILES = [f"flowers-102/{part}" for part in ("jpg", "imagelabels.mat", "setid.mat")]
 _DTD_FILES = [f"dtd/dtd/{part}" for part in ("images", "labels/train1.txt", "labels/val1.txt", "labels/test1.txt")]
-_DOWNLOAD = "Fetch it with download=True (--data.download true), or set root (--data.root) to the folder that has it."
 
 CATALOGUE: dict[str, CatalogueEntry] = {
-    "CIFAR10": CatalogueEntry(partial(_cifar, "CIFAR10"), "resize_flip", 10),
-    "CIFAR100": CatalogueEntry(partial(_cifar, "CIFAR100"), "resize_flip", 100),
-    "Flowers102": CatalogueEntry(partial(_train_val_test, "Flowers102", _FLOWERS102_FILES), "resize_flip", 102),
-    "DTD": CatalogueEntry(partial(_train_val_test, "DTD", _DTD_FILES), "resize_flip", 47),
+    "CIFAR10": CatalogueEntry(partial(_official, "CIFAR10", ["cifar-10-batches-py"]), "resize_flip", 10),
+    "CIFAR100": CatalogueEntry(partial(_official, "CIFAR100", ["cifar-100-python"]), "resize_flip", 100),
+    "Flowers102": CatalogueEntry(partial(_official, "Flowers102", _FLOWERS102_FILES), "resize_flip", 102),
+    "DTD": CatalogueEntry(partial(_official, "DTD", _DTD_FILES), "resize_flip", 47),
     "Caltech101": CatalogueEntry(_caltech101, "random_resized_crop", 101),
     "StanfordCars": CatalogueEntry(_stanford_cars, "crop_jitter", 196),
     "StanfordDogs": CatalogueEntry(_stanford_dogs, "crop_jitter", 120),
     "digits": CatalogueEntry(_digits, "none", 10),
-    "folder": CatalogueEntry(_folder, "resize_flip", None),
+    "folder": CatalogueEntry(_train_test_folders, "resize_flip", None),
 }

@@ -24,11 +24,7 @@ from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampl
 class TransformedImages(Dataset[dict[str, Any]]):
     """Turn `(PIL image, class index)` into the sample `{"image": float [3, H, W], "target": int}`.
 
-    Args:
-        images: Map-style data set of `(PIL image, class index)`.
-        transform: From an RGB picture to a tensor.
-        seed: Makes a random transform a function of seed, epoch and position, so that a resumed run sees the same
-            pictures. With None the global random number generator decides.
+    With a seed, random transforms follow seed, epoch and position, so that a resumed run sees the same pictures.
     """
 
     def __init__(self, images: Any, transform: Transform, seed: int | None = None) -> None:
@@ -42,10 +38,9 @@ class TransformedImages(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         image, target = self.images[position]
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        if self.random is None:
-            return {"image": self.transform(rgb), "target": int(target)}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.random.of(position))
+        with torch.random.fork_rng(devices=[], enabled=self.random is not None):
+            if self.random is not None:
+                torch.manual_seed(self.random.of(position))
             return {"image": self.transform(rgb), "target": int(target)}
 
     def set_epoch(self, epoch: int) -> None:
@@ -127,7 +122,7 @@ class ImageDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Download the data set if `download` is set. One process per machine does this."""
         if self.download:
-            self._build(download=True)
+            CATALOGUE[self.dataset].build(self.root, True, self.split_seed)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the list of files or the arrays, and make the sets of a stage: all of them if it is None.
@@ -136,7 +131,7 @@ class ImageDataModule(LightningDataModule):
             FileNotFoundError: If the data set is not there. The message says where it should be.
             ValueError: If the normalisation is neither given nor known from the model.
         """
-        splits = self._splits = self._splits or self._build(download=False)
+        splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
         augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())
         if stage in ("fit", "validate", None):
             training: Any = splits.train
@@ -154,11 +149,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes in the order of their indices.
-
-        Raises:
-            RuntimeError: Before `setup`.
-        """
+        """Names of the classes in the order of their indices, known after `setup`."""
         if self._splits is None:
             raise RuntimeError(f"The class names of {self.dataset!r} are known after setup(). Call that first.")
         return self._splits.class_names
@@ -166,14 +157,15 @@ class ImageDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes; for "folder" the folders below `train`."""
-        named = CATALOGUE[self.dataset].num_classes
-        if named is None and self._splits is None:
-            return len(class_folders(Path(self.root) / "train"))
-        return named if named is not None and self._splits is None else len(self.class_names)
+        if self._splits is not None:
+            return len(self.class_names)
+        return CATALOGUE[self.dataset].num_classes or len(class_folders(self.root / "train"))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled and augmented."""
-        return self._loader(self.train_set, training=True)
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
+        sampler = ResumableSampler(self.train_set, world, rank, self._seed % 2**31)
+        return self._loader(self.train_set, ResumableDataLoader, sampler)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples in order, without augmentation, with the `index` they have in training."""
@@ -193,9 +185,6 @@ class ImageDataModule(LightningDataModule):
         """Return the test samples in order, to compare the predictions with their classes."""
         return self.test_dataloader()
 
-    def _build(self, download: bool) -> Splits:
-        return CATALOGUE[self.dataset].build(self.root, download, self.split_seed)
-
     def _normalisation(self) -> tuple[list[float], list[float], str]:
         """Return mean, standard deviation and interpolation: the given ones, and the model's for the others."""
         config = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
@@ -207,18 +196,11 @@ class ImageDataModule(LightningDataModule):
             )
         return list(mean), list(std), self.interpolation or config.get("interpolation", "bilinear")
 
-    def _workers(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        # The digits are in memory and tiny: sending them from a process takes longer than reading them.
-        return 0 if self.dataset == "digits" else min((os.cpu_count() or 1) - 1, 8)
-
-    def _loader(self, dataset: Any, training: bool = False) -> DataLoader[Any]:
-        workers, sampler = self._workers(), None
-        if training:
-            rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
-            sampler = ResumableSampler(dataset, world, rank, self._seed % 2**31)
-        return (ResumableDataLoader if training else DataLoader)(
+    def _loader(self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, sampler: Any = None) -> DataLoader[Any]:
+        workers = self.num_workers
+        if workers is None:  # the digits are in memory and tiny: sending them takes longer than reading them
+            workers = 0 if self.dataset == "digits" else min((os.cpu_count() or 1) - 1, 8)
+        return kind(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -26,15 +26,10 @@ def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[l
     Returns:
         Positions in the data set, each exactly once.
 
-    Raises:
-        ValueError: If the budget is not positive.
-
     Example:
         >>> token_budget_batches([3, 9, 4, 1], budget=8)
         [[1], [2, 0], [3]]
     """
-    if budget < 1:
-        raise ValueError(f"The token budget of a batch is {budget}. Give at least 1, for instance 8192.")
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     order = lengths.argsort(descending=True, stable=True)
     batches: list[list[int]] = []
@@ -63,9 +58,6 @@ class LengthGroupedSampler(ResumableSampler):
         pool: Batches that are sorted together. Fewer give more randomness and more padding. A data set that fits into
             one pool has nearly the same batches in each epoch.
 
-    Raises:
-        ValueError: If the lengths are not one per sample, the data set is empty, or a size is not positive.
-
     Example:
         >>> sampler = LengthGroupedSampler(range(4), [9, 1, 8, 2], batch_size=2)
         >>> sorted(sampler)
@@ -83,10 +75,6 @@ class LengthGroupedSampler(ResumableSampler):
         pool: int = 50,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed)
-        if not 0 < len(dataset) == len(lengths):
-            raise ValueError(f"Got {len(lengths)} lengths for {len(dataset)} samples. Give one each, at least one.")
-        if batch_size < 1 or pool < 1:
-            raise ValueError(f"Got batch_size={batch_size} and pool={pool}. Both must be at least 1.")
         self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
         self.batch_size, self.pool = batch_size, pool
 
@@ -109,9 +97,7 @@ class FixedBatches(Sampler[list[int]]):
     """Batches that are the same in every epoch, for instance batches of similar length.
 
     As the `batch_sampler` of a scoring loader it lets the data set be scored in another order than its own.
-
-    Args:
-        batches: Positions in the data set, by batch.
+    `batches` holds positions in the data set.
     """
 
     def __init__(self, batches: Sequence[Sequence[int]]) -> None:
@@ -125,13 +111,7 @@ class FixedBatches(Sampler[list[int]]):
 
 
 def split_positions(count: int, first: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split `range(count)` at random into two parts, each in ascending order.
-
-    Args:
-        count: Number of samples.
-        first: Share of the first part, in `[0, 1]`, rounded to whole samples.
-        seed: Seed of the split. The state of the global random numbers does not matter.
-    """
+    """Split `range(count)` at random into two parts, each in ascending order. `first` is the share of the first."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     border = round(first * count)
     return sorted(order[:border]), sorted(order[border:])

@@ -34,12 +34,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 class LabelledImages(Dataset[tuple[Image.Image, int]]):
-    """Labelled images, each read when it is asked for.
-
-    Args:
-        samples: Pairs of image and class index. An image is what `read` takes.
-        read: From an image, by default a file, to a PIL image.
-    """
+    """Pairs of image, by default a file, and class index; `read` makes a PIL image of it when it is asked for."""
 
     def __init__(self, samples: Iterable[tuple[Any, int]], read: Callable[[Any], Image.Image] = read_image) -> None:
         self.samples = [(image, int(target)) for image, target in samples]
@@ -75,19 +70,15 @@ def image_paths(folder: Path) -> list[Path]:
 
 def class_folders(folder: Path, ignore: Sequence[str] = ()) -> list[Path]:
     """List the visible sub-folders of a folder, sorted by name: one per class."""
-    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(path for path in folders if path.name not in ignore)
+    visible = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in visible if path.name not in ignore)
 
 
 def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[LabelledImages, list[str]]:
-    """Read a folder that holds one folder of images per class.
-
-    Args:
-        folder: For instance `root/train`, with `root/train/cat/1.jpg`.
-        ignore: Names of sub-folders that are no class.
+    """Read a folder that holds one folder of images per class: `folder/cat/1.jpg`.
 
     Returns:
-        The images and the class names. A class index is the position of its name in sorted order.
+        The images and the class names. A class index is the position of its name in sorted order, without `ignore`.
 
     Raises:
         FileNotFoundError: If there is no class folder, or a class folder without images.

@@ -5,7 +5,7 @@ Source: the vision protocol of arXiv 2502.02797. Its sizes are 224 and, before a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -15,16 +15,6 @@ v2 = optional_import("torchvision.transforms.v2", "vision", "image transforms")
 #: For CIFAR, Flowers102 and DTD; for Stanford Dogs and Cars; for Caltech101; for digits, which a flip would change.
 RecipeName = Literal["resize_flip", "crop_jitter", "random_resized_crop", "none"]
 Transform = Callable[[Any], torch.Tensor]
-
-
-def larger_size(image_size: int) -> int:
-    """Return the size before a crop: 256 for 224 pixels, other sizes in proportion.
-
-    Example:
-        >>> larger_size(224), larger_size(96)
-        (256, 110)
-    """
-    return round(image_size * 256 / 224)
 
 
 def interpolation_mode(name: str) -> Any:
@@ -41,14 +31,10 @@ def interpolation_mode(name: str) -> Any:
 
 
 def normalise(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    """Return the steps from an RGB picture to a normalised float tensor `[3, H, W]`.
-
-    Args:
-        mean: Mean of each channel, pixels in `[0, 1]`.
-        std: Standard deviation of each channel.
+    """Return the steps from an RGB picture to a float tensor `[3, H, W]`, pixels in `[0, 1]` before the normalisation.
 
     Raises:
-        ValueError: If these are not three numbers each, or a standard deviation is not positive.
+        ValueError: If mean and std are not three numbers each, or a standard deviation is not positive.
     """
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(
@@ -61,14 +47,7 @@ def normalise(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
 def recipe(
     name: str, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bilinear"
 ) -> tuple[Transform, Transform]:
-    """Build the training and the evaluation transform of a recipe.
-
-    Args:
-        name: One of `RecipeName`.
-        image_size: Height and width of the result, in pixels.
-        mean: Mean of each channel, pixels in `[0, 1]`.
-        std: Standard deviation of each channel.
-        interpolation: Name of the interpolation when resizing.
+    """Build the training and the evaluation transform of a recipe, one of `RecipeName`.
 
     Returns:
         Two functions from an RGB picture to a float tensor `[3, image_size, image_size]`. The second is deterministic.
@@ -76,22 +55,18 @@ def recipe(
     Raises:
         ValueError: If the recipe or the interpolation does not exist, or the normalisation is invalid.
     """
-    if name not in get_args(RecipeName):
-        raise ValueError(f"Unknown transforms {name!r}. Use one of {', '.join(get_args(RecipeName))}.")
-    train, evaluation = _steps(image_size, interpolation_mode(interpolation))[name]
-    tail = normalise(mean, std)
-    return v2.Compose([*train, *tail]), v2.Compose([*evaluation, *tail])
-
-
-def _steps(size: int, mode: Any) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Return the steps of every recipe, for training and for evaluation."""
-    resize, centre, larger = v2.Resize((size, size), mode), v2.CenterCrop(size), larger_size(size)
+    mode, larger = interpolation_mode(interpolation), round(image_size * 256 / 224)
+    resize, centre = v2.Resize((image_size, image_size), mode), v2.CenterCrop(image_size)
     resize_larger = v2.Resize((larger, larger), mode)
     flip, jitter = v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)
-    crop = v2.RandomResizedCrop(size, interpolation=mode)
-    return {
+    random_crop = v2.RandomResizedCrop(image_size, interpolation=mode)
+    recipes = {
         "resize_flip": ([resize, flip], [resize]),
-        "crop_jitter": ([resize_larger, v2.RandomCrop(size), flip, jitter], [resize_larger, centre]),
-        "random_resized_crop": ([crop, flip, jitter], [v2.Resize(larger, mode), centre]),
+        "crop_jitter": ([resize_larger, v2.RandomCrop(image_size), flip, jitter], [resize_larger, centre]),
+        "random_resized_crop": ([random_crop, flip, jitter], [v2.Resize(larger, mode), centre]),
         "none": ([resize], [resize]),
     }
+    if name not in recipes:
+        raise ValueError(f"Unknown transforms {name!r}. Use one of {', '.join(recipes)}.")
+    train, evaluation = (v2.Compose([*steps, *normalise(mean, std)]) for steps in recipes[name])
+    return train, evaluation

@@ -15,7 +15,6 @@ from flow_lightning.measures.base import Measure, Metric, Panel, When
 from flow_lightning.measures.metrics import hardest, kl_divergences, mean, top_k_correct
 from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.method.losses import cross_entropy
-from flow_lightning.modules.batch_norm import batch_norm_layers
 from flow_lightning.scoring.score import BatchFunction, score_dataset
 
 
@@ -169,10 +168,12 @@ class PretrainedImages(Measure):
             names, function = ("agreement", "kl"), partial(agreement_and_kl, module, self.reference)
         else:  # resumed from a checkpoint without these measurements
             return {}
+        from flow_lightning.modules.image_classification import batch_norms  # timm is slow to import
+
         outcomes = {"": self._score(trainer, module, function)}
         if when != "before":
             outcomes["_original_bn"] = (
-                self._score(trainer, module, function, True) if batch_norm_layers(module) else outcomes[""]
+                self._score(trainer, module, function, True) if len(batch_norms(module)) else outcomes[""]
             )
         return {name + kind: mean(value) for kind in outcomes for name, value in zip(names, outcomes[kind])}
 

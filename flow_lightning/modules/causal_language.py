@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from flow_lightning.distributed import is_attached, shard
+from flow_lightning.distributed import shard
 from flow_lightning.method.losses import IGNORED, linear_cross_entropy, supervised_counts
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
@@ -82,20 +81,21 @@ class CausalLanguageModule(WeightedLossModule):
         chunk_tokens: int = 256,
     ) -> None:
         super().__init__(reduction)
-        _check_arguments(tune, reduction)
+        if tune not in ("full", "lora", "head"):
+            raise ValueError(f"tune is {tune!r}. Use 'full', 'lora' or 'head'.")
+        if reduction == "sampling":
+            raise ValueError("reduction='sampling' is for samples of equal size. Use 'batch' or 'weights'.")
         objects = {"model": model, "optimizer": optimizer, "tokenizer": tokenizer}
         self.save_hyperparameters(ignore=[key for key, value in objects.items() if not isinstance(value, str | dict)])
-        loaded: Any = model
+        self.model: Any = model
         if isinstance(model, str):
-            loaded, own = load_language_model(model, getattr(torch, dtype), attention)
+            self.model, own = load_language_model(model, getattr(torch, dtype), attention)
             tokenizer = tokenizer or own
-        self.tokenizer = tokenizer
-        self.tune = tune
+        self.tokenizer, self.tune = tokenizer, tune
         if tune == "lora":
-            loaded = add_lora(loaded, lora_r, lora_alpha, lora_dropout, list(lora_targets))
+            self.model = add_lora(self.model, lora_r, lora_alpha, lora_dropout, list(lora_targets))
         elif tune == "head":
-            train_head_only(loaded)
-        self.model = cast(Any, loaded)
+            train_head_only(self.model)
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
         self.optimizer = optimizer_factory(optimizer)
         self.chunk_tokens = chunk_tokens
@@ -135,7 +135,12 @@ class CausalLanguageModule(WeightedLossModule):
             logits = self(batch["input_ids"])[:, :-1][supervised]
             return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="none")
         hidden = self.causal_lm.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-        return self._head_losses(hidden[:, :-1][supervised], targets[supervised])
+        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap, bias = getattr(config, "final_logit_softcapping", None), getattr(head, "bias", None)
+        return linear_cross_entropy(
+            hidden[:, :-1][supervised], head.weight, targets[supervised], bias, softcap, scale, self.chunk_tokens
+        )
 
     def token_counts(self, batch: dict[str, Tensor]) -> Tensor:
         """Count the supervised tokens of each sequence, `[B]`."""
@@ -162,23 +167,18 @@ class CausalLanguageModule(WeightedLossModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure the mean loss per supervised token."""
-        self._log_loss("val/loss", batch)
+        self._measure(batch, "val/loss")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure the mean loss per supervised token."""
-        self._log_loss("test/loss", batch)
+        self._measure(batch, "test/loss")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
         return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
 
     def setup(self, stage: str) -> None:
-        """Check that the losses equal the model's own, and that the precision suits the machine."""
-        if is_attached(self) and _bfloat16_is_slow(self.trainer):
-            rank_zero_warn(
-                f"precision={self.trainer.precision!r} on a CPU without AVX-512 is several times slower than "
-                "'32-true'. Use 32-true here."
-            )
+        """Check that the losses equal the model's own."""
         self.whole_logits = not self._agrees_with_model()
         if self.whole_logits:
             rank_zero_warn(
@@ -201,23 +201,12 @@ class CausalLanguageModule(WeightedLossModule):
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Write model and tokenizer in the format of transformers. With LoRA write the adapters, in that of peft.
 
-        Args:
-            folder: Where to write.
-            merge: Whether to merge adapters into a copy of the model and write that. The copy takes memory.
+        `merge` writes a copy of the model with the adapters merged into it instead. The copy takes memory.
         """
-        merged = merge and self.tune == "lora"
-        model = deepcopy(self.model).merge_and_unload() if merged else self.model
+        model = deepcopy(self.model).merge_and_unload() if merge and self.tune == "lora" else self.model
         model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-
-    def _head_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return linear_cross_entropy(
-            hidden, head.weight, targets, getattr(head, "bias", None), softcap, scale, self.chunk_tokens
-        )
 
     @torch.no_grad()
     def _agrees_with_model(self) -> bool:
@@ -231,18 +220,6 @@ class CausalLanguageModule(WeightedLossModule):
             losses = self.token_losses({"input_ids": ids, "labels": ids})
         return torch.allclose(losses, own, rtol=0.02, atol=0.02)
 
-    def _log_loss(self, name: str, batch: dict[str, Tensor]) -> None:
+    def _measure(self, batch: dict[str, Tensor], name: str) -> None:
         losses = self.token_losses(batch)
         self.log(name, losses.mean(), batch_size=losses.numel(), prog_bar=True, sync_dist=True)
-
-
-def _check_arguments(tune: str, reduction: str) -> None:
-    if tune not in ("full", "lora", "head"):
-        raise ValueError(f"tune is {tune!r}. Use 'full', 'lora' or 'head'.")
-    if reduction == "sampling":
-        raise ValueError("reduction='sampling' is for samples of equal size, such as images. Use 'batch' or 'weights'.")
-
-
-def _bfloat16_is_slow(trainer: Trainer) -> bool:
-    on_cpu = trainer.strategy.root_device.type == "cpu"
-    return on_cpu and "16" in str(trainer.precision) and "AVX512" not in torch.backends.cpu.get_cpu_capability()

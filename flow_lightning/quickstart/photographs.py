@@ -18,8 +18,6 @@ _PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
 def packaged_photographs() -> list[Path]:
     """List the photographs that scikit-image (5), scikit-learn (2) and foolbox (20, from ImageNet) carry.
 
-    The packages are located, not imported.
-
     Raises:
         ImportError: If a package is not installed. The message gives the pip line.
         FileNotFoundError: If a package lacks a photograph.
@@ -41,10 +39,6 @@ def packaged_photographs() -> list[Path]:
 def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
     """Cut overlapping square views from a picture: 3 x 3 of 3/4 of its shorter side, 3 x 3 of 1/2.
 
-    Args:
-        width: Width of the picture, in pixels.
-        height: Height of the picture, in pixels.
-
     Returns:
         18 boxes (left, upper, right, lower), in pixels.
 
@@ -52,11 +46,11 @@ def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
         >>> crop_boxes(100, 80)[0], crop_boxes(100, 80)[8], crop_boxes(100, 80)[17]
         ((0, 0, 60, 60), (40, 20, 100, 80), (60, 40, 100, 80))
     """
-    boxes = []
-    for share in (0.75, 0.5):
-        side = round(share * min(width, height))
-        for row in range(3):
-            for column in range(3):
-                left, upper = (width - side) * column // 2, (height - side) * row // 2
-                boxes.append((left, upper, left + side, upper + side))
-    return boxes
+    sides = [round(share * min(width, height)) for share in (0.75, 0.5)]
+    corners = [
+        (side, (width - side) * column // 2, (height - side) * row // 2)
+        for side in sides
+        for row in range(3)
+        for column in range(3)
+    ]
+    return [(left, upper, left + side, upper + side) for side, left, upper in corners]

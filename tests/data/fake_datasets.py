@@ -49,23 +49,16 @@ def make_folder(root: Path) -> None:
 
 def make_cifar10(root: Path) -> None:
     """Write five training batches and a test batch as pickles; needs `accept_any_checksum`."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for batch in range(5):
-        _write_cifar(folder / f"data_batch_{batch + 1}", "labels", range(batch * 10, batch * 10 + 10), 10)
-    _write_cifar(folder / "test_batch", "labels", range(50, 50 + TEST), 10)
-    names = [f"kind {target}" for target in range(10)]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    parts = {f"data_batch_{batch + 1}": range(batch * 10, batch * 10 + 10) for batch in range(5)}
+    _write_cifar(root / "cifar-10-batches-py", parts | {"test_batch": range(50, 50 + TEST)}, "labels", 10)
+    _write_names(root / "cifar-10-batches-py" / "batches.meta", "label_names", 10)
 
 
 def make_cifar100(root: Path) -> None:
     """Write the training and test pickles; needs `accept_any_checksum`."""
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
-    _write_cifar(folder / "train", "fine_labels", range(50), 100)
-    _write_cifar(folder / "test", "fine_labels", range(50, 50 + TEST), 100)
-    names = [f"kind {target}" for target in range(100)]
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    parts = {"train": range(50), "test": range(50, 50 + TEST)}
+    _write_cifar(root / "cifar-100-python", parts, "fine_labels", 100)
+    _write_names(root / "cifar-100-python" / "meta", "fine_label_names", 100)
 
 
 def make_flowers102(root: Path) -> None:
@@ -115,15 +108,6 @@ def make_stanford_cars(root: Path) -> None:
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array(CLASSES, dtype=object)})
 
 
-def make_stanford_dogs(root: Path) -> None:
-    """Write a folder of breeds."""
-    make_class_folders(root / "stanford_dogs" / "Images", per_class=10)
-
-
-def make_digits(root: Path) -> None:
-    """Write nothing: the digits come with scikit-learn."""
-
-
 MAKERS: dict[str, Callable[[Path], None]] = {
     "CIFAR10": make_cifar10,
     "CIFAR100": make_cifar100,
@@ -131,14 +115,20 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "DTD": make_dtd,
     "Caltech101": make_caltech101,
     "StanfordCars": make_stanford_cars,
-    "StanfordDogs": make_stanford_dogs,
-    "digits": make_digits,
+    "StanfordDogs": lambda root: make_class_folders(root / "stanford_dogs" / "Images", per_class=10),
+    "digits": lambda root: None,  # they come with scikit-learn
     "folder": make_folder,
 }
 
 
-def _write_cifar(path: Path, key: str, numbers: range, classes: int) -> None:
-    labels = [number % min(classes, 10) * (classes // 10) for number in numbers]
-    pixels = [np.asarray(picture(k, label, (32, 32))) for k, label in zip(numbers, labels, strict=True)]
-    flat = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(labels), -1)
-    path.write_bytes(pickle.dumps({"data": flat, key: labels}))
+def _write_cifar(folder: Path, parts: dict[str, range], key: str, classes: int) -> None:
+    folder.mkdir(parents=True)
+    for name, numbers in parts.items():
+        labels = [number % 10 * (classes // 10) for number in numbers]
+        pixels = [np.asarray(picture(k, label, (32, 32))) for k, label in zip(numbers, labels, strict=True)]
+        flat = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(labels), -1)
+        (folder / name).write_bytes(pickle.dumps({"data": flat, key: labels}))
+
+
+def _write_names(path: Path, key: str, classes: int) -> None:
+    path.write_bytes(pickle.dumps({key: [f"kind {target}" for target in range(classes)]}))

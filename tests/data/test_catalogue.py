@@ -9,7 +9,6 @@ import pytest
 import torchvision.datasets
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch.utils.data import ConcatDataset
 
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.sources import targets_of
@@ -21,7 +20,6 @@ from tests.data.fake_datasets import (
     accept_any_checksum,
     make_class_folders,
     make_folder,
-    make_stanford_dogs,
 )
 
 
@@ -33,10 +31,6 @@ def content(dataset: Any) -> list[tuple[bytes, int]]:
     """Pixels and class of every sample."""
     samples = (dataset[position] for position in range(len(dataset)))
     return [(image.convert("RGB").tobytes(), int(target)) for image, target in samples]
-
-
-def test_every_entry_has_a_fake() -> None:
-    assert set(MAKERS) == set(CATALOGUE)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
@@ -55,34 +49,24 @@ def test_every_entry_gives_pictures_with_their_classes(
     assert not set(content(splits.train)) & set(content(splits.test))
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
-def test_cifar_is_what_torchvision_reads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accept_any_checksum(monkeypatch)
-    MAKERS[name](tmp_path)
-    splits, reference = build(name, tmp_path), getattr(torchvision.datasets, name)
-    assert content(splits.train) == content(reference(tmp_path, train=True))
-    assert content(splits.test) == content(reference(tmp_path, train=False))
-    assert len(splits.class_names) == CATALOGUE[name].num_classes
-
-
-@pytest.mark.parametrize("name", ["Flowers102", "DTD"])
-def test_training_and_validation_images_are_joined_as_torchvision_reads_them(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "train", "test"),
+    [
+        *[(name, [{"train": True}], {"train": False}) for name in ("CIFAR10", "CIFAR100")],
+        *[(name, [{"split": "train"}, {"split": "val"}], {"split": "test"}) for name in ("Flowers102", "DTD")],
+        ("StanfordCars", [{"split": "train"}], {"split": "test"}),
+    ],
+)
+def test_official_splits_are_what_torchvision_reads(
+    name: str, train: list[Any], test: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accept_any_checksum(monkeypatch)
     MAKERS[name](tmp_path)
     splits, reference = build(name, tmp_path), getattr(torchvision.datasets, name)
-    joined: ConcatDataset[Any] = ConcatDataset([reference(tmp_path, split="train"), reference(tmp_path, split="val")])
-    assert content(splits.train) == content(joined)
-    assert content(splits.test) == content(reference(tmp_path, split="test"))
-
-
-def test_stanford_cars_is_what_torchvision_reads(tmp_path: Path) -> None:
-    MAKERS["StanfordCars"](tmp_path)
-    splits, reference = build("StanfordCars", tmp_path), torchvision.datasets.StanfordCars
-    assert content(splits.train) == content(reference(tmp_path, split="train"))
-    assert content(splits.test) == content(reference(tmp_path, split="test"))
-    assert splits.class_names == list(CLASSES)
+    assert content(splits.train) == [sample for part in train for sample in content(reference(tmp_path, **part))]
+    assert content(splits.test) == content(reference(tmp_path, **test))
+    assert splits.class_names == list(reference(tmp_path, **test).classes)
+    assert not name.startswith("CIFAR") or len(splits.class_names) == CATALOGUE[name].num_classes
 
 
 def test_caltech101_splits_what_torchvision_reads(tmp_path: Path) -> None:
@@ -102,7 +86,7 @@ def test_train_and_test_folders_are_taken_as_they_are(name: str, folder: str, tm
 
 
 def test_stanford_dogs_is_split_80_to_20_by_the_seed(tmp_path: Path) -> None:
-    make_stanford_dogs(tmp_path)
+    MAKERS["StanfordDogs"](tmp_path)
     parts = [
         [content(part) for part in (splits.train, splits.test)]
         for splits in (build("StanfordDogs", tmp_path, seed) for seed in (1, 1, 2))
@@ -129,9 +113,8 @@ def test_a_missing_package_is_named_with_the_pip_line(
 ) -> None:
     MAKERS[name](tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ImportError, match=rf"'{module[:5]}.*data set {name} .*pip install \"flow-lightning\[quickstart\]\""
-    ):
+    message = rf"'{module[:5]}.*data set {name} .*pip install \"flow-lightning\[quickstart\]\""
+    with pytest.raises(ImportError, match=message):
         build(name, tmp_path)
 
 
@@ -163,16 +146,12 @@ def test_damaged_official_files_are_refused(name: str, tmp_path: Path) -> None:
         build(name, tmp_path)
 
 
-def test_folder_takes_val_where_there_is_no_test(tmp_path: Path) -> None:
+def test_folder_takes_val_where_there_is_no_test_and_differing_classes_are_named(tmp_path: Path) -> None:
     make_folder(tmp_path)
     shutil.move(tmp_path / "test", tmp_path / "val")
     assert len(content(build("folder", tmp_path).test)) == TEST
-
-
-def test_differing_class_folders_are_named(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    make_class_folders(tmp_path / "test", 1, (*CLASSES, "dog"))
-    shutil.rmtree(tmp_path / "test" / "bike")
+    make_class_folders(tmp_path / "val", 1, (*CLASSES, "dog"))
+    shutil.rmtree(tmp_path / "val" / "bike")
     with pytest.raises(ValueError, match=r"only the first has \['bike'\], only the second \['dog'\]"):
         build("folder", tmp_path)
 
@@ -182,8 +161,13 @@ def test_spelling_of_names_does_not_matter(spelling: str) -> None:
     assert find_dataset(spelling) in CATALOGUE
 
 
-def test_an_unknown_name_gives_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"Unknown data set 'StanfordCar'. Did you mean StanfordCars"):
-        find_dataset("StanfordCar")
-    with pytest.raises(ValueError, match=r"Unknown data set 'zzz'. Known are CIFAR10, .*<root>/train/<class>"):
-        find_dataset("zzz")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("StanfordCar", r"Unknown data set 'StanfordCar'. Did you mean StanfordCars"),
+        ("zzz", r"Unknown data set 'zzz'. Known are CIFAR10, .*<root>/train/<class>"),
+    ],
+)
+def test_an_unknown_name_gives_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_dataset(name)

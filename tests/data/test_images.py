@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torchvision.datasets
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 
 from flow_lightning import ImageDataModule
 from flow_lightning.data.catalogue import CATALOGUE
 from flow_lightning.data.sources import UnreadableImageError
 from tests.data.fake_datasets import CLASSES, MAKERS, TEST, TRAIN, accept_any_checksum, make_folder
+from tests.examples import make_trainer
 
 HALF = [0.5, 0.5, 0.5]
 
@@ -21,15 +22,8 @@ def folder_module(root: Path, **settings: Any) -> ImageDataModule:
     """Return a data module over a small image folder, set up."""
     if not (root / "train").exists():
         make_folder(root)
-    arguments: dict[str, Any] = {
-        "image_size": 16,
-        "batch_size": 10,
-        "num_workers": 0,
-        "mean": HALF,
-        "std": HALF,
-        "validation_fraction": 0,
-    }
-    data = ImageDataModule("folder", root, **(arguments | settings))
+    arguments: dict[str, Any] = {"image_size": 16, "batch_size": 10, "num_workers": 0, "mean": HALF, "std": HALF}
+    data = ImageDataModule("folder", root, **(arguments | {"validation_fraction": 0} | settings))
     data.setup()
     return data
 
@@ -53,13 +47,8 @@ def test_every_data_set_gives_batches(name: str, tmp_path: Path, monkeypatch: py
     data.prepare_data()
     data.setup("fit")
     assert data.transforms == CATALOGUE[name].transforms
-    for loader in (
-        data.train_dataloader(),
-        data.val_dataloader(),
-        data.test_dataloader(),
-        data.predict_dataloader(),
-    ):
-        batch = next(iter(loader))
+    for part in ("train", "val", "test", "predict"):
+        batch = next(iter(getattr(data, f"{part}_dataloader")()))
         assert set(batch) == {"image", "target", "index"}
         assert batch["image"].shape[1:] == (3, 16, 16) and batch["image"].dtype == torch.float32
         assert batch["target"].dtype == batch["index"].dtype == torch.int64
@@ -82,6 +71,7 @@ def test_scoring_sees_the_training_samples_in_order_under_the_same_index(tmp_pat
     assert scored["index"].tolist() == list(range(TRAIN))
     assert torch.equal(scored["image"], trained["image"][order])
     assert torch.equal(scored["target"], trained["target"][order])
+    assert data.scoring_set.dataset.targets == scored["target"].tolist(), "known without reading images"
 
 
 def test_only_training_is_augmented(tmp_path: Path) -> None:
@@ -92,20 +82,6 @@ def test_only_training_is_augmented(tmp_path: Path) -> None:
     before = data.train_set[0]["image"]
     data.train_set.set_epoch(1)
     assert not torch.equal(data.train_set[0]["image"], before)
-
-
-def test_a_fraction_of_0_trains_on_everything_and_validates_on_nothing(tmp_path: Path) -> None:
-    data = folder_module(tmp_path, validation_fraction=0)
-    assert data.val_dataloader() == []
-    assert (len(data.train_set), len(data.scoring_set), len(data.test_set)) == (TRAIN, TRAIN, TEST)
-
-
-def test_nothing_but_training_images_is_validated_by_default(tmp_path: Path) -> None:
-    (everything,) = pictures(folder_module(tmp_path).scoring_dataloader())
-    data = ImageDataModule("folder", tmp_path, image_size=16, num_workers=0, mean=HALF, std=HALF)
-    data.setup()
-    trained, validated, tested = pictures(data.scoring_dataloader(), data.val_dataloader(), data.test_dataloader())
-    assert len(validated) == round(TRAIN / 10) and validated <= everything and not validated & (trained | tested)
 
 
 def test_a_stage_sets_up_what_it_needs_and_the_test_set_when_it_is_asked_for(tmp_path: Path) -> None:
@@ -119,26 +95,24 @@ def test_a_stage_sets_up_what_it_needs_and_the_test_set_when_it_is_asked_for(tmp
         assert len(data.test_dataloader().dataset) == TEST and getattr(data, "train_set", None) is train_set
 
 
-def test_a_validation_fraction_is_taken_from_training(tmp_path: Path) -> None:
-    (everything,) = pictures(folder_module(tmp_path).scoring_dataloader())
-    data = folder_module(tmp_path, validation_fraction=0.25)
-    kept, held_out = gather(data.scoring_dataloader()), gather(data.val_dataloader())
-    parts = pictures(data.scoring_dataloader(), data.val_dataloader())
-    assert [len(part) for part in parts] == [18, 6]
-    assert parts[0] | parts[1] == everything and not parts[0] & parts[1]
-    assert kept["index"].tolist() == list(range(18))
-    again = folder_module(tmp_path, validation_fraction=0.25)
-    assert torch.equal(gather(again.val_dataloader())["image"], held_out["image"])
-
-
-def test_targets_are_known_without_reading_images(tmp_path: Path) -> None:
-    data = folder_module(tmp_path, validation_fraction=0.25)
-    assert data.scoring_set.dataset.targets == gather(data.scoring_dataloader())["target"].tolist()
+def test_nothing_but_training_images_is_validated(tmp_path: Path) -> None:
+    everything = folder_module(tmp_path, validation_fraction=0)
+    assert everything.val_dataloader() == []
+    assert (len(everything.train_set), len(everything.scoring_set), len(everything.test_set)) == (TRAIN, TRAIN, TEST)
+    data, again = (folder_module(tmp_path, validation_fraction=0.25) for _ in range(2))
+    trained, validated, tested = pictures(data.scoring_dataloader(), data.val_dataloader(), data.test_dataloader())
+    assert [len(trained), len(validated)] == [18, 6] and not validated & (trained | tested)
+    assert [trained | validated] == pictures(everything.scoring_dataloader())
+    assert gather(data.scoring_dataloader())["index"].tolist() == list(range(18))
+    assert torch.equal(gather(again.val_dataloader())["image"], gather(data.val_dataloader())["image"])
+    by_default = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
+    by_default.setup("fit")
+    assert len(by_default.val_set or []) == round(TRAIN / 10)
 
 
 def test_a_checkpoint_keeps_the_settings_and_no_objects(tmp_path: Path) -> None:
     data = folder_module(tmp_path, batch_size=7, transforms="none")
-    trainer = quiet_trainer()
+    trainer = make_trainer()
     trainer.fit(TinyModule(), data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     again = ImageDataModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
@@ -165,33 +139,18 @@ class TinyModule(LightningModule):
         self.seen.append(batch["image"])
 
 
-def quiet_trainer() -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    return Trainer(accelerator="cpu", max_epochs=1, **quiet)
-
-
 def seen_by_a_trainer(data: ImageDataModule) -> torch.Tensor:
     module = TinyModule()
-    quiet_trainer().test(module, datamodule=data, verbose=False)
+    make_trainer().test(module, datamodule=data, verbose=False)
     return torch.cat(module.seen)
 
 
-def test_normalisation_and_interpolation_come_from_the_model(tmp_path: Path) -> None:
-    make_folder(tmp_path)
+def test_normalisation_and_interpolation_are_given_or_else_those_of_the_model(tmp_path: Path) -> None:
+    given = folder_module(tmp_path, interpolation="bilinear")
+    assert torch.equal(seen_by_a_trainer(given), gather(given.test_dataloader())["image"])
     data = ImageDataModule("folder", tmp_path, image_size=16, num_workers=0)
     expected = folder_module(tmp_path, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], interpolation="bicubic")
     assert torch.equal(seen_by_a_trainer(data), gather(expected.test_dataloader())["image"])
-
-
-def test_given_normalisation_beats_the_models(tmp_path: Path) -> None:
-    data = folder_module(tmp_path, interpolation="bilinear")
-    assert torch.equal(seen_by_a_trainer(data), gather(data.test_dataloader())["image"])
-
-
-def test_unknown_normalisation_says_what_to_give(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"mean and std were not given.*0\.485"):
-        ImageDataModule("folder", tmp_path).setup()
 
 
 def test_class_names_and_number_of_classes(tmp_path: Path) -> None:
@@ -205,15 +164,6 @@ def test_class_names_and_number_of_classes(tmp_path: Path) -> None:
     assert (data.num_classes, data.class_names) == (3, list(CLASSES))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_from_a_worker_process_too(tmp_path: Path, workers: int) -> None:
-    make_folder(tmp_path)
-    (tmp_path / "train" / "bike" / "003.png").write_bytes(b"broken")
-    data = folder_module(tmp_path, num_workers=workers)
-    with pytest.raises(UnreadableImageError, match=r"bike/003\.png"):
-        gather(data.scoring_dataloader())
-
-
 @pytest.mark.parametrize(
     ("name", "file"),
     [
@@ -222,15 +172,17 @@ def test_an_unreadable_image_is_named_from_a_worker_process_too(tmp_path: Path, 
         ("Caltech101", "caltech101/101_ObjectCategories/cat/image_0001.jpg"),
         ("StanfordCars", "stanford_cars/cars_train/00001.jpg"),
         ("StanfordDogs", "stanford_dogs/Images/cat/000.png"),
+        ("folder", "train/bike/003.png"),
     ],
 )
-def test_an_unreadable_image_is_named_in_every_data_set(
+def test_an_unreadable_image_is_named_in_every_data_set_and_from_a_worker_process(
     name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accept_any_checksum(monkeypatch)
     MAKERS[name](tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:200])
-    data = ImageDataModule(name, tmp_path, image_size=16, num_workers=0, mean=HALF, std=HALF)
+    workers = int(name == "folder")
+    data = ImageDataModule(name, tmp_path, image_size=16, num_workers=workers, mean=HALF, std=HALF)
     data.setup()
     with pytest.raises(UnreadableImageError, match=file):
         gather([*data.scoring_dataloader(), *data.test_dataloader()])
@@ -271,14 +223,12 @@ def test_downloading_happens_in_prepare_data_only(tmp_path: Path, monkeypatch: p
     [
         ({"dataset": "cifar11"}, "Did you mean CIFAR1"),
         ({"validation_fraction": 1.0}, "validation_fraction is 1.0. Give a share"),
-        ({"mean": HALF}, "Give both, or neither"),
+        ({"validation_fraction": 0.01}, "24 training samples leaves 24 to train and 0 to validate"),
+        ({"mean": None}, "Give both, or neither"),
+        ({"mean": None, "std": None}, r"mean and std were not given.*0\.485"),
     ],
 )
-def test_bad_settings_are_explained(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_are_explained(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_folder(tmp_path)
     with pytest.raises(ValueError, match=message):
-        ImageDataModule(**({"dataset": "CIFAR10"} | settings))
-
-
-def test_a_fraction_that_leaves_a_part_empty_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="24 training samples leaves 24 to train and 0 to validate"):
-        folder_module(tmp_path, validation_fraction=0.01)
+        ImageDataModule(**({"dataset": "folder", "root": tmp_path, "mean": HALF, "std": HALF} | settings)).setup()

@@ -16,25 +16,17 @@ from flow_lightning.data.sources import (
 from tests.data.fake_datasets import CLASSES, make_class_folders, picture, save_picture
 
 
-def damaged(path: Path, kind: str) -> Path:
-    """Write a file that is no intact image."""
-    save_picture(path, 1, 1)
-    content = path.read_bytes()
-    path.write_bytes({"empty": b"", "text": b"not an image", "truncated": content[: len(content) // 2]}[kind])
-    return path
-
-
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated"])
+@pytest.mark.parametrize("kind", ["absent", "empty", "text", "truncated"])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_an_unreadable_image_is_named(tmp_path: Path, kind: str, suffix: str) -> None:
-    path = damaged(tmp_path / f"photo{suffix}", kind)
-    with pytest.raises(UnreadableImageError, match=f"photo{suffix}.*intact copy"):
-        read_image(path)
-
-
-def test_an_absent_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableImageError, match=r"gone\.jpg"):
-        LabelledImages([(tmp_path / "gone.jpg", 0)])[0]
+    path = tmp_path / f"photo{suffix}"
+    if kind != "absent":
+        save_picture(path, 1, 1)
+        content = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"not an image", "truncated": content[: len(content) // 2]}[kind])
+    for read in (read_image, lambda path: LabelledImages([(path, 0)])[0]):
+        with pytest.raises(UnreadableImageError, match=f"photo{suffix}.*intact copy"):
+            read(path)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
@@ -58,31 +50,24 @@ def test_targets_are_known_without_reading_where_that_is_possible() -> None:
     assert targets_of(ConcatDataset([files])) is None
 
 
-def test_class_folders_are_read_in_sorted_order(tmp_path: Path) -> None:
+def test_class_folders_are_read_in_sorted_order_with_nested_files_of_any_case(tmp_path: Path) -> None:
     make_class_folders(tmp_path, per_class=2)
+    save_picture(tmp_path / "cat" / "more" / "1.PNG", 0, 0)
     (tmp_path / ".cache").mkdir()
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "cat" / "._000.png").write_bytes(b"resource fork")
     files, names = read_class_folders(tmp_path)
     assert names == list(CLASSES)
-    assert files.targets == [0, 0, 1, 1, 2, 2]
-    assert [Path(path).parent.name for path, _ in files.samples] == [CLASSES[k] for k in files.targets]
+    assert files.targets == [0, 0, 1, 1, 2, 2, 2]
+    assert [path.relative_to(tmp_path).parts[0] for path, _ in files.samples] == [CLASSES[k] for k in files.targets]
+    assert [path.name for path in image_paths(tmp_path / "cat")] == ["000.png", "001.png", "1.PNG"]
 
 
-def test_image_paths_finds_nested_files_of_any_case(tmp_path: Path) -> None:
-    for name in ("b/c/1.PNG", "a.jpg"):
-        save_picture(tmp_path / name, 0, 0)
-    assert [path.name for path in image_paths(tmp_path)] == ["a.jpg", "1.PNG"]
-
-
-def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:
+def test_folders_without_classes_or_images_are_named(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "loose.png")
+    with pytest.raises(FileNotFoundError, match="one folder of images per class"):
+        read_class_folders(tmp_path)
     make_class_folders(tmp_path)
     (tmp_path / "dog").mkdir()
     with pytest.raises(FileNotFoundError, match=r"No image files in 1 class folders: .*dog"):
-        read_class_folders(tmp_path)
-
-
-def test_a_folder_without_class_folders_says_what_is_expected(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "loose.png")
-    with pytest.raises(FileNotFoundError, match="one folder of images per class"):
         read_class_folders(tmp_path)

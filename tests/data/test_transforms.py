@@ -1,25 +1,22 @@
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flow_lightning.data.transforms import RecipeName, larger_size, recipe
+from flow_lightning.data.transforms import RecipeName, recipe
 from tests.data.fake_datasets import picture
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
-def by_hand(image: Image.Image) -> torch.Tensor:
-    """Normalise with numpy."""
-    pixels = (np.asarray(image, dtype=np.float64) / 255 - MEAN) / STD
-    return torch.from_numpy(pixels.transpose(2, 0, 1)).float()
-
-
-def centre(image: Image.Image, size: int) -> Image.Image:
+def by_hand(image: Image.Image, size: int) -> torch.Tensor:
+    """Cut out the centre and normalise with numpy."""
     left, upper = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, upper, left + size, upper + size))
+    centre = image.crop((left, upper, left + size, upper + size))
+    pixels = (np.asarray(centre, dtype=np.float64) / 255 - MEAN) / STD
+    return torch.from_numpy(pixels.transpose(2, 0, 1)).float()
 
 
 @pytest.mark.parametrize("name", get_args(RecipeName))
@@ -31,26 +28,20 @@ def test_both_transforms_give_the_size_and_evaluation_is_deterministic(name: str
     assert torch.equal(evaluation(image), evaluation(image))
 
 
-@pytest.mark.parametrize("name", ["resize_flip", "none"])
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_resize_matches_pillow(name: str, mode: str) -> None:
-    image = picture(1, 2, (50, 37))
-    _, evaluation = recipe(name, 28, MEAN, STD, mode)
-    expected = by_hand(image.resize((28, 28), Image.Resampling[mode.upper()]))
-    torch.testing.assert_close(evaluation(image), expected, atol=1e-5, rtol=0)
-
-
-def test_crop_jitter_evaluates_the_centre_of_a_squashed_picture() -> None:
-    image = picture(1, 2, (50, 37))
-    _, evaluation = recipe("crop_jitter", 28, MEAN, STD)
-    expected = by_hand(centre(image.resize((32, 32), Image.Resampling.BILINEAR), 28))
-    torch.testing.assert_close(evaluation(image), expected, atol=1e-5, rtol=0)
-
-
-def test_random_resized_crop_evaluates_the_centre_and_keeps_proportions() -> None:
+@pytest.mark.parametrize(
+    ("name", "mode", "size", "resized"),
+    [
+        *[(name, mode, 28, (28, 28)) for name in ("resize_flip", "none") for mode in ("bilinear", "bicubic")],
+        ("crop_jitter", "bilinear", 28, (32, 32)),  # squashed
+        ("random_resized_crop", "bilinear", 42, (64, 48)),  # in proportion: 48 is the larger size of 42
+    ],
+)
+def test_evaluation_is_the_centre_of_what_pillow_resizes(
+    name: str, mode: str, size: int, resized: tuple[int, int]
+) -> None:
     image = picture(1, 2, (64, 48))
-    _, evaluation = recipe("random_resized_crop", 42, MEAN, STD)
-    expected = by_hand(centre(image, 42))  # 48 is the larger size of 42: nothing is resized
+    _, evaluation = recipe(name, size, MEAN, STD, mode)
+    expected = by_hand(image.resize(resized, Image.Resampling[mode.upper()]), size)
     torch.testing.assert_close(evaluation(image), expected, atol=1e-5, rtol=0)
 
 
@@ -72,8 +63,10 @@ def test_none_never_changes_the_picture() -> None:
     assert all(torch.equal(train(image), evaluation(image)) for _ in range(10))
 
 
-def test_the_size_before_a_crop_keeps_the_papers_ratio() -> None:
-    assert [larger_size(size) for size in (224, 112, 448)] == [256, 128, 512]
+@pytest.mark.parametrize(("size", "larger"), [(224, 256), (112, 128), (448, 512), (96, 110)])
+def test_the_size_before_a_crop_keeps_the_papers_ratio(size: int, larger: int) -> None:
+    evaluation: Any = recipe("crop_jitter", size, MEAN, STD)[1]
+    assert evaluation.transforms[0].size == [larger, larger]
 
 
 @pytest.mark.parametrize(

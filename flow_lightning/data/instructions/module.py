@@ -15,7 +15,7 @@ from flow_lightning.contract import module_contract
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate
 from flow_lightning.data.instructions.prompts import end_of_sequence
-from flow_lightning.data.instructions.records import Record, read_records
+from flow_lightning.data.instructions.records import read_records
 from flow_lightning.data.samplers import (
     FixedBatches,
     LengthGroupedSampler,
@@ -106,8 +106,7 @@ class InstructionDataModule(LightningDataModule):
         """Read and tokenise what the trainer is about to use. In a fit callbacks may ask for the test set as well."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for name in self._missing(stage) + (self._missing("test") if stage == "fit" else []):
-            if name not in self._prepared:
-                self._prepared[name] = self._build(name)
+            self._prepared[name] = self._prepared.get(name) or self._build(name)
 
     def setup(self, stage: str | None = None) -> None:
         """Take the sets of a stage from rank 0, which reads them now if `prepare_data` did not.
@@ -120,23 +119,28 @@ class InstructionDataModule(LightningDataModule):
             take = partial(self._take, name)
             dataset = take() if self.trainer is None else from_rank_zero(self.trainer, take)
             setattr(self, f"{name}_set", IndexedDataset(dataset))
-            self._check_positions(name, dataset)
+            positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions
+            longest = int(dataset.lengths.max())
+            if positions is not None and longest > positions:
+                raise ValueError(
+                    f"The longest sample of the {_NAMES[name]} set has {longest} tokens, but the model has {positions} "
+                    f"positions. Set max_length={positions} or less."
+                )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled, with samples of similar length in a batch."""
-        dataset = _ready(self.train_set, "training")
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
-        lengths = dataset.dataset.lengths
-        sampler = LengthGroupedSampler(dataset, lengths, self.batch_size, world, rank, self.seed)
+        dataset = _ready(self.train_set)
+        sampler = LengthGroupedSampler(dataset, dataset.dataset.lengths, self.batch_size, world, rank, self.seed)
         return self._loader(dataset, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, the longest first, with the `index` they have in training."""
-        return self._budget_loader(_ready(self.train_set, "training"))
+        return self._budget_loader(self.train_set)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the held-out part of the training samples, or no loader with `validation_fraction=0`."""
-        return self._evaluation_loader(_ready(self.val_set, "validation")) if self.validation_fraction else []
+        return self._evaluation_loader(self.val_set) if self.validation_fraction else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test samples, the longest first.
@@ -146,16 +150,11 @@ class InstructionDataModule(LightningDataModule):
         """
         if self.test is None:
             raise ValueError("There is no test set. Give InstructionDataModule(test=...) a file or a data set's name.")
-        if self.test_set is None:  # in a fit, whose own stage does not need it
-            self.setup("test")
-        return self._evaluation_loader(_ready(self.test_set, "test"))
+        self.setup("test")  # for a fit, whose own stage does not need it
+        return self._evaluation_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Refuse: a fine-tuned language model writes with transformers.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Refuse, with NotImplementedError: a fine-tuned language model writes with transformers."""
         raise NotImplementedError(
             "`predict` is for classifiers. To generate text, load the run's folder model/ with transformers: "
             "pipeline('text-generation', model='.../model')."
@@ -163,41 +162,27 @@ class InstructionDataModule(LightningDataModule):
 
     def _missing(self, stage: str | None) -> list[str]:
         """Return the names of the sets that a stage needs, that exist, and that are not set up yet."""
-        exists = {"train": True, "val": self.validation_fraction > 0, "test": self.test is not None}
-        ready = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
-        return [name for name in _SETS[stage] if exists[name] and ready[name] is None]
+        absent = ["val"] * (self.validation_fraction == 0) + ["test"] * (self.test is None)
+        return [name for name in _SETS[stage] if name not in absent and getattr(self, f"{name}_set") is None]
 
     def _take(self, name: str) -> InstructionDataset:
         return self._prepared.pop(name) if name in self._prepared else self._build(name)
 
     def _build(self, name: str) -> InstructionDataset:
-        progress = self.trainer is None or self.trainer.is_global_zero
-        fields, keep = (self.instruction_field, self.response_field), name == "test"
-        records = self._records(name, fields, progress)
-        tokenizer = self._tokenizer()
-        dataset = InstructionDataset(records, tokenizer, *fields, self.template, self.max_length, progress, keep)
+        fields, is_test = (self.instruction_field, self.response_field), name == "test"
+        if is_test:
+            records = read_records(str(self.test), self.test_split, fields, self.limit_test)
+        else:
+            both = read_records(self.train, self.train_split, fields, self.limit_train)
+            held_out, kept = hold_out(len(both), self.validation_fraction, self.split_seed)
+            records = [both[position] for position in (kept if name == "train" else held_out)]
+        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, self.max_length, is_test)
         rank_zero_info(
             f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.tokens.numel()} tokens, "
             f"{int(dataset.supervised.sum())} of them supervised. Cut to max_length={self.max_length}: "
             f"{dataset.truncated} samples. Excluded, because the prompt alone is longer: {dataset.excluded}."
         )
         return dataset
-
-    def _records(self, name: str, fields: tuple[str, str], progress: bool) -> list[Record]:
-        if name == "test":
-            return read_records(str(self.test), self.test_split, fields, self.limit_test, progress)
-        records = read_records(self.train, self.train_split, fields, self.limit_train, progress)
-        held_out, kept = hold_out(len(records), self.validation_fraction, self.split_seed)
-        return [records[position] for position in (kept if name == "train" else held_out)]
-
-    def _check_positions(self, name: str, dataset: InstructionDataset) -> None:
-        positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions
-        longest = int(dataset.lengths.max())
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"The longest sample of the {_NAMES[name]} set has {longest} tokens, but the model has {positions} "
-                f"positions. Set max_length={positions} or less."
-            )
 
     def _tokenizer(self) -> Any:
         tokenizer = self.tokenizer
@@ -210,15 +195,15 @@ class InstructionDataModule(LightningDataModule):
             )
         return tokenizer
 
-    def _evaluation_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
+    def _evaluation_loader(self, dataset: IndexedDataset | None) -> DataLoader[Any]:
         if self.trainer is not None and self.trainer.world_size > 1:
             # Lightning shares the samples between processes by a sampler of its own, which excludes a batch sampler.
-            return self._loader(dataset, batch_size=self.batch_size)
+            return self._loader(_ready(dataset), batch_size=self.batch_size)
         return self._budget_loader(dataset)
 
-    def _budget_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
-        batches = token_budget_batches(dataset.dataset.lengths, self.tokens_per_batch)
-        return self._loader(dataset, batch_sampler=FixedBatches(batches))
+    def _budget_loader(self, dataset: IndexedDataset | None) -> DataLoader[Any]:
+        batches = token_budget_batches(_ready(dataset).dataset.lengths, self.tokens_per_batch)
+        return self._loader(_ready(dataset), batch_sampler=FixedBatches(batches))
 
     def _loader(
         self, dataset: IndexedDataset, kind: type[DataLoader[Any]] = DataLoader, **batching: Any
@@ -235,7 +220,7 @@ class InstructionDataModule(LightningDataModule):
         )
 
 
-def _ready(dataset: IndexedDataset | None, name: str) -> IndexedDataset:
+def _ready(dataset: IndexedDataset | None) -> IndexedDataset:
     if dataset is None:
-        raise RuntimeError(f"The {name} set is not there yet. Call setup() of the data module first.")
+        raise RuntimeError("This set is not there yet. Call setup() of the data module first.")
     return dataset

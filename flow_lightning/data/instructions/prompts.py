@@ -25,9 +25,7 @@ _UNSPLITTABLE = (
 def prompt_splitter(template: str, tokenizer: Any) -> Split:
     """Return the function that turns instruction and response into the prompt and the supervised text.
 
-    Args:
-        template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
-        tokenizer: A tokenizer of transformers. Only "chat" uses it.
+    A template is "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
 
     Raises:
         ValueError: If the template has no `{instruction}`, or the tokenizer no usable chat template.
@@ -114,11 +112,7 @@ def _tokenise(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]
 
 
 def end_of_sequence(tokenizer: Any) -> int:
-    """Return the end-of-sequence token.
-
-    Raises:
-        ValueError: If the tokenizer has none.
-    """
+    """Return the end-of-sequence token, or raise ValueError if the tokenizer has none."""
     end: int | None = tokenizer.eos_token_id
     if end is None:
         raise ValueError(

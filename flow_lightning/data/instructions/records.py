@@ -4,7 +4,7 @@ In: a source and the names of its text fields. Out: one dict of texts per record
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,11 @@ from flow_lightning.optional import optional_import
 from flow_lightning.quickstart.arithmetic import word_problems
 
 Record = dict[str, str]
-_GENERATED = "generated:"
-_PURPOSE = "language data"
-_ROWS = 1000  # rows of a Hugging Face data set that are read at once
+Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, such as a file and a line
 
 
-def read_records(
-    source: str | Path, split: str, fields: Sequence[str], limit: int | None = None, progress: bool = True
-) -> list[Record]:
-    """Read the text fields of a data set.
+def read_records(source: str | Path, split: str, fields: Sequence[str], limit: int | None = None) -> list[Record]:
+    """Read the text fields of a data set: a dict for each record.
 
     Args:
         source: A `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a Hugging Face
@@ -33,10 +29,6 @@ def read_records(
         split: Split of the data set. Files have none.
         fields: Names of the fields to read.
         limit: Number of records to read, from the first. None for all.
-        progress: Show a progress bar if it takes longer than 2 seconds.
-
-    Returns:
-        One dict of the fields per record.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -46,16 +38,15 @@ def read_records(
     if limit is not None and limit < 1:
         raise ValueError(f"The limit of records is {limit}. Give at least 1, or None for all.")
     rows = islice(_rows(str(source), split, fields), limit)
-    shown = tqdm(rows, desc=f"Reading {source}", unit=" records", delay=2, dynamic_ncols=True, disable=not progress)
+    shown = tqdm(rows, desc=f"Reading {source}", unit=" records", delay=2)
     records = [{field: _text(row[field], field, where) for field in fields} for where, row in shown]
     if not records:
         raise ValueError(f"{source} is empty. Give at least one record with the fields {', '.join(fields)}.")
     return records
 
 
-def _rows(source: str, split: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Return each row with its place, such as a file and a line."""
-    if source.startswith(_GENERATED):
+def _rows(source: str, split: str, fields: Sequence[str]) -> Rows:
+    if source.startswith("generated:"):
         return _generated_rows(source, split)
     path = Path(source)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
@@ -67,8 +58,8 @@ def _rows(source: str, split: str, fields: Sequence[str]) -> Iterator[tuple[str,
     return _parquet_rows(path, fields) if path.suffix == ".parquet" else _json_rows(path, fields)
 
 
-def _generated_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    name, _, count = source.removeprefix(_GENERATED).partition(":")
+def _generated_rows(source: str, split: str) -> Rows:
+    name, _, count = source.removeprefix("generated:").partition(":")
     if name != "arithmetic" or not count.isdecimal():
         raise ValueError(f"There is no data set {source!r}. Use generated:arithmetic:COUNT.")
     # Each split has a seed of its own. Unlike hash(), crc32 is the same in every process.
@@ -76,7 +67,12 @@ def _generated_rows(source: str, split: str) -> Iterator[tuple[str, Mapping[str,
     return ((f"{source}, record {number}", record) for number, record in enumerate(records, start=1))
 
 
-def _json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _table_rows(tables: Iterable[Any], where: str) -> Rows:
+    rows = (row for table in tables for row in table.to_pylist())
+    return ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _json_rows(path: Path, fields: Sequence[str]) -> Rows:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -92,20 +88,19 @@ def _json_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Mapping
             yield where, row
 
 
-def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    parquet, pyarrow = (optional_import(name, "language", _PURPOSE) for name in ("pyarrow.parquet", "pyarrow"))
+def _parquet_rows(path: Path, fields: Sequence[str]) -> Rows:
+    parquet, pyarrow = (optional_import(name, "language", "language data") for name in ("pyarrow.parquet", "pyarrow"))
     try:
         file = parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read as Parquet ({error}). Write the file again.") from error
     with file:
         _check_fields(file.schema_arrow.names, fields, str(path))
-        rows = (row for batch in file.iter_batches(columns=list(fields)) for row in batch.to_pylist())
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from _table_rows(file.iter_batches(columns=list(fields)), str(path))
 
 
-def _hub_rows(source: str, split: str, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    datasets = optional_import("datasets", "language", _PURPOSE)
+def _hub_rows(source: str, split: str, fields: Sequence[str]) -> Rows:
+    datasets = optional_import("datasets", "language", "language data")
     name, _, config = source.partition(":")
     try:
         dataset = datasets.load_dataset(name, config or None, split=split)
@@ -117,9 +112,7 @@ def _hub_rows(source: str, split: str, fields: Sequence[str]) -> Iterator[tuple[
         ) from error
     where = f"{source}, split {split!r}"
     _check_fields(dataset.column_names, fields, where)
-    batches = dataset.select_columns(list(fields)).iter(_ROWS)
-    rows = (dict(zip(batch, values)) for batch in batches for values in zip(*batch.values()))
-    yield from ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
+    return _table_rows(dataset.select_columns(list(fields)).with_format("arrow").iter(1000), where)
 
 
 def _check_fields(names: Any, fields: Sequence[str], where: str) -> None:

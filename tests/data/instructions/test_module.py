@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 
 import flow_lightning as fl
 from flow_lightning.data.instructions import InstructionDataModule
 from flow_lightning.data.instructions import module as module_file
 from flow_lightning.data.samplers import LengthGroupedSampler
+from tests.examples import make_trainer
 from tests.language import END, instructions, tiny_tokenizer, write_jsonl
 
 
@@ -51,7 +52,7 @@ def test_a_stage_sets_up_what_it_needs_and_once(tmp_path):
         sets = {"train": data.train_set, "val": data.val_set, "test": data.test_set}
         return [name for name, dataset in sets.items() if dataset is not None]
 
-    with pytest.raises(RuntimeError, match=r"training set is not there yet\. Call setup\(\)"):
+    with pytest.raises(RuntimeError, match=r"This set is not there yet\. Call setup\(\)"):
         data.scoring_dataloader()
     for stage, expected in (("predict", []), ("validate", ["val"]), ("fit", ["train", "val"])):
         data.setup(stage)
@@ -85,14 +86,6 @@ def test_nothing_but_training_records_is_validated_by_default(tmp_path):
     assert not {*texts(data.val_set)} & {*texts(data.train_set), *texts(data.test_set)}
 
 
-def test_a_fraction_of_0_means_no_validation_and_a_missing_test_set_is_explained(tmp_path):
-    data = data_module(tmp_path)
-    data.setup()
-    assert data.val_dataloader() == [] and data.val_set is None
-    with pytest.raises(ValueError, match=r"There is no test set\. Give InstructionDataModule\(test="):
-        data.test_dataloader()
-
-
 def test_setup_reports_counts(tmp_path, caplog):
     with caplog.at_level("INFO"):
         data = data_module(tmp_path, 20, limit_train=10, max_length=60, template="{instruction}")
@@ -122,33 +115,28 @@ class Recorder(LightningModule):
     def validation_step(self, batch: dict[str, torch.Tensor]) -> None:
         self.validated += batch["index"].tolist()
 
-    def test_step(self, batch: dict[str, torch.Tensor]) -> None:
-        self.validated += batch["index"].tolist()
+    test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def trainer(**settings: Any) -> Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    return Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **settings)
 
 
 def test_a_trainer_gives_the_tokenizer_and_a_new_order_each_epoch(tmp_path):
     test = write_jsonl(tmp_path / "test.jsonl", instructions(5))
     data = data_module(tmp_path, 30, tokenizer=None, test=test, validation_fraction=0.1)
     model = Recorder()
-    trainer(max_epochs=2, limit_val_batches=1.0).fit(model, data)
+    make_trainer(max_epochs=2, num_sanity_val_steps=0).fit(model, data)
     assert [sorted(epoch) for epoch in model.epochs] == [list(range(27))] * 2 and model.epochs[0] != model.epochs[1]
     assert sorted(model.validated) == sorted([*range(3), *range(3)])
-    trainer().test(model, data, verbose=False)
+    make_trainer().test(model, data, verbose=False)
     assert sorted(model.validated[6:]) == list(range(5))
 
 
-def test_without_validation_fitting_works(tmp_path):
-    model = Recorder()
-    trainer(max_epochs=1).fit(model, data_module(tmp_path, tokenizer=None))
+def test_a_fraction_of_0_means_no_validation(tmp_path):
+    model, data = Recorder(), data_module(tmp_path, tokenizer=None)
+    make_trainer().fit(model, data)
     assert len(model.epochs[0]) == 20 and not model.validated
+    assert data.val_dataloader() == [] and data.val_set is None
 
 
 def test_a_run_reads_and_tokenises_in_prepare_data_and_only_once(tmp_path, monkeypatch):
@@ -157,7 +145,7 @@ def test_a_run_reads_and_tokenises_in_prepare_data_and_only_once(tmp_path, monke
     read, setup = module_file.read_records, InstructionDataModule.setup
     monkeypatch.setattr(module_file, "read_records", lambda *a: (when.append(Path(a[0]).stem), read(*a))[1])
     monkeypatch.setattr(InstructionDataModule, "setup", lambda *a, **k: (when.append("setup"), setup(*a, **k)))
-    trainer(max_epochs=1).fit(Recorder(), data)
+    make_trainer().fit(Recorder(), data)
     data.test_dataloader()
     assert sorted(when[:3]) == ["test", "train", "train"], "one reading for training, one for validation"
     assert set(when[3:]) == {"setup"}
@@ -184,7 +172,7 @@ def test_two_processes_have_the_data_that_rank_0_alone_reads(tmp_path, monkeypat
         return read(*arguments)
 
     monkeypatch.setattr(module_file, "read_records", noted)
-    trainer(max_epochs=1, devices=2, strategy="ddp_fork").fit(Reading(), data)
+    make_trainer(devices=2, strategy="ddp_fork").fit(Reading(), data)
     expected = [texts(dataset) for dataset in (alone.train_set, alone.val_set, alone.test_set)]
     assert [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2)] == [expected] * 2
     assert (tmp_path / "readers").read_text() == "000"
@@ -192,10 +180,9 @@ def test_two_processes_have_the_data_that_rank_0_alone_reads(tmp_path, monkeypat
 
 def test_a_checkpoint_keeps_the_settings_and_no_objects(tmp_path):
     data = data_module(tmp_path, batch_size=3, max_length=99, seed=5)
-    run = trainer(max_epochs=1)
+    run = make_trainer()
     run.fit(Recorder(), data)
     run.save_checkpoint(tmp_path / "x.ckpt")
-    torch.load(tmp_path / "x.ckpt", weights_only=True)
     again = fl.InstructionDataModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert (again.train, again.batch_size, again.max_length, again.seed) == (data.train, 3, 99, 5)
     assert again.hparams == data.hparams and "tokenizer" not in data.hparams
@@ -214,29 +201,27 @@ def test_several_processes_share_the_training_samples(tmp_path):
 
 
 def test_samples_longer_than_the_model_are_refused(tmp_path):
-    data = data_module(tmp_path, tokenizer=None)
-    with pytest.raises(
-        ValueError, match=r"longest sample of the training set has \d+ tokens.*Set max_length=32 or less"
-    ):
-        trainer(max_epochs=1).fit(Recorder(max_positions=32), data)
+    message = r"longest sample of the training set has \d+ tokens.*Set max_length=32 or less"
+    with pytest.raises(ValueError, match=message):
+        make_trainer().fit(Recorder(max_positions=32), data_module(tmp_path, tokenizer=None))
 
 
-def test_a_missing_tokenizer_is_explained(tmp_path):
-    with pytest.raises(ValueError, match=r"The tokenizer is not known.*Give InstructionDataModule\(tokenizer="):
-        data_module(tmp_path, tokenizer=None).setup()
-
-
-def test_bad_fractions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"validation_fraction is -0\.1\. Give a share from 0 to below 1"):
-        data_module(tmp_path, validation_fraction=-0.1)
-    with pytest.raises(ValueError, match=r"0\.01 of 20 training samples leaves 20 to train and 0 to validate"):
-        data_module(tmp_path, validation_fraction=0.01).setup()
-
-
-@pytest.mark.parametrize("name", ["batch_size", "tokens_per_batch"])
-def test_bad_sizes_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0. Give at least 1"):
-        InstructionDataModule("train.jsonl", **{name: 0})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer": None}, r"The tokenizer is not known.*Give InstructionDataModule\(tokenizer="),
+        ({"validation_fraction": -0.1}, r"validation_fraction is -0\.1\. Give a share from 0 to below 1"),
+        ({"validation_fraction": 0.01}, r"0\.01 of 20 training samples leaves 20 to train and 0 to validate"),
+        ({"batch_size": 0}, "batch_size is 0. Give at least 1"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch is 0. Give at least 1"),
+        ({}, r"There is no test set\. Give InstructionDataModule\(test="),
+    ],
+)
+def test_bad_settings_are_explained(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        data = data_module(tmp_path, **settings)
+        data.setup()
+        data.test_dataloader()
 
 
 @pytest.mark.parametrize("pad_token", [None, END])

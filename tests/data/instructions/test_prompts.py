@@ -42,9 +42,7 @@ def test_the_beginning_is_marked_once_and_the_prompt_not_ended():
 def test_chat_supervises_the_response_alone(response, template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template or tokenizer.chat_template
-    dataset = InstructionDataset(
-        [{"query": "Hello {x}", "response": response}], tokenizer, template="chat", progress=False
-    )
+    dataset = InstructionDataset([{"query": "Hello {x}", "response": response}], tokenizer, template="chat")
     ids, length = dataset[0]["input_ids"], dataset[0]["prompt_length"]
     assert tokenizer.decode(ids[:length]) == f"<|user|>\nHello {{x}}{END}\n<|assistant|>\n"
     assert tokenizer.decode(ids[length:]) == response + END
@@ -58,9 +56,7 @@ def test_chat_moves_what_precedes_every_response_to_the_prompt():
         "{% if add_generation_prompt %}A {% endif %}"
     )
     assert prompt_splitter("chat", tokenizer)("1?", "2") == ("U 1?\nA <think></think>", "2\n")
-    ids, length = encode_one(
-        "U 1?\nA ", "2\n", tokenizer, chat=True
-    )  # no end of sequence in this template: it is added
+    ids, length = encode_one("U 1?\nA ", "2\n", tokenizer, chat=True)  # this template has no end: it is added
     assert tokenizer.decode(ids[length:]) == f"2\n{END}"
 
 
@@ -85,13 +81,10 @@ def test_bad_chat_templates_are_explained(template, message):
         prompt_splitter("chat", tokenizer)("?", "!")
 
 
-def test_a_template_without_place_for_the_instruction_is_refused():
-    with pytest.raises(ValueError, match=r"'alpacca' does not contain \{instruction\}\. Use 'alpaca', 'chat'"):
-        prompt_splitter("alpacca", tiny_tokenizer())
-
-
-def test_a_tokenizer_without_end_is_refused():
+def test_a_template_without_instruction_and_a_tokenizer_without_end_are_refused():
     tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match=r"'alpacca' does not contain \{instruction\}\. Use 'alpaca', 'chat'"):
+        prompt_splitter("alpacca", tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no end-of-sequence token.*Set tokenizer\.eos_token"):
         encode_one("Q", "A", tokenizer)

@@ -14,18 +14,13 @@ FIELDS = ("query", "response")
 def test_jsonl_json_and_parquet_hold_the_same(tmp_path):
     records = [*instructions(7), *({"query": text, "response": text} for text in TRICKY)]
     write_jsonl(tmp_path / "a.jsonl", records)
-    write_jsonl(tmp_path / "a.json", records)
+    path = Path(write_jsonl(tmp_path / "a.json", records))
+    path.write_text(path.read_text() + "\n \n\n")  # empty lines at the end are fine
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
     for suffix in ("jsonl", "json", "parquet"):
         assert read_records(tmp_path / f"a.{suffix}", "train", FIELDS) == records
         assert read_records(tmp_path / f"a.{suffix}", "train", FIELDS, limit=3) == records[:3]
         assert read_records(tmp_path / f"a.{suffix}", "train", ["query"], limit=1) == [{"query": records[0]["query"]}]
-
-
-def test_empty_lines_at_the_end_are_fine(tmp_path):
-    path = Path(write_jsonl(tmp_path / "a.jsonl", instructions(2)))
-    path.write_text(path.read_text() + "\n \n\n")
-    assert read_records(path, "train", FIELDS) == instructions(2)
 
 
 @pytest.mark.parametrize(("source", "config"), [("org/maths", None), ("org/maths:main", "main")])
@@ -80,11 +75,15 @@ def test_bad_parquet_files_are_named(tmp_path):
         read_records(tmp_path / "a.parquet", "train", FIELDS)
 
 
-def test_missing_files_other_kinds_and_limits_are_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no file .*none\.jsonl\. Check the path"):
-        read_records(tmp_path / "none.jsonl", "train", FIELDS)
+@pytest.mark.parametrize(
+    ("name", "limit", "message"),
+    [
+        ("none.jsonl", None, r"There is no file .*none\.jsonl\. Check the path"),
+        ("a.csv", None, r"a\.csv is a \.csv\. Give a \.jsonl, \.json or \.parquet"),
+        ("a.jsonl", 0, r"limit of records is 0\. Give at least 1"),
+    ],
+)
+def test_missing_files_other_kinds_and_limits_are_explained(name, limit, message, tmp_path):
     (tmp_path / "a.csv").write_text("query,response\n")
-    with pytest.raises(ValueError, match=r"a\.csv is a \.csv\. Give a \.jsonl, \.json or \.parquet"):
-        read_records(tmp_path / "a.csv", "train", FIELDS)
-    with pytest.raises(ValueError, match=r"limit of records is 0\. Give at least 1"):
-        read_records(tmp_path / "a.jsonl", "train", FIELDS, limit=0)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_records(tmp_path / name, "train", FIELDS, limit)
