@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -64,6 +64,18 @@ class RegressionData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.dataset, **self.loader)
+
+
+class Kill(Callback):
+    """Stands for a run that dies before a batch."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.left == 0:
+            raise SystemExit
+        self.left -= 1
 
 
 def make_trainer(*callbacks: Any, make: type[Trainer] = Trainer, **settings: Any) -> Trainer:

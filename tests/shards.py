@@ -18,6 +18,10 @@ class Record(fl.FlowWeightingCallback):
         torch.save(found, f"found{trainer.global_rank}.pt")
 
 
+def record_of(rank):
+    return torch.load(f"found{rank}.pt", weights_only=True)
+
+
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -12,7 +12,7 @@ from flow_lightning.method.losses import cross_entropy
 from tests.examples import LinearRegression, fit
 from tests.images import PictureData, tiny_module
 from tests.processes import launch
-from tests.shards import PicturesInOrder, Record
+from tests.shards import PicturesInOrder, Record, record_of
 
 
 class CpuFSDP(FSDPStrategy):
@@ -49,30 +49,29 @@ class Pictured(fl.WeightedLossModule):
 
 class RecordWhole(Record):
     def on_train_end(self, trainer, pl_module):
-        held = sum(p.numel() for p in pl_module.parameters())
+        torch.save(sum(p.numel() for p in pl_module.parameters()), f"held{trainer.global_rank}.pt")
         with whole_parameters(trainer, pl_module):
             super().on_train_end(trainer, pl_module)
-        torch.save(held, f"held{trainer.global_rank}.pt")
 
 
-def fit_pictured(callback, probe, **settings):
-    callbacks = [fl.LinearProbeCallback(refit=False), callback] if probe else [callback]
+def fit_pictured(probe, **settings):
+    callbacks = [fl.LinearProbeCallback(refit=False)] * probe + [RecordWhole()]
     data, settings = PicturesInOrder(n=21), {"max_steps": 2, "use_distributed_sampler": False} | settings
     fit(*callbacks, module=Pictured(), data=data, **settings)
 
 
 def in_fsdp(probe):
-    fit_pictured(RecordWhole(), probe, devices=2, strategy=CpuFSDP())
+    fit_pictured(probe, devices=2, strategy=CpuFSDP())
 
 
 @pytest.mark.parametrize("probe", [False, True])
 def test_fsdp_of_the_first_version_has_the_weights_and_the_steps_of_one_process(probe):
-    fit_pictured(RecordWhole(), probe)
-    expected, held = (torch.load(f"{name}0.pt", weights_only=True) for name in ("found", "held"))
+    fit_pictured(probe)
+    expected, held = record_of(0), torch.load("held0.pt")
     launch(in_fsdp, probe)
     for rank in (0, 1):
-        found = torch.load(f"found{rank}.pt", weights_only=True)
-        assert torch.load(f"held{rank}.pt", weights_only=True) <= held / 2 + 8  # padding
+        found = record_of(rank)
+        assert torch.load(f"held{rank}.pt") <= held / 2 + 8  # padding
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
         for name, value in expected["parameters"].items():
             torch.testing.assert_close(found["parameters"][name], value, rtol=1e-4, atol=1e-6, msg=name)
@@ -113,22 +112,14 @@ class WrappingStrategy(SingleDeviceStrategy):
 
 
 def test_scoring_goes_through_a_wrapper_that_holds_the_parameters():
-    expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
-    fit(expected)
-    module = LinearRegression()
-    fit(found, module=module, strategy=WrappingStrategy("cpu"), max_steps=1)
-    assert torch.equal(found.weights.weights, expected.weights.weights)
-    assert "validation_step" not in vars(module)
-
-
-def test_a_head_that_cannot_be_put_into_the_model_names_what_can():
-    with pytest.raises(TypeError, match=r"Under WrappingStrategy a fitted head cannot be put .* Use ddp"):
-        fit(fl.LinearProbeCallback(), module=tiny_module(), data=PictureData(), strategy=WrappingStrategy("cpu"))
-
-
-def test_a_weights_file_of_a_wrapped_model_is_not_taken_for_that_of_another():
+    """The file of one model is not taken for that of the other."""
     for seed in (0, 1):
         expected, found = fl.FlowWeightingCallback(), fl.FlowWeightingCallback(weights_file="weights/w.safetensors")
         fit(expected, module=LinearRegression(seed=seed))
         fit(found, module=LinearRegression(seed=seed), strategy=WrappingStrategy("cpu"), max_steps=1)
         assert torch.equal(found.weights.weights, expected.weights.weights)
+
+
+def test_a_head_that_cannot_be_put_into_the_model_names_what_can():
+    with pytest.raises(TypeError, match=r"Under WrappingStrategy a fitted head cannot be put .* Use ddp"):
+        fit(fl.LinearProbeCallback(), module=tiny_module(), data=PictureData(), strategy=WrappingStrategy("cpu"))

@@ -47,23 +47,25 @@ def test_two_nodes_weigh_as_one_process_and_only_the_first_writes(expected, tmp_
     assert written("1") == ["found1.pt"]  # what the test wrote
 
 
-def start(*command: str, **environment: str) -> subprocess.Popen:
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen([sys.executable, *command], env={**os.environ, **settings})
+def start(settings: dict, *launcher: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, "-m", "tests.fit_in_process", json.dumps(settings)]
+    return subprocess.Popen(command, env=environment)
+
+
+def weights_of(rank: int, folder: str) -> torch.Tensor:
+    return torch.load(f"{folder}/found{rank}.pt", weights_only=True)["weights"]
 
 
 @pytest.mark.slow
 def test_torchrun_on_two_nodes(expected, tmp_path):
-    port = free_port()
-    nodes = []
+    nodes, address = [], ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     for rank in (0, 1):
         settings = {"where": str(tmp_path / str(rank)), "num_nodes": 2, "devices": 1, "strategy": "ddp"}
-        address = [f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *address]
-        nodes.append(start(*command, "-m", "tests.fit_in_process", json.dumps(settings)))
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}"]
+        nodes.append(start(settings, *torchrun, *address))
     assert [process.wait(timeout=200) for process in nodes] == [0, 0]
-    found = [torch.load(f"{rank}/found{rank}.pt", weights_only=True)["weights"] for rank in (0, 1)]
-    assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+    assert all(torch.equal(weights_of(rank, str(rank)), expected) for rank in (0, 1))
     assert written("1") == ["found1.pt"]
 
 
@@ -71,6 +73,5 @@ def test_torchrun_on_two_nodes(expected, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp"])
 def test_lightnings_own_launchers(expected, tmp_path, strategy):
     settings = {"where": str(tmp_path / "0"), "devices": 2, "strategy": strategy}
-    assert start("-m", "tests.fit_in_process", json.dumps(settings)).wait(timeout=200) == 0
-    found = [torch.load(f"0/found{rank}.pt", weights_only=True)["weights"] for rank in (0, 1)]
-    assert torch.equal(found[0], expected) and torch.equal(found[1], expected)
+    assert start(settings).wait(timeout=200) == 0
+    assert all(torch.equal(weights_of(rank, "0"), expected) for rank in (0, 1))

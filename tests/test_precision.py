@@ -5,8 +5,11 @@ import pytest
 import torch
 
 import flow_lightning as fl
+from flow_lightning.callbacks.step_denominator import StepDenominator
+from flow_lightning.contract import BatchLosses
 from flow_lightning.method.losses import cross_entropy
-from tests.examples import fit
+from flow_lightning.method.objective import denominator
+from tests.examples import fit, make_trainer
 from tests.images import PictureData, tiny_module
 
 
@@ -42,42 +45,51 @@ def test_weights_are_those_of_float32(precision):
 SCALE = 2.0**16  # where torch's GradScaler starts
 
 
-def gradient(weights, dtype, reduction="batch"):
-    """Scaled gradient of a linear classifier as 16-mixed training computes it, unscaled afterwards."""
+def gradient(weight, dtype, reduction="batch", parts=1):
+    """Unscaled gradient of a linear classifier: of some micro-batches, as 16-mixed training adds them up."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(len(weights), 8, generator=generator), torch.arange(len(weights)) % 3
+    x, y = torch.randn(64, 8, generator=generator), torch.arange(64) % 3
     layer = torch.nn.Linear(8, 3)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(3, 8, generator=generator))
         layer.bias.zero_()
-    if dtype == torch.float64:
+    half = dtype == torch.float16
+    if not half:
         layer, x = layer.double(), x.double()
-    with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
-        losses = cross_entropy(layer(x), y) if dtype == torch.float16 else exact_cross_entropy(layer(x), y)
-        loss = fl.weighted_loss(losses, weights.to(losses.dtype), reduction)
-    (SCALE * loss).backward()
+    trainer, step, module = make_trainer(accumulate_grad_batches=parts), StepDenominator(), fl.WeightedLossModule()
+    for rows in torch.arange(64).split(64 // parts):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            losses = cross_entropy(layer(x[rows]), y[rows])
+        weights = torch.full((len(rows),), weight, dtype=losses.dtype)
+        module.batch_losses = BatchLosses(None, losses, denominator(losses, weights, reduction))
+        loss = SCALE * fl.weighted_loss(losses, weights, reduction) / parts  # as Lightning does
+        step.on_before_backward(trainer, module, loss)
+        loss.backward()
+    step.on_before_optimizer_step(trainer, module, torch.optim.SGD(layer.parameters()))
     return layer.weight.grad.double() / SCALE
 
 
-def exact_cross_entropy(logits, targets):
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+@pytest.mark.parametrize(("reduction", "weight"), [("batch", 1.0), ("batch", 1e-6), ("weights", 1e-10)])
+@pytest.mark.parametrize("parts", [1, 4, 32])
+def test_half_precision_loses_no_more_than_in_one_batch(reduction, weight, parts):
+    found, exact = (gradient(weight, dtype, reduction, parts) for dtype in (torch.float16, torch.float64))
+    assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 def test_a_small_weight_among_large_ones_keeps_its_part_of_the_gradient():
     """1e-8 of a sample: its own gradient, scaled, is above the smallest float16, 6e-8, at batches of 64."""
-    weights = torch.full((64,), 1e-8)
-    found, exact = gradient(weights, torch.float16), gradient(weights, torch.float64)
+    found, exact = gradient(1e-8, torch.float16), gradient(1e-8, torch.float64)
     assert exact.norm() > 0
     torch.testing.assert_close(found, exact, rtol=0, atol=0.03 * exact.abs().max().item())
 
 
 def test_with_the_weights_as_denominator_their_size_does_not_matter():
-    small, large = (gradient(torch.full((64,), w), torch.float16, "weights") for w in (1e-30, 1.0))
+    small, large = (gradient(w, torch.float16, "weights") for w in (1e-30, 1.0))
     torch.testing.assert_close(small, large, rtol=1e-2, atol=1e-4)
 
 
 def test_below_float16_a_step_of_nothing_but_tiny_weights_is_no_step():
     """What happens at the limit: 1e-12 of a gradient underflows to 0, as a step of that size would do anyway."""
-    assert gradient(torch.full((64,), 1e-12), torch.float64).abs().max() > 0
-    assert gradient(torch.full((64,), 1e-12), torch.float16).abs().max() == 0
-    assert gradient(torch.full((64,), 1e-10), torch.float16).abs().max() > 0
+    assert gradient(1e-12, torch.float64).abs().max() > 0
+    assert gradient(1e-12, torch.float16).abs().max() == 0
+    assert gradient(1e-10, torch.float16).abs().max() > 0

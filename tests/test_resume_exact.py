@@ -1,6 +1,7 @@
 """ExactResumeCallback: a fit that is killed, anywhere and again, ends as the unbroken one, to the last bit."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
-from tests.examples import LinearRegression, RegressionData, make_trainer, regression_data
+from tests.examples import Kill, LinearRegression, RegressionData, make_trainer, regression_data
 from tests.processes import launch
 
 #: Batches of an epoch: where a step takes two of them, the last step of an epoch takes one.
 BATCHES = 5
+LAST = Path("ckpt/last.ckpt")
 
 
 class Tiny(LinearRegression):
@@ -31,7 +33,7 @@ class Tiny(LinearRegression):
 
 
 class Validated(Tiny):
-    """A scheduler by a metric of the validation, too."""
+    """Also has a scheduler by a metric of the validation."""
 
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.sample_losses(batch).mean(), batch_size=len(batch.index))
@@ -40,6 +42,19 @@ class Validated(Tiny):
         optimizers, schedulers = super().configure_optimizers()
         plateau = ReduceLROnPlateau(optimizers[0], factor=0.7, patience=0, threshold=0.5)
         return optimizers, [*schedulers, {"scheduler": plateau, "monitor": "val/loss"}]
+
+
+class Plain(LightningModule):
+    """A module that is not ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout()), torch.nn.Linear(8, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.head(self.body(batch[0][0])).squeeze(1) - batch[0][1]).square().mean()
+
+    configure_optimizers = Tiny.configure_optimizers
 
 
 class TinyData(RegressionData):
@@ -53,18 +68,6 @@ class TinyData(RegressionData):
 
     def val_dataloader(self):
         return DataLoader(self.dataset, batch_size=10) if isinstance(self.trainer.lightning_module, Validated) else []
-
-
-class Kill(Callback):
-    """Stands for a run that dies before a batch."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.left == 0:
-            raise SystemExit
-        self.left -= 1
 
 
 class Ends(Callback):
@@ -87,19 +90,20 @@ class Ends(Callback):
 
 
 def tiny_fit(make, *callbacks, ckpt_path=None, **settings):
-    """Fit from a fixed seed and return all that a fit leaves, or None if it dies."""
+    """Fit from a fixed seed and return all that a fit leaves."""
     seed_everything(3, verbose=False)
     module, ends = make(), Ends()
     settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | settings
     trainer = make_trainer(ends, *callbacks, enable_checkpointing=True, **settings)
-    try:
-        trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt_path)
-    except SystemExit:
-        return None
+    trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt_path)
     state = [module.state_dict(), trainer.optimizers[0].state_dict()["state"]]
     counts = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     logged = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of the loggers
     return state, [counts, ends.seen, trainer.global_step, trainer.current_epoch, logged]
+
+
+def exact_fit(make, *callbacks, **settings):
+    return tiny_fit(make, fl.ExactResumeCallback(), *callbacks, **settings)
 
 
 def assert_equal_fits(found, expected):
@@ -107,52 +111,69 @@ def assert_equal_fits(found, expected):
     assert found[1] == expected[1]
 
 
-def chain(make, *kills, every=3, exact=True, **settings):
-    """Fit, die, resume from the last checkpoint, and so on; return what the last fit leaves."""
+def checkpoint_of(every):
+    return ModelCheckpoint("ckpt", "{step}", save_last=True, every_n_train_steps=every, save_top_k=-1)
+
+
+class Keep(Callback):
+    """Keeps, before each batch, the last checkpoint: a run that is killed there resumes from it."""
+
+    def __init__(self, start):
+        self.kept = [start]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        content = LAST.read_bytes() if LAST.exists() else None
+        if content != self.kept[-1]:
+            self.kept.append(content)
+
+
+def fit_from(start, make, every, **settings):
+    """Fit from a checkpoint; return what the fit leaves, and each checkpoint that a kill before a batch would leave."""
     shutil.rmtree("ckpt", ignore_errors=True)
-    for after in (*kills, None):
-        checkpoint = ModelCheckpoint("ckpt", "{step}", save_last=True, every_n_train_steps=every, save_top_k=-1)
-        callbacks = [fl.ExactResumeCallback()] * exact
-        callbacks += [checkpoint] if after is None else [checkpoint, Kill(after)]
-        found = tiny_fit(make, *callbacks, ckpt_path="last", **settings)
-        if found is not None:
-            return found
-    raise AssertionError
+    if start is not None:
+        LAST.parent.mkdir()
+        LAST.write_bytes(start)
+    keep = Keep(start)
+    return exact_fit(make, checkpoint_of(every), keep, ckpt_path="last", **settings), keep.kept[1:]
 
 
 @pytest.mark.parametrize(
-    ("make", "settings"),
-    [(Tiny, {}), (Validated, {"every": 2, "val_check_interval": 2, "accumulate_grad_batches": 3})],
+    ("make", "every", "settings"),
+    [
+        (Tiny, 1, {}),
+        (Tiny, 3, {}),
+        (Plain, 2, {}),
+        (Validated, 2, {"val_check_interval": 2, "accumulate_grad_batches": 3}),
+        (Tiny, 1, {"max_epochs": -1, "max_steps": 6}),
+        (Validated, 1, {"limit_train_batches": 3}),
+        (Validated, 1, {"check_val_every_n_epoch": None, "val_check_interval": 3}),
+        (Validated, 1, {"check_val_every_n_epoch": 1}),
+        (Validated, 2, {"accumulate_grad_batches": 1}),
+    ],
 )
-def test_two_kills_anywhere_change_nothing(make, settings):
-    """After k batches, and j batches later: every pair."""
-    expected = chain(make, **settings)
-    for first in range(1, 2 * BATCHES):
-        for second in range(1, 2 * BATCHES - first + 1):
-            assert_equal_fits(chain(make, first, second, **settings), expected)
+def test_two_kills_anywhere_change_nothing(make, every, settings):
+    """Resumed from each checkpoint that a kill leaves, and from each that a kill of the resumed run leaves."""
+    expected, first = fit_from(None, make, every, **settings)
+    resumed = [fit_from(start, make, every, **settings) for start in first]
+    twice = [fit_from(start, make, every, **settings) for _, second in resumed for start in second]
+    assert first and (twice or every == 3)
+    for found, _ in resumed + twice:
+        assert_equal_fits(found, expected)
+
+
+def chain(make, *kills, every=3, callbacks=(), **settings):
+    """Fit, die, resume from the last checkpoint, and so on; return what the last fit leaves."""
+    shutil.rmtree("ckpt", ignore_errors=True)
+    for after in kills:
+        with suppress(SystemExit):
+            tiny_fit(make, *callbacks, checkpoint_of(every), Kill(after), ckpt_path="last", **settings)
+    return tiny_fit(make, *callbacks, checkpoint_of(every), ckpt_path="last", **settings)
 
 
 def test_lightning_alone_loses_half_a_gradient_at_the_second_kill():
     """The test above can fail: a resumed fit writes a checkpoint in the middle of a step."""
-    found, expected = chain(Tiny, 7, 1, exact=False), chain(Tiny, exact=False)
+    found, expected = chain(Tiny, 7, 1), chain(Tiny)
     assert (found[0][0]["head.weight"] - expected[0][0]["head.weight"]).norm() > 0.01
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_epochs": -1, "max_steps": 6},
-        {"limit_train_batches": 3},
-        {"check_val_every_n_epoch": None, "val_check_interval": 3},
-        {"check_val_every_n_epoch": 1},
-        {"accumulate_grad_batches": 1},
-    ],
-)
-def test_kills_under_other_limits_change_nothing(settings):
-    make = Tiny if "max_steps" in settings else Validated
-    expected = chain(make, every=1, **settings)
-    for after in range(1, 2 * BATCHES):
-        assert_equal_fits(chain(make, after, 2, every=1, **settings), expected)
 
 
 class Save(Callback):
@@ -177,27 +198,25 @@ for name in HOOKS:
     [(Tiny, {"max_epochs": -1, "max_steps": 6}), (Validated, {}), (Validated, {"val_check_interval": 2})],
 )
 def test_a_fit_resumes_from_a_checkpoint_of_any_hook(make, settings):
-    expected = tiny_fit(make, fl.ExactResumeCallback(), Save(), **settings)
+    expected = exact_fit(make, Save(), **settings)
     paths = sorted(Path("all").iterdir())
     assert len(paths) > 30 and {path.stem[4:] for path in paths} >= set(HOOKS[:5])
     for path in paths[:-2]:  # after the last step, there is nothing left to do
-        assert_equal_fits(tiny_fit(make, fl.ExactResumeCallback(), ckpt_path=str(path), **settings), expected)
+        assert_equal_fits(exact_fit(make, ckpt_path=str(path), **settings), expected)
 
 
 def test_a_validation_that_was_made_up_for_is_not_done_again():
-    expected = tiny_fit(Validated, fl.ExactResumeCallback(), Save(), val_check_interval=2)
+    expected = exact_fit(Validated, Save(), val_check_interval=2)
     path = next(path for path in sorted(Path("all").iterdir()) if "validation_start" in path.name)
-    tiny_fit(Validated, fl.ExactResumeCallback(), Save("again"), ckpt_path=str(path), val_check_interval=2)
+    exact_fit(Validated, Save("again"), ckpt_path=str(path), val_check_interval=2)
     for path in sorted(Path("again").iterdir())[:12]:
-        found = tiny_fit(Validated, fl.ExactResumeCallback(), ckpt_path=str(path), val_check_interval=2)
-        assert_equal_fits(found, expected)
+        assert_equal_fits(exact_fit(Validated, ckpt_path=str(path), val_check_interval=2), expected)
 
 
 def test_a_callback_that_comes_before_may_write_the_checkpoint():
     expected = tiny_fit(Validated, Save(), fl.ExactResumeCallback())
     for path in Path("all").glob("*-train_batch_end.ckpt"):
-        found = tiny_fit(Validated, fl.ExactResumeCallback(), ckpt_path=str(path))
-        assert_equal_fits(found, expected)
+        assert_equal_fits(exact_fit(Validated, ckpt_path=str(path)), expected)
 
 
 class Fail(Callback):
@@ -207,18 +226,16 @@ class Fail(Callback):
 
 
 def test_the_checkpoint_of_an_exception_is_of_the_last_step():
-    expected = tiny_fit(Tiny, fl.ExactResumeCallback())
+    expected = exact_fit(Tiny)
     with pytest.raises(KeyError):
-        tiny_fit(Tiny, fl.ExactResumeCallback(), Fail(), OnExceptionCheckpoint("ckpt"))
-    found = tiny_fit(Tiny, fl.ExactResumeCallback(), ckpt_path="ckpt/on_exception.ckpt")
-    assert_equal_fits(found, expected)
+        exact_fit(Tiny, Fail(), OnExceptionCheckpoint("ckpt"))
+    assert_equal_fits(exact_fit(Tiny, ckpt_path="ckpt/on_exception.ckpt"), expected)
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_averaged_weights_are_resumed(first):
+@pytest.mark.parametrize("turn", [1, -1])
+def test_averaged_weights_are_resumed(turn):
     def callbacks():
-        others = [fl.ExactResumeCallback(), WeightAveraging(use_buffers=True)]
-        return others if first else others[::-1]
+        return [fl.ExactResumeCallback(), WeightAveraging(use_buffers=True)][::turn]
 
     expected = tiny_fit(Tiny, *callbacks(), Save())
     for path in sorted(Path("all").iterdir())[:-1:3]:
@@ -226,15 +243,15 @@ def test_averaged_weights_are_resumed(first):
 
 
 def chain_on_two_processes(kills) -> None:
-    found = chain(Validated, *kills, every=1, devices=2, strategy="ddp", use_distributed_sampler=False)
+    settings = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    found = chain(Validated, *kills, every=1, callbacks=[fl.ExactResumeCallback()], **settings)
     torch.save(found, f"{torch.distributed.get_rank()}.pt")
 
 
-@pytest.mark.parametrize("kills", [(3, 1), (5, 3)])
-def test_two_processes_that_are_killed_twice_end_as_unbroken_ones(kills):
+def test_two_processes_that_are_killed_again_and_again_end_as_unbroken_ones():
     launch(chain_on_two_processes, ())
     expected = [torch.load(f"{rank}.pt") for rank in range(2)]
-    launch(chain_on_two_processes, kills)
+    launch(chain_on_two_processes, (3, 1, 1, 3))
     for rank in range(2):
         assert_equal_fits(torch.load(f"{rank}.pt"), expected[rank])
 
@@ -242,46 +259,25 @@ def test_two_processes_that_are_killed_twice_end_as_unbroken_ones(kills):
 def test_torchs_generator_is_left_alone_unless_exact_resume_is_asked_for():
     class Draws(Tiny):
         def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
             drawn.append(torch.initial_seed())
-            return loss
+            return super().training_step(batch, batch_idx)
 
-    for callbacks, seeds in (((), 1), ((fl.ExactResumeCallback(),), 2 * BATCHES)):
+    for fit, seeds in ((tiny_fit, 1), (exact_fit, 2 * BATCHES)):
         drawn: list[int] = []
-        tiny_fit(Draws, *callbacks)
+        fit(Draws)
         assert len(set(drawn)) == seeds
 
 
 def test_the_loader_goes_on_in_any_resumed_fit_of_our_modules():
     """`LoopRepairs` comes with the module: without ExactResumeCallback the batches are right, dropout is not."""
     whole, resumed = Tiny(), Tiny()
-    settings = {"max_epochs": 2, "enable_checkpointing": True}
-    for module, path in ((whole, None), (resumed, "ckpt/step=3.ckpt")):
-        checkpoint = ModelCheckpoint("ckpt", "{step}", every_n_train_steps=1, save_top_k=-1)
-        make_trainer(checkpoint, **settings).fit(module, datamodule=TinyData(), ckpt_path=path)
+    tiny_fit(lambda: whole, checkpoint_of(1), accumulate_grad_batches=1)
+    tiny_fit(lambda: resumed, ckpt_path="ckpt/step=3.ckpt", accumulate_grad_batches=1)
     assert torch.equal(torch.stack(resumed.seen), torch.stack(whole.seen[3:]))
 
 
-def test_a_module_that_is_not_ours_is_resumed_too():
-    class Plain(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout()), torch.nn.Linear(8, 1)
-
-        def training_step(self, batch, batch_idx):
-            return (self.head(self.body(batch[0][0])).squeeze(1) - batch[0][1]).square().mean()
-
-        configure_optimizers = Tiny.configure_optimizers
-
-    expected = chain(Plain)
-    for after in range(1, 2 * BATCHES):
-        assert_equal_fits(chain(Plain, after, 1), expected)
-
-
 def test_no_file_is_written_where_none_is_asked_for():
-    seed_everything(3, verbose=False)
-    trainer = make_trainer(
-        fl.ExactResumeCallback(), fl.FlowWeightingCallback(), default_root_dir=None, accumulate_grad_batches=2
-    )
+    settings = {"default_root_dir": None, "accumulate_grad_batches": 2}
+    trainer = make_trainer(fl.ExactResumeCallback(), fl.FlowWeightingCallback(), **settings)
     trainer.fit(Tiny(), datamodule=TinyData())
     assert trainer.global_step == 3 and list(Path().iterdir()) == []

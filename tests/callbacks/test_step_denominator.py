@@ -1,16 +1,15 @@
 """Several micro-batches, or several processes, give the gradient of one big batch."""
 
+from operator import itemgetter
+
 import pytest
 import torch
-from lightning import Callback, seed_everything
-from torch.nn.functional import cross_entropy
+from lightning import seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
 from flow_lightning.callbacks.step_denominator import StepDenominator
-from flow_lightning.contract import BatchLosses
-from flow_lightning.method.objective import denominator
-from tests.examples import make_trainer
+from tests.examples import Kill, make_trainer
 
 SIZES = [3, 1, 4, 2, 5, 1]  # rows of the micro-batches: all of different size, and a last window that is short
 
@@ -30,10 +29,6 @@ class Rows(Dataset):
     def __getitem__(self, i):
         index = torch.arange(int(self.ends[i]) - self.sizes[i], int(self.ends[i]))
         return {"x": self.x[index], "index": index}
-
-
-def whole(batch):
-    return batch[0]
 
 
 class Linear(fl.WeightedLossModule):
@@ -56,12 +51,12 @@ class Linear(fl.WeightedLossModule):
 
 
 def loader_of(sizes):
-    return DataLoader(Rows(sizes), batch_size=1, collate_fn=whole)
+    return DataLoader(Rows(sizes), batch_size=1, collate_fn=itemgetter(0))
 
 
-def gradients(reduction, sizes, kind=None, **settings):
-    module = (kind or Linear)(reduction, sum(sizes))
-    make_trainer(**settings).fit(module, loader_of(sizes))
+def gradients(reduction, sizes, *callbacks, kind=Linear, **settings):
+    module = kind(reduction, sum(sizes))
+    make_trainer(*callbacks, **settings).fit(module, loader_of(sizes))
     return module.gradients
 
 
@@ -80,23 +75,24 @@ def test_lightnings_own_division_would_differ():
         def configure_callbacks(self):
             return []
 
-    module = Plain("batch", sum(SIZES))
-    make_trainer(accumulate_grad_batches=4).fit(module, loader_of(SIZES))
-    expected = gradients("batch", [10, 6])
-    assert (module.gradients[0] - expected[0]).norm() > 0.05 * expected[0].norm()
+    found, expected = gradients("batch", SIZES, kind=Plain, accumulate_grad_batches=4), gradients("batch", [10, 6])
+    assert (found[0] - expected[0]).norm() > 0.05 * expected[0].norm()
 
 
 def test_the_value_is_that_of_the_micro_batch():
-    module = Linear("batch", 16)
     values = []
-    module.training_step = lambda batch, batch_idx: values.append(step(batch, batch_idx)) or values[-1]
-    step = fl.WeightedLossModule.training_step.__get__(module)
-    make_trainer(accumulate_grad_batches=4).fit(module, loader_of(SIZES))
-    rows, weights = Rows(SIZES), module.sample_weights.weights
-    for i, value in enumerate(values):
-        batch = rows[i]
-        plain = (weights[batch["index"]] * module.sample_losses(batch)).mean()
-        torch.testing.assert_close(value.detach(), plain.detach())
+
+    class Values(Linear):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            plain = self.sample_weights.weights[batch["index"]] * self.sample_losses(batch)
+            values.append((loss.detach(), plain.mean().detach()))
+            return loss
+
+    gradients("batch", SIZES, kind=Values, accumulate_grad_batches=4)
+    assert len(values) == len(SIZES)
+    for value, plain in values:
+        torch.testing.assert_close(value, plain)
 
 
 def test_clipping_sees_the_normalised_gradient():
@@ -124,21 +120,10 @@ class TwoRanks(Linear):
 
     def train_dataloader(self):
         rank = self.trainer.global_rank
-        return DataLoader(Rows(SIZES), batch_size=1, collate_fn=whole, sampler=range(rank, len(SIZES), 2))
+        return DataLoader(Rows(SIZES), batch_size=1, collate_fn=itemgetter(0), sampler=range(rank, len(SIZES), 2))
 
     def on_train_end(self):
         torch.save(self.gradients, f"{self.folder}/{self.trainer.global_rank}.pt")
-
-
-def test_no_trainer_is_a_plain_loss():
-    module = Linear("batch", 16)
-    batch = Rows(SIZES)[0]
-    loss = module.weighted_loss(batch, module.sample_losses(batch))
-    loss.backward()
-    gradient = torch.autograd.grad(
-        (module.sample_weights.lookup(batch["index"]) * module.sample_losses(batch)).mean(), module.linear.weight
-    )
-    torch.testing.assert_close(module.linear.weight.grad, gradient[0])
 
 
 class Own(Linear):
@@ -146,10 +131,10 @@ class Own(Linear):
         """Does not call its base class."""
 
 
-def test_a_hook_of_the_users_own_changes_nothing():
-    module = Own("batch", sum(SIZES))
-    make_trainer(accumulate_grad_batches=4).fit(module, loader_of(SIZES))
-    assert torch.equal(torch.stack(module.gradients), torch.stack(gradients("batch", SIZES, accumulate_grad_batches=4)))
+@pytest.mark.parametrize(("callbacks", "kind"), [((), Own), ((StepDenominator(),), Linear)])
+def test_neither_a_hook_of_the_users_own_nor_a_second_callback_changes_anything(callbacks, kind):
+    found = gradients("batch", SIZES, *callbacks, kind=kind, accumulate_grad_batches=4)
+    assert torch.equal(torch.stack(found), torch.stack(gradients("batch", SIZES, accumulate_grad_batches=4)))
 
 
 class Decayed(Linear):
@@ -160,61 +145,15 @@ class Decayed(Linear):
 
 
 def test_a_term_that_is_added_to_the_loss_keeps_its_weight():
-    expected, module = gradients("batch", [10, 6], kind=Decayed), Decayed("batch", sum(SIZES))
-    make_trainer(accumulate_grad_batches=3).fit(module, loader_of([3, 1, 6, 5, 1]))
-    torch.testing.assert_close(module.gradients[:1], expected[:1], rtol=1e-5, atol=1e-7)
-
-
-def test_a_trainer_that_has_one_keeps_one():
-    module = Linear("batch", sum(SIZES))
-    make_trainer(StepDenominator(), accumulate_grad_batches=4).fit(module, loader_of(SIZES))
-    assert torch.equal(torch.stack(module.gradients), torch.stack(gradients("batch", SIZES, accumulate_grad_batches=4)))
-
-
-class Stop(Callback):
-    def on_train_batch_end(self, trainer, *args):
-        raise KeyError("out of memory, say")
+    expected = gradients("batch", [10, 6], kind=Decayed)
+    found = gradients("batch", [3, 1, 6, 5, 1], kind=Decayed, accumulate_grad_batches=3)
+    torch.testing.assert_close(found[:1], expected[:1], rtol=1e-5, atol=1e-7)
 
 
 def test_an_unfinished_step_does_not_spoil_the_next_fit():
     module, loader = Linear("batch", sum(SIZES)), loader_of(SIZES)
-    with pytest.raises(KeyError):
-        make_trainer(Stop(), accumulate_grad_batches=4).fit(module, loader)
+    with pytest.raises(SystemExit):
+        make_trainer(Kill(1), accumulate_grad_batches=4).fit(module, loader)
     module.zero_grad()
     make_trainer(accumulate_grad_batches=4).fit(module, loader)
     torch.testing.assert_close(module.gradients, gradients("batch", [10, 6]), rtol=1e-5, atol=1e-7)
-
-
-SCALE = 2.0**16  # where torch's GradScaler starts
-
-
-def scaled_gradient(reduction, weight, dtype, parts):
-    """Add up the gradients of some micro-batches as 16-mixed training does, and divide once."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(64, 8, generator=generator), torch.arange(64) % 3
-    layer = torch.nn.Linear(8, 3)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(3, 8, generator=generator))
-        layer.bias.zero_()
-    half = dtype == torch.float16
-    if not half:
-        layer, x = layer.double(), x.double()
-    trainer, step, module = make_trainer(accumulate_grad_batches=parts), StepDenominator(), fl.WeightedLossModule()
-    for rows in torch.arange(64).split(64 // parts):
-        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
-            logits = layer(x[rows])
-        losses = cross_entropy(logits.float() if half else logits, y[rows], reduction="none")
-        weights = torch.full((len(rows),), weight, dtype=losses.dtype)
-        module.batch_losses = BatchLosses(None, losses, denominator(losses, weights, reduction))
-        loss = SCALE * fl.weighted_loss(losses, weights, reduction) / parts  # as Lightning does
-        step.on_before_backward(trainer, module, loss)
-        loss.backward()
-    step.on_before_optimizer_step(trainer, module, torch.optim.SGD(layer.parameters()))
-    return layer.weight.grad.double() / SCALE
-
-
-@pytest.mark.parametrize(("reduction", "weight"), [("batch", 1.0), ("batch", 1e-6), ("weights", 1e-10)])
-@pytest.mark.parametrize("parts", [1, 4, 32])
-def test_half_precision_loses_no_more_than_in_one_batch(reduction, weight, parts):
-    found, exact = (scaled_gradient(reduction, weight, dtype, parts) for dtype in (torch.float16, torch.float64))
-    assert (found - exact).norm() < 0.01 * exact.norm()

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-import torch.nn.functional as F
 
 from flow_lightning.method.objective import draw, uniform, weighted_loss
 
@@ -15,12 +14,6 @@ def test_all_weights_one_is_the_plain_loss_to_the_last_bit(reduction, size, dtyp
     ones = torch.ones(size, dtype=dtype)
     assert torch.equal(weighted_loss(losses, ones, reduction), losses.mean())
     assert torch.equal(weighted_loss(losses, None, reduction), losses.mean())
-
-
-def test_no_weights_is_torchs_own_cross_entropy():
-    logits, targets = torch.randn(33, 5), torch.randint(5, (33,))
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(weighted_loss(losses), F.cross_entropy(logits, targets))
 
 
 def test_both_reductions_match_numpy():

@@ -18,35 +18,38 @@ def clusters(n=150, d=12, classes=3, spread=1.5, seed=0):
     return torch.from_numpy(features).float(), torch.from_numpy(targets)
 
 
-def sklearn_probabilities(features, targets, strength, evaluate):
+def sklearn_probabilities(features, targets, strength, evaluate=None, train=None, weights=None):
     """Minimise the same objective: mean cross-entropy + strength / 2 |W|^2, W for features of unit scale."""
     x, y = features.double().numpy(), targets.numpy()
+    train = np.ones(len(y), dtype=bool) if train is None else train.numpy()
+    weights = np.ones(len(y)) if weights is None else weights.numpy()
     mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
-    model = LogisticRegression(C=1 / (strength * len(y)), tol=1e-10, max_iter=100_000)
-    return model.fit((x - mean) / scale, y).predict_proba((evaluate.double().numpy() - mean) / scale)
+    model = LogisticRegression(C=1 / (strength * weights[train].sum()), tol=1e-10, max_iter=100_000)
+    model.fit((x[train] - mean) / scale, y[train], sample_weight=weights[train])
+    return model.predict_proba(((features if evaluate is None else evaluate).double().numpy() - mean) / scale)
+
+
+def losses_of(probabilities, targets):
+    return -np.log(probabilities[np.arange(len(targets)), targets.numpy()])
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.03, 0.001])
 def test_head_and_losses_are_scikit_learns(strength):
     features, targets = clusters()
     probe = fit_probe(features, targets, 3, strengths=[strength])
-    expected = sklearn_probabilities(features, targets, strength, features)
+    expected = sklearn_probabilities(features, targets, strength)
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
-    np.testing.assert_allclose(probe.losses.numpy(), -np.log(expected[np.arange(150), targets]), atol=5e-3)
+    np.testing.assert_allclose(probe.losses.numpy(), losses_of(expected, targets), atol=5e-3)
 
 
 def test_the_strength_is_the_strongest_within_one_standard_error_of_the_best():
     features, targets = clusters()
     strengths = [10.0, 1.0, 0.1, 0.01, 0.001]
     probe = fit_probe(features, targets, 3, strengths=strengths)
-    held = stratified_parts(targets, 5) == 0
-    x, y = features.double().numpy(), targets.numpy()
-    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
-    found = {}
+    held, found = stratified_parts(targets, 5) == 0, {}
     for strength in strengths:
-        model = LogisticRegression(C=1 / (strength * int((~held).sum())), tol=1e-10, max_iter=100_000)
-        p = model.fit((x[~held] - mean) / scale, y[~held]).predict_proba((x[held] - mean) / scale)
-        losses = -np.log(p[np.arange(len(p)), y[held]])
+        p = sklearn_probabilities(features, targets, strength, features[held], train=~held)
+        losses = losses_of(p, targets[held])
         found[strength] = (losses.mean(), losses.std() / np.sqrt(len(losses)))
     for strength, (loss, error) in probe.validation.items():
         assert (loss, error) == pytest.approx(found[strength], abs=5e-3)
@@ -66,16 +69,9 @@ def test_out_of_fold_losses_come_from_probes_that_have_not_seen_the_sample():
     features, targets = clusters(60)
     probe = fit_probe(features, targets, 3, folds=4, strengths=[0.01])
     parts = stratified_parts(targets, 4)
-    x, y = features.double().numpy(), targets.numpy()
-    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
-    for fold in range(4):
-        unseen = (parts == fold).numpy()
-        model = LogisticRegression(C=1 / (0.01 * (~unseen).sum()), tol=1e-10, max_iter=100_000)
-        model.fit((x[~unseen] - mean) / scale, y[~unseen])
-        p = model.predict_proba((x[unseen] - mean) / scale)
-        np.testing.assert_allclose(
-            probe.losses[torch.from_numpy(unseen)], -np.log(p[np.arange(len(p)), y[unseen]]), atol=2e-2
-        )
+    for unseen in (parts == fold for fold in range(4)):
+        p = sklearn_probabilities(features, targets, 0.01, features[unseen], train=~unseen)
+        np.testing.assert_allclose(probe.losses[unseen], losses_of(p, targets[unseen]), atol=2e-2)
     in_sample = fit_probe(features, targets, 3, strengths=[0.01])
     assert probe.losses.mean() > in_sample.losses.mean()
     torch.testing.assert_close(probe.head.weight, in_sample.head.weight)
@@ -128,10 +124,7 @@ def test_weights_of_samples_are_scikit_learns():
     features, targets = clusters()
     weights = torch.rand(150, generator=torch.Generator().manual_seed(0))
     probe = fit_probe(features, targets, 3, strengths=[0.03], weights=weights)
-    x, y = features.double().numpy(), targets.numpy()
-    mean, scale = x.mean(0), np.sqrt(x.var(0).mean())
-    model = LogisticRegression(C=1 / (0.03 * float(weights.sum())), tol=1e-10, max_iter=100_000)
-    expected = model.fit((x - mean) / scale, y, sample_weight=weights.numpy()).predict_proba((x - mean) / scale)
+    expected = sklearn_probabilities(features, targets, 0.03, weights=weights)
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
 
 

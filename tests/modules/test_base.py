@@ -1,9 +1,11 @@
 """The example of the README and of `WeightedLossModule`'s docstring, through public names alone."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
@@ -42,15 +44,11 @@ def test_weights_are_no_part_of_the_model():
 
 
 def test_weight_averaging_works_beside_it():
-    from lightning.pytorch.callbacks import WeightAveraging
-
     module, trainer = fit(fl.FlowWeightingCallback(), WeightAveraging())
     assert trainer.global_step == 6 and all(torch.isfinite(p).all() for p in module.parameters())
 
 
 def test_the_readmes_example_runs(tmp_path):
-    from pathlib import Path
-
     text = (Path(__file__).parents[2] / "README.md").read_text()
     example = text.split("<!-- example -->")[1].split("```python\n")[1].split("```")[0]
     scope: dict = {}
@@ -59,28 +57,32 @@ def test_the_readmes_example_runs(tmp_path):
     assert (tmp_path / "lightning_logs").exists() or list(tmp_path.rglob("flow_weights.safetensors"))
 
 
-def drawn_gradient(module, batch, seed):
-    torch.manual_seed(seed)
+def gradient_of(module, loss):
     module.zero_grad()
-    loss = fl.WeightedLossModule.training_step(module, batch, 0)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
-def sampling_module(losses):
-    module = LinearRegression().eval()  # no dropout, so that the gradients are those of one function
-    module.sample_weights = fl.SampleWeights.from_losses(losses)
+def drawn_gradient(module, batch, seed):
+    torch.manual_seed(seed)
+    return gradient_of(module, fl.WeightedLossModule.training_step(module, batch, 0))
+
+
+@pytest.fixture
+def sampling():
+    """A module without dropout, so that its gradients are those of one function, and a batch."""
+    module = LinearRegression().eval()
+    module.sample_weights = fl.SampleWeights.from_losses(torch.rand(23, generator=torch.Generator().manual_seed(0)))
     module.log = lambda *args, **kwargs: None
-    return module, next(iter(DataLoader(fl.IndexedDataset(regression_data(len(losses))), len(losses))))
-
-
-def test_sampling_has_the_gradient_of_the_weighted_loss_on_average():
-    module, batch = sampling_module(torch.rand(23, generator=torch.Generator().manual_seed(0)) + 0.1)
-    module.zero_grad()
-    module.weighted_loss(batch, module.sample_losses(batch)).backward()
-    expected = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
     module.reduction = "sampling"
-    module.scored = 0
+    return module, next(iter(DataLoader(fl.IndexedDataset(regression_data()), 23)))
+
+
+def test_sampling_has_the_gradient_of_the_weighted_loss_on_average(sampling):
+    module, batch = sampling
+    module.reduction = "batch"
+    expected = gradient_of(module, module.weighted_loss(batch, module.sample_losses(batch)))
+    module.reduction, module.scored = "sampling", 0
     draws = torch.stack([drawn_gradient(module, batch, i) for i in range(2000)])
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-6).all()
@@ -88,54 +90,49 @@ def test_sampling_has_the_gradient_of_the_weighted_loss_on_average():
     assert work == pytest.approx(module.sample_weights.weights.mean().item(), abs=0.01)
 
 
-def test_sampling_leaves_the_stream_of_random_numbers_alone():
-    module, batch = sampling_module(torch.rand(23, generator=torch.Generator().manual_seed(0)) + 0.1)
-    module.reduction = "sampling"
-    first = drawn_gradient(module, batch, 3)
+def test_sampling_leaves_the_stream_of_random_numbers_alone(sampling):
+    first = drawn_gradient(*sampling, 3)
     following = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(following, torch.rand(3))
-    assert torch.equal(first, drawn_gradient(module, batch, 3))
-    assert not torch.equal(first, drawn_gradient(module, batch, 4))
+    assert torch.equal(first, drawn_gradient(*sampling, 3))
+    assert not torch.equal(first, drawn_gradient(*sampling, 4))
 
 
-def test_each_epoch_draws_other_samples():
-    module = sampling_regression()
-    drawn = []
-    module.sample_losses = lambda batch: drawn.append(batch.index.tolist()) or losses(batch)
-    losses = LinearRegression.sample_losses.__get__(module)
-    fit(fl.FlowWeightingCallback(), module=module, data=RegressionData(batch_size=23, shuffle=False), max_epochs=2)
-    scored, first, second = drawn[0], *drawn[-2:]
-    assert len(scored) == 23 and first != second
-
-
-def test_sampling_that_draws_nothing_is_a_step_of_zero():
-    module, batch = sampling_module(torch.full((23,), 1e-3))
-    module.sample_weights.weights.zero_()
-    module.reduction = "sampling"
-    gradient = drawn_gradient(module, batch, 0)
+def test_sampling_that_draws_nothing_is_a_step_of_zero(sampling):
+    sampling[0].sample_weights.weights.zero_()
+    gradient = drawn_gradient(*sampling, 0)
     assert gradient.numel() > 0 and (gradient == 0).all()
 
 
-def test_a_whole_fit_by_sampling():
-    data = RegressionData(batch_size=12)  # BatchNorm in training mode needs two samples of each batch
-    module, trainer = fit(fl.FlowWeightingCallback(), module=sampling_regression(), data=data, max_epochs=3)
-    assert trainer.global_step == 6 and all(torch.isfinite(p).all() for p in module.parameters())
+def test_each_epoch_draws_other_samples():
+    drawn = []
 
+    class Sampled(LinearRegression):
+        def sample_losses(self, batch):
+            drawn.append(batch.index.tolist())
+            return super().sample_losses(batch)
 
-def sampling_regression():
-    module = LinearRegression()
+    module, data = Sampled(), RegressionData(batch_size=23, shuffle=False)
     module.reduction = "sampling"
-    return module
+    _, trainer = fit(fl.FlowWeightingCallback(), module=module, data=data, max_epochs=2)
+    scored, first, second = drawn
+    assert len(scored) == 23 and first != second and trainer.global_step == 2
+    assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
 def test_a_compiled_module_has_the_weights_and_the_steps_of_a_plain_one():
     """Traced by torch.compile; the backend that writes machine code needs a compiler."""
     plain, compiled = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
     expected, module = LinearRegression(), LinearRegression()
-    fit(plain, module=expected, max_epochs=2)
-    fit(compiled, module=torch.compile(module, backend="eager"), max_epochs=2)
+    data = RegressionData(regression_data(24))  # batches of one size are traced once
+    fit(plain, module=expected, data=data)
+    fit(compiled, module=torch.compile(module, backend="eager"), data=data)
     assert torch.equal(compiled.weights.weights, plain.weights.weights)
+    assert_same_state(module, expected)
+
+
+def assert_same_state(module, expected):
     for name, value in expected.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
 
@@ -144,22 +141,15 @@ class Busy(LinearRegression):
     """Has each hook that the library could need for itself, without `super()`."""
 
     def on_train_start(self):
-        self.called = {"on_train_start"}
-
-    def on_train_batch_start(self, batch, batch_idx):
-        self.called.add("on_train_batch_start")
-
-    def on_before_optimizer_step(self, optimizer):
-        self.called.add("on_before_optimizer_step")
-
-    def on_train_epoch_end(self):
-        self.called.add("on_train_epoch_end")
-
-    def on_save_checkpoint(self, checkpoint):
-        self.called.add("on_save_checkpoint")
+        self.called = {"train_start"}
 
     def on_load_checkpoint(self, checkpoint):
         self.was_loaded = True
+
+
+HOOKS = ["train_batch_start", "before_optimizer_step", "train_epoch_end", "save_checkpoint"]
+for hook in HOOKS:
+    setattr(Busy, f"on_{hook}", lambda self, *args, hook=hook: self.called.add(hook))
 
 
 def resumed_fit(make):
@@ -175,17 +165,15 @@ def resumed_fit(make):
 def test_all_hooks_are_free_for_the_user():
     """The weights, the denominators and the resumed fit of a module without hooks."""
     module, expected = resumed_fit(Busy), resumed_fit(LinearRegression)
-    assert len(module.called) == 5 and module.was_loaded
-    for name, value in expected.state_dict().items():
-        assert torch.equal(module.state_dict()[name], value), name
-
-
-class BusyAndBroken(Busy):
-    def sample_losses(self, batch):
-        return super().sample_losses(batch) * (torch.nan if self.training else 1.0)
+    assert module.called == {"train_start", *HOOKS} and module.was_loaded
+    assert_same_state(module, expected)
 
 
 def test_a_module_with_hooks_of_its_own_stops_at_a_nan():
+    class BusyAndBroken(Busy):
+        def sample_losses(self, batch):
+            return super().sample_losses(batch) * (torch.nan if self.training else 1.0)
+
     with pytest.raises(FloatingPointError, match="at batch 0, for the samples"):
         fit(module=BusyAndBroken())
 
