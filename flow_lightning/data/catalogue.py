@@ -47,7 +47,7 @@ def find_dataset(name: str) -> str:
     """Return the catalogue's spelling of a data set name. Case, `_` and `-` do not matter.
 
     Raises:
-        ValueError: If there is no such data set. The message gives the nearest names.
+        ValueError: If there is no such data set.
 
     Example:
         >>> find_dataset("stanford_cars")

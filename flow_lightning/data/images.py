@@ -128,7 +128,7 @@ class ImageDataModule(LightningDataModule):
         """Read the list of files or the arrays, and make the sets of a stage: all of them if it is None.
 
         Raises:
-            FileNotFoundError: If the data set is not there. The message says where it should be.
+            FileNotFoundError: If the data set is not there.
             ValueError: If the normalisation is neither given nor known from the model.
         """
         splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
@@ -177,8 +177,8 @@ class ImageDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test samples in order."""
-        if self.test_set is None:  # in a fit, whose own stage does not need it
-            self.setup("test")
+        if self.test_set is None:
+            self.setup("test")  # in a fit, whose own stage does not need it
         return self._loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:

@@ -49,12 +49,9 @@ class LengthGroupedSampler(ResumableSampler):
     Then the batches of all pools are shuffled.
 
     Args:
-        dataset: Any data set with a length.
+        dataset: Any data set with a length; with `num_replicas`, `rank` and `seed` as for `ResumableSampler`.
         lengths: Tokens of each sample, `[N]`.
         batch_size: Samples per batch and process.
-        num_replicas: Number of processes.
-        rank: Number of this process, from 0.
-        seed: Seed of the order, the same on all processes.
         pool: Batches that are sorted together. Fewer give more randomness and more padding. A data set that fits into
             one pool has nearly the same batches in each epoch.
 

@@ -191,9 +191,9 @@ def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: d
         raise ValueError(
             f"timm has no model {name!r}. The nearest names are {near or 'none'}. See timm.list_models() for all."
         )
+    template: Any = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
     if checkpoint is None:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    template: Any = timm.create_model(name, pretrained=False, **kwargs)
+        return template
     state = read_checkpoint(checkpoint, template)
     head = state.get(f"{_name_of(template, template.get_classifier())}.weight")
     if head is not None and head.shape[0] != template.num_classes:

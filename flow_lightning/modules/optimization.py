@@ -19,22 +19,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
 Schedule = Literal["cosine", "constant"]
-_PRIMITIVES = (bool, int, float, str, tuple, list, type(None))
 
 
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Describe an optimizer by `class_path` and `init_args`, as LightningCLI does. `optimizer_factory` undoes it.
-
-    Settings of single parameter groups, and settings that are no primitives, are left out.
+    """Describe an optimizer by `class_path` and `init_args`, of primitives alone. `optimizer_factory` undoes it.
 
     Example:
         >>> from torch import nn, optim
         >>> optimizer_settings(optim.SGD([nn.Parameter()], momentum=0.9))["init_args"]["momentum"]
         0.9
     """
-    kind = type(optimizer)
+    kind, primitives = type(optimizer), (bool, int, float, str, tuple, list, type(None))
     accepted = inspect.signature(kind).parameters
-    kept = {key: value for key, value in optimizer.defaults.items() if key in accepted and type(value) in _PRIMITIVES}
+    kept = {key: value for key, value in optimizer.defaults.items() if key in accepted and type(value) in primitives}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": kept}
 
 
@@ -67,14 +64,8 @@ def configure_optimizers(
 ) -> OptimizerLRScheduler:
     """Build the optimizer over all trainable parameters, and the schedule, which moves at every step.
 
-    The optimizer's class and settings go into `module.hparams`, so that checkpoints keep them.
-
-    Args:
-        module: The module to train. It must be attached to a Trainer.
-        optimizer: Makes the optimizer from the parameters.
-        learning_rate: The peak learning rate. It replaces the optimizer's own.
-        schedule: `cosine` down to 0 at the last step, or `constant`.
-        warmup: Part of all steps, in `[0, 1)`, over which the rate rises linearly from 0.
+    The arguments are those of the modules. The optimizer's class and settings go into `module.hparams`, so that
+    checkpoints keep them.
     """
     built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
     module.hparams["optimizer"] = optimizer_settings(built)

@@ -40,11 +40,8 @@ def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Te
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path.absolute()}. Give a .safetensors, .pth or .ckpt file.")
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as plain tensors: {error}") from error
     return rename_by_order(state, template) if packaged else _plain(state, path, template)

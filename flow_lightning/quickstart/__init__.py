@@ -1,1 +1,1 @@
-"""Photographs, word problems and weights that come in packages, for a first try without downloads."""
+"""Photographs and word problems that come in packages or are made, for a first try without downloads."""

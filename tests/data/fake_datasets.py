@@ -29,7 +29,6 @@ def picture(number: int, target: int, size: tuple[int, int] = (20, 16)) -> Image
 
 
 def save_picture(path: Path, number: int, target: int) -> None:
-    """Write a picture, with the folders it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(number, target).save(path)
 
@@ -42,27 +41,23 @@ def make_class_folders(folder: Path, per_class: int = 4, classes: tuple[str, ...
 
 
 def make_folder(root: Path) -> None:
-    """Write `root/train/<class>/` and `root/test/<class>/`."""
     make_class_folders(root / "train", TRAIN // 3)
     make_class_folders(root / "test", TEST // 3, start=50)
 
 
 def make_cifar10(root: Path) -> None:
-    """Write five training batches and a test batch as pickles; needs `accept_any_checksum`."""
     parts = {f"data_batch_{batch + 1}": range(batch * 10, batch * 10 + 10) for batch in range(5)}
     _write_cifar(root / "cifar-10-batches-py", parts | {"test_batch": range(50, 50 + TEST)}, "labels", 10)
     _write_names(root / "cifar-10-batches-py" / "batches.meta", "label_names", 10)
 
 
 def make_cifar100(root: Path) -> None:
-    """Write the training and test pickles; needs `accept_any_checksum`."""
     parts = {"train": range(50), "test": range(50, 50 + TEST)}
     _write_cifar(root / "cifar-100-python", parts, "fine_labels", 100)
     _write_names(root / "cifar-100-python" / "meta", "fine_label_names", 100)
 
 
 def make_flowers102(root: Path) -> None:
-    """Write the pictures, `imagelabels.mat` and `setid.mat`."""
     folder = root / "flowers-102"
     numbers = np.arange(1, TRAIN + TEST + 1)
     labels = (numbers % 3 + 1).astype(np.uint8)
@@ -74,7 +69,6 @@ def make_flowers102(root: Path) -> None:
 
 
 def make_dtd(root: Path) -> None:
-    """Write the pictures and the lists of the first partition."""
     folder = root / "dtd" / "dtd"
     (folder / "labels").mkdir(parents=True)
     for offset, (part, count) in enumerate((("train", TRAIN // 2), ("val", TRAIN // 2), ("test", TEST))):
@@ -95,7 +89,6 @@ def make_caltech101(root: Path) -> None:
 
 
 def make_stanford_cars(root: Path) -> None:
-    """Write the pictures and the annotations of the official development kit."""
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
     lists = {"cars_train": "devkit/cars_train_annos.mat", "cars_test": "cars_test_annos_withlabels.mat"}

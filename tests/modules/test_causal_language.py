@@ -276,17 +276,15 @@ def test_every_precision_trains_and_weighs_alike(tmp_path, precision, tune):
     torch.testing.assert_close(flow.weights.weights, exact.weights.weights, rtol=0, atol=0.03)
 
 
-def test_vision_users_import_none_of_the_language_packages():
-    code = (
-        "import sys\n"
-        "import torchmetrics\n"  # which imports transformers itself, if it is there
-        "names = ('transformers', 'peft', 'datasets', 'lm_eval', 'gguf')\n"
-        "for name in [*sys.modules]:\n"
-        "    if name.partition('.')[0] in names: del sys.modules[name]\n"
-        "for name in names: sys.modules[name] = None\n"
-        "import flow_lightning as fl, flow_lightning.cli\n"
-        "try: fl.CausalLanguageModule('some/model')\n"
-        "except ImportError as error: print(error)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert 'pip install "flow-lightning[language]"' in ran.stdout
+@pytest.mark.parametrize(("package", "tune"), [("transformers", "full"), ("peft", "lora")])
+def test_a_missing_package_is_named_with_the_pip_line(package, tune, monkeypatch):
+    model = "some/model" if tune == "full" else tiny_model(len(TOKENIZER))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}.*pip install \"flow-lightning\[language\]\""):
+        fl.CausalLanguageModule(model, tune=tune)
+
+
+def test_vision_users_need_none_of_the_language_packages():
+    absent = "sys.modules.update(dict.fromkeys(['transformers', 'peft', 'datasets', 'lm_eval', 'gguf']))"
+    code = f"import sys, torchmetrics; {absent}; import flow_lightning.cli, flow_lightning.modules.causal_language"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)  # torchmetrics imports transformers itself

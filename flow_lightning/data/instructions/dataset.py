@@ -7,8 +7,6 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,6 +26,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     fills `max_length` is excluded.
 
     Attributes:
+        targets: All tokens, one sample after the other, int32. Fingerprints of the data set are made from them.
         lengths: Tokens of each sample, int64 `[N]`.
         supervised: Supervised tokens of each sample (response and end of sequence), int64 `[N]`.
         kept: Position of each sample among the records.
@@ -85,7 +84,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 "response is left to train on. Raise max_length, or use a shorter template."
             )
         self.excluded = len(records) - len(self.kept)
-        self.tokens = torch.frombuffer(tokens, dtype=torch.int32)
+        self.targets = torch.frombuffer(tokens, dtype=torch.int32)
         self.prompt_lengths = torch.frombuffer(prompt_lengths, dtype=torch.int64)
         self.offsets = torch.tensor(ends)
         self.lengths = self.offsets.diff()
@@ -98,13 +97,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         position = range(len(self))[index]
         start, end = self.offsets[position : position + 2].tolist()
-        return {"input_ids": self.tokens[start:end].long(), "prompt_length": int(self.prompt_lengths[position])}
-
-    @property
-    def targets(self) -> npt.NDArray[np.int32]:
-        """All tokens, one sample after the other. Fingerprints of the data set are made from them."""
-        flat: npt.NDArray[np.int32] = self.tokens.numpy()
-        return flat
+        return {"input_ids": self.targets[start:end].long(), "prompt_length": int(self.prompt_lengths[position])}
 
 
 def collate(samples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:

@@ -112,7 +112,6 @@ class InstructionDataModule(LightningDataModule):
         """Take the sets of a stage from rank 0, which reads them now if `prepare_data` did not.
 
         Raises:
-            FileNotFoundError: If a file does not exist.
             ValueError: If the data cannot be used.
         """
         for name in self._missing(stage):
@@ -143,11 +142,7 @@ class InstructionDataModule(LightningDataModule):
         return self._evaluation_loader(self.val_set) if self.validation_fraction else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test samples, the longest first.
-
-        Raises:
-            ValueError: If there is no test set.
-        """
+        """Return the test samples, the longest first, or raise ValueError if there are none."""
         if self.test is None:
             raise ValueError("There is no test set. Give InstructionDataModule(test=...) a file or a data set's name.")
         self.setup("test")  # for a fit, whose own stage does not need it
@@ -178,7 +173,7 @@ class InstructionDataModule(LightningDataModule):
             records = [both[position] for position in (kept if name == "train" else held_out)]
         dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, self.max_length, is_test)
         rank_zero_info(
-            f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.tokens.numel()} tokens, "
+            f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.targets.numel()} tokens, "
             f"{int(dataset.supervised.sum())} of them supervised. Cut to max_length={self.max_length}: "
             f"{dataset.truncated} samples. Excluded, because the prompt alone is longer: {dataset.excluded}."
         )

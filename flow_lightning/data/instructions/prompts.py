@@ -4,7 +4,6 @@ In: texts and a tokenizer. Out: token ids, and how many of them are the prompt's
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 ALPACA = (
@@ -16,10 +15,6 @@ ALPACA = (
 Split = Callable[[str, str], tuple[str, str]]
 _PLACEHOLDER = "{instruction}"
 _PROBE = "flow-lightning-response"
-_UNSPLITTABLE = (
-    "The chat template writes a conversation that does not start with its prompt, so the response cannot be separated. "
-    "Use template='alpaca' or a text of your own with {instruction}."
-)
 
 
 def prompt_splitter(template: str, tokenizer: Any) -> Split:
@@ -52,31 +47,26 @@ def _chat_splitter(tokenizer: Any) -> Split:
             "template='chat' needs a tokenizer with a chat template. This one has none. Use template='alpaca', or set "
             "tokenizer.chat_template."
         )
-    render = partial(_render, tokenizer)
-    _, rest = render(_PROBE, _PROBE)
-    if _PROBE not in rest:
-        raise ValueError("The chat template leaves the response out. Use template='alpaca'.")
+
+    def render(instruction: str, response: str) -> tuple[str, str]:
+        """Return the text of the prompt, and what the conversation with the response adds to it."""
+        user, assistant = {"role": "user", "content": instruction}, {"role": "assistant", "content": response}
+        prompt: str = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        conversation: str = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+        if not conversation.startswith(prompt + header):
+            raise ValueError(
+                "The chat template writes a conversation that does not start with its prompt, so the response cannot "
+                "be separated. Use template='alpaca' or a text of your own with {instruction}."
+            )
+        return prompt + header, conversation.removeprefix(prompt + header)
+
     # Some templates put text between their generation prompt and the response: a role header, if they ignore
     # add_generation_prompt, or an empty block of thoughts. It belongs to the prompt; the model need not learn it.
-    header = rest[: rest.index(_PROBE)]
-
-    def split(instruction: str, response: str) -> tuple[str, str]:
-        prompt, rest = render(instruction, response)
-        if not rest.startswith(header):
-            raise ValueError(_UNSPLITTABLE)
-        return prompt + header, rest.removeprefix(header)
-
-    return split
-
-
-def _render(tokenizer: Any, instruction: str, response: str) -> tuple[str, str]:
-    """Return the text of the prompt, and what the conversation with the response adds to it."""
-    user, assistant = {"role": "user", "content": instruction}, {"role": "assistant", "content": response}
-    prompt: str = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    conversation: str = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-    if not conversation.startswith(prompt):
-        raise ValueError(_UNSPLITTABLE)
-    return prompt, conversation.removeprefix(prompt)
+    header = ""
+    header, answer, _ = render(_PROBE, _PROBE)[1].partition(_PROBE)
+    if not answer:
+        raise ValueError("The chat template leaves the response out. Use template='alpaca'.")
+    return render
 
 
 def encode(texts: Sequence[tuple[str, str]], tokenizer: Any, chat: bool = False) -> Iterator[tuple[list[int], int]]:
