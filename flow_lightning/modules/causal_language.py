@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from flow_lightning.distributed import shard
+from flow_lightning.distributed import is_attached, shard
 from flow_lightning.method.losses import IGNORED, linear_cross_entropy, supervised_counts
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
@@ -178,7 +178,10 @@ class CausalLanguageModule(WeightedLossModule):
         return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
 
     def setup(self, stage: str) -> None:
-        """Check that the losses equal the model's own."""
+        """Check that the losses equal the model's own, and that the precision suits the machine."""
+        on_cpu = is_attached(self) and self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu and "16" in str(self.trainer.precision) and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+            rank_zero_warn(f"precision={self.trainer.precision!r} is slow on a CPU without AVX-512. Use 32-true here.")
         self.whole_logits = not self._agrees_with_model()
         if self.whole_logits:
             rank_zero_warn(

@@ -48,6 +48,7 @@ def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Te
 
 
 def _plain(state: Any, path: Path, template: nn.Module) -> dict[str, Tensor]:
+    state = state if isinstance(state, dict) else {}
     state = state.get("state_dict", state.get("model", state))
     wanted = template.state_dict().keys()
     for prefix in ("", "module.", "model."):

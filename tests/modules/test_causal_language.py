@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,12 @@ def test_vision_users_need_none_of_the_language_packages():
     absent = "sys.modules.update(dict.fromkeys(['transformers', 'peft', 'datasets', 'lm_eval', 'gguf']))"
     code = f"import sys, torchmetrics; {absent}; import flow_lightning.cli, flow_lightning.modules.causal_language"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)  # torchmetrics imports transformers itself
+
+
+@pytest.mark.parametrize(("capability", "warns"), [("AVX2", True), ("AVX512", False)])
+def test_16_bits_on_a_cpu_without_avx_512_are_warned_of(tmp_path, monkeypatch, capability, warns):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit(module=language_module(), data=language_data(tmp_path), max_steps=1, precision="bf16-mixed")
+    assert any("AVX-512" in str(warning.message) for warning in warned) == warns

