@@ -29,7 +29,7 @@ options that matter most:
   --model.model NAME              the pre-trained model
   --data.root FOLDER              where the data is; --data.download true fetches it
   --retention.images FOLDER       images of the pre-trained task, to measure what the model kept
-  --trainer.max_epochs NUMBER     as all arguments of Lightning's Trainer
+  --trainer.max_epochs NUMBER     like all arguments of Lightning's Trainer
   --ckpt_path FILE                continue from a checkpoint
   --methods "[standard, flow]" --seeds "[1, 2, 3]" --output DIR    for compare
 
