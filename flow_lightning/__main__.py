@@ -29,7 +29,7 @@ options that matter most:
   --model.model NAME              the pre-trained model
   --data.root FOLDER              where the data is; --data.download true fetches it
   --retention.images FOLDER       images of the pre-trained task, to measure what the model kept
-  --trainer.max_epochs NUMBER     and all other arguments of Lightning's Trainer
+  --trainer.max_epochs NUMBER     like all arguments of Lightning's Trainer
   --ckpt_path FILE                continue from a checkpoint
   --methods "[standard, flow]" --seeds "[1, 2, 3]" --output DIR    for compare
 
@@ -49,14 +49,7 @@ def help_text() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> Any:
-    """Run the command line.
-
-    Args:
-        args: Arguments, by default the process's own.
-
-    Returns:
-        The `FlowCLI` that ran; None for `--help` and for `compare`, which runs several.
-    """
+    """Run a command line, by default that of the process, and return its `FlowCLI`; None for help and `compare`."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or {"-h", "--help"} & set(words):
         print(help_text(), end="")
@@ -79,7 +72,7 @@ def _check_command(words: list[str]) -> None:
     command = words[0]
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS)
-        raise OptionError(f"The first word must be a command. {hint}Commands: {', '.join(COMMANDS)}.")
+        raise OptionError(f"The first word must be a command: {', '.join(COMMANDS)}. {hint}".strip())
     if not any(word.startswith(("-c", "--config", "--model", "--help")) for word in words):
         raise OptionError(
             f"{command} needs a configuration: flow-lightning {command} -c quickstart. Names: flow-lightning --help"

@@ -76,9 +76,9 @@ class FlowCLI(LightningCLI):
             self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
         if self.subcommand == "fit":
             self._check_method(config.method)
-            rate, plain = config.model.init_args.get("learning_rate"), " (plain fine-tuning, without weights)"
-            ending = "." if rate is None else f", learning rate {rate:g}."
-            rank_zero_info(f"Method: {config.method}{plain if config.method == 'standard' else ''}{ending}")
+            plain = " (plain fine-tuning, without weights)" if config.method == "standard" else ""
+            rate = config.model.init_args.get("learning_rate")
+            rank_zero_info(f"Method: {config.method}{plain}" + ("." if rate is None else f", learning rate {rate:g}."))
         elif self.subcommand != "score" and config.ckpt_path is None:
             rank_zero_warn(f"{self.subcommand} has no --ckpt_path, so it takes the model as it is before training.")
 
@@ -92,15 +92,12 @@ class FlowCLI(LightningCLI):
     def _check_method(self, method: str) -> None:
         """Check that samples are weighted if and only if a shipped method says so; one of your own may do either."""
         weighted = any(isinstance(c, FlowWeightingCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if method == "standard" and weighted:
+        if method in method_names() and weighted != (method != "standard"):
             raise OptionError(
-                "The method is 'standard', which trains without weights, but there is a FlowWeightingCallback. "
-                "Give --method flow, or take the callback out."
-            )
-        if method != "standard" and method in method_names() and not weighted:
-            raise OptionError(
-                f"The method is {method!r}, but there is no FlowWeightingCallback: a later configuration replaced it. "
-                "Write `callbacks+:` there, which adds to the list."
+                "The method 'standard' trains without weights: give --method flow, or take FlowWeightingCallback out."
+                if weighted
+                else f"The method {method!r} has lost its FlowWeightingCallback: a later configuration replaced the "
+                "list of callbacks. Write `callbacks+:` there, which adds to it."
             )
 
 
@@ -138,7 +135,6 @@ def run(words: list[str]) -> FlowCLI:
         auto_configure_optimizers=False,  # the module has arguments for both
         save_config_kwargs={"overwrite": True},
         parser_class=FlowParser,
-        parser_kwargs={"description": "flow_lightning: fine-tune without forgetting."},
         args=[_renamed(word) for word in words],
     )
 

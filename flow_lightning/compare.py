@@ -24,11 +24,7 @@ from flow_lightning.run import run_directory
 def compare(words: Sequence[str]) -> None:
     """Fit one configuration by several methods and seeds, one after the other, and report them side by side.
 
-    Args:
-        words: The command, options of `fit`, and `--methods`, `--seeds` and `--output`.
-
     Raises:
-        OptionError: If a method is unknown.
         FloatingPointError: At the end, if a run diverged; the table leaves it out.
     """
     parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False)
@@ -50,8 +46,7 @@ def compare(words: Sequence[str]) -> None:
             except FloatingPointError as error:  # the other runs are worth having
                 diverged.append(f"{folder}: {error}")
                 runs[name].append({})
-    if getattr(rank_zero_only, "rank", 0) == 0:  # under ddp every process goes through all runs
-        report_comparison(runs, options.output)
+    _report(runs, options.output)
     if diverged:
         raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
 
@@ -62,13 +57,9 @@ def _listed(text: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def report_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
-    """Print the table, mean and standard deviation over the runs of each method, and write it down.
-
-    Args:
-        runs: Name of the method to the metrics of its runs, one for each seed.
-        folder: Gets `comparison.json` and `comparison.png`.
-    """
+@rank_zero_only  # under ddp every process goes through all runs
+def _report(runs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+    """Print and draw what the runs of each method measured, and write it down."""
     write_bytes(folder / "comparison.json", (json.dumps(runs, indent=2, sort_keys=True) + "\n").encode())
     plot_comparison(runs, folder / "comparison.png")
     count = max(len(column) for column in runs.values())

@@ -34,26 +34,20 @@ def method_names() -> list[str]:
 
 
 def find_configuration(name: str) -> Path:
-    """Return the file of a configuration: a file of your own, or a shipped one, "cifar10" for "vision/cifar10".
-
-    Raises:
-        OptionError: If there is neither; the message gives the nearest name.
-    """
+    """Return the file of a configuration: a file of your own, or a shipped one, "cifar10" for "vision/cifar10"."""
+    if Path(name).is_file():
+        return Path(name)
     known = shipped()
     known = {key.rpartition("/")[2]: path for key, path in reversed(known.items())} | known
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
-    if not Path(name).is_file() and wanted not in known:
+    if wanted not in known:
         hint = nearest(wanted, known)
         raise OptionError(f"{name!r} is no file and no shipped name. {hint}All names: flow-lightning --help")
-    return Path(name) if Path(name).is_file() else known[wanted]
+    return known[wanted]
 
 
 def find_method(name: str) -> Path:
-    """Return the file of a method: a file of your own, or a shipped one.
-
-    Raises:
-        OptionError: If there is neither; the message gives the nearest name.
-    """
+    """Return the file of a method: a file of your own, or a shipped one."""
     file = Path(name) if Path(name).is_file() else shipped().get(f"methods/{name}")
     if file is None:
         raise OptionError(f"No method {name!r}. {nearest(name, method_names())}Shipped: {', '.join(method_names())}.")
@@ -68,12 +62,9 @@ def with_files(arguments: Sequence[str]) -> list[str]:
     Example:
         >>> [Path(word).name for word in with_files(["fit", "--method", "flow", "-c", "cifar10"])]
         ['fit', 'cifar10.yaml', 'flow.yaml']
-
-    Raises:
-        OptionError: If a name is unknown or missing, or there are two methods.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_file_or_yaml)
+    parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_configuration)
     parser.add_argument("--method", action="append", dest="files", type=lambda name: (True, find_method(name)))
     try:
         parsed, words = parser.parse_known_args(arguments)
@@ -82,13 +73,13 @@ def with_files(arguments: Sequence[str]) -> list[str]:
     files: list[tuple[bool, Path | str]] = parsed.files
     if sum(is_method for is_method, _ in files) > 1:
         raise OptionError("There are two methods. Give one --method.")
-    files = [*files[1:2], *files[:1], *files[2:]] if files and files[0][0] else files
+    if files and files[0][0]:
+        files[:2] = files[1::-1]
     return [*words[:1], *(f"--config={file}" for _, file in files), *words[1:]]
 
 
-def _file_or_yaml(value: str) -> tuple[bool, Path | str]:
-    """A configuration may also stand on the command line itself: `--config "{seed_everything: 3}"`."""
-    return False, value if "{" in value else find_configuration(value)
+def _configuration(value: str) -> tuple[bool, Path | str]:
+    return False, value if "{" in value else find_configuration(value)  # jsonargparse also takes YAML in place
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

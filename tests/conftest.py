@@ -11,5 +11,4 @@ def quiet_and_single_threaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None
     """One thread (forked processes then cannot dead-lock in a thread pool), and every run in its own folder."""
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    monkeypatch.setenv("FLOW_LIGHTNING_CACHE", "")  # each fit scores for itself
     monkeypatch.chdir(tmp_path)

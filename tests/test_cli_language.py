@@ -1,6 +1,7 @@
 """Every shipped language configuration through the real command line, on a tiny model and without network."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,11 @@ from tests.language import instructions, tiny_model, tiny_tokenizer
 CONFIGS = Path(__file__).parent.parent / "configs" / "language"
 PAPER = ["gemma2_2b_metamathqa", "llama32_3b_metamathqa"]
 METHODS = ["standard", "flow_sequence", "flow_token", "token_masking"]
-TINY = [
-    "--model.model=tiny",
-    "--model.attention=null",
-    "--trainer.max_epochs=1",
-    "--trainer.accumulate_grad_batches=2",
-    "--trainer.accelerator=cpu",
-    "--trainer.precision=32-true",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-]
+TINY = shlex.split("""
+    --model.model=tiny --model.attention=null --trainer.accelerator=cpu --trainer.precision=32-true
+    --trainer.max_epochs=1 --trainer.accumulate_grad_batches=2
+    --trainer.enable_progress_bar=false --trainer.enable_model_summary=false
+""")
 
 
 @pytest.fixture(autouse=True)

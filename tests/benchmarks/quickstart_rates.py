@@ -17,7 +17,7 @@ QUIET = [f"--trainer.enable_{what}=false" for what in ("progress_bar", "model_su
 
 def held_out_accuracy(method: str, rate: float, seed: int) -> float:
     settings = [f"--learning_rate={rate}", f"--seed_everything={seed}", "--data.validation_fraction=0.2"]
-    validation = ["--trainer.limit_val_batches=1.0", "--trainer.check_val_every_n_epoch=3", "--retention.images=null"]
+    validation = ["--trainer.check_val_every_n_epoch=3", "--retention.images=null"]
     try:
         cli = main(["fit", "-c=quickstart", f"--method={method}", *settings, *validation, *QUIET])
     except FloatingPointError:
