@@ -119,7 +119,7 @@ def test_files_of_sequences_and_of_tokens_are_not_mixed_up(tmp_path):
     SampleWeights.from_losses(losses()).save(tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="SampleWeights"):
         TokenWeights.load(tmp_path / "w.safetensors")
-    with pytest.raises(FileNotFoundError, match="No weights file.*`score` writes one"):
+    with pytest.raises(FileNotFoundError, match=r"No weights file.*`score` writes one"):
         TokenWeights.load(tmp_path / "absent.safetensors")
 
 
