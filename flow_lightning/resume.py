@@ -21,13 +21,8 @@ from flow_lightning.lightning_internals import end_restart, restore_loader_state
 class ResumableSampler(DistributedSampler[int]):
     """Shuffle a data set by seed and epoch alone, and start anywhere in it.
 
-    Shares the samples between the processes itself, each the same number, for which some are repeated if need be.
-
-    Args:
-        dataset: Any data set with a length.
-        num_replicas: Number of processes.
-        rank: Number of this process, from 0.
-        seed: Seed of the order, the same on all processes.
+    It gives each of `num_replicas` processes the same number of samples, and repeats some if need be. All processes
+    need the same `seed`.
     """
 
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:

@@ -23,19 +23,12 @@ _LEAST_ROOM = 8 * 2**20
 
 @dataclass
 class Run:
-    """What the callbacks of one fit share.
+    """What the callbacks of one fit share."""
 
-    Attributes:
-        directory: Where the run writes; None if it writes nothing (see `run_directory`).
-        resumed: Whether the fit continues from a checkpoint, so that the model is no longer the pre-trained one.
-        metrics: The numbers recorded so far, by their key in `metrics.json`.
-        scoring: The frozen model over the training set.
-    """
-
-    directory: Path | None
-    scoring: Scoring
-    resumed: bool = False
-    metrics: dict[str, Any] = field(default_factory=dict)
+    directory: Path | None  #: where the run writes; None if it writes nothing (see `run_directory`)
+    scoring: Scoring  #: the frozen model over the training set
+    resumed: bool = False  #: whether the fit continues from a checkpoint: the model is no longer the pre-trained one
+    metrics: dict[str, Any] = field(default_factory=dict)  #: recorded so far, by their key in `metrics.json`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
         """Weight averaging copies the module; the copy belongs to the same run."""
@@ -43,19 +36,16 @@ class Run:
 
     def record(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Add numbers to `metrics.json`, the loggers and `trainer.callback_metrics`; call it on every rank."""
-        if self.resumed and not self.metrics and self._file is not None and self._file.exists():
-            self.metrics.update(read_metrics(self._file))
+        file = None if self.directory is None else self.directory / "metrics.json"
+        if self.resumed and not self.metrics and file is not None and file.exists():
+            self.metrics.update(read_metrics(file))
         self.metrics.update(metrics)
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         trainer.callback_metrics.update({key: torch.tensor(float(value)) for key, value in numbers.items()})
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
-        if (file := self._file) is not None:
+        if file is not None:
             on_rank_zero(trainer, lambda: write_metrics(file, self.metrics))
-
-    @property
-    def _file(self) -> Path | None:
-        return None if self.directory is None else self.directory / "metrics.json"
 
 
 class RunCallback(Callback):
@@ -106,10 +96,8 @@ def start_run(trainer: Trainer, module: LightningModule) -> Run:
 def run_directory(trainer: Trainer) -> Path | None:
     """Return the directory of a run: the logger's; without a logger `default_root_dir`, if one was set.
 
-    Call it on every rank: rank 0 tells the others.
-
-    Returns:
-        None where the run is to leave no files: in a `fast_dev_run`, and with `logger=False` in the working directory.
+    None if the run is to leave no files: in a `fast_dev_run`, and with `logger=False` in the working directory. Call it
+    on every rank: rank 0 tells the others.
     """
     logger = trainer.loggers[0] if trainer.loggers else None
     if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -82,8 +82,8 @@ def assert_same_parameters(found, expected, rtol=0.0, atol=0.0):
         (regression, "sample", 1e-6, (2, 1)),
         (regression, "sample", 1e-6, (1, 2)),  # both processes hold all, and take the same samples
         (pictures, "sample", 1e-5, (2, 1)),
-        (language, "token", 1e-6, (2, 1)),
-        (lora, "sample", 1e-6, (2, 1)),
+        (language, "sample", 1e-6, (2, 1)),
+        (lora, "token", 1e-6, (2, 1)),
     ],
 )
 def test_a_model_in_shards_has_the_weights_and_the_steps_of_a_whole_one(function, per, tolerance, size):

@@ -58,9 +58,7 @@ class StopOnNaN(Callback):
         """Check everything."""
         self._check(trainer, pl_module.parameters())
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check everything."""
-        self._check(trainer, pl_module.parameters())
+    on_train_epoch_end = on_validation_end
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check everything: a model that has diverged must not take the place of a sound one."""

@@ -59,10 +59,7 @@ class WeightedLossModule(LightningModule):
         self.reduction: Reduction = reduction
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Note the reference of a checkpoint also where a class has an `on_load_checkpoint` of its own.
-
-        `load_from_checkpoint` has no Trainer, so no callback can do it.
-        """
+        """Note the reference of a checkpoint before the class's own hook: `load_from_checkpoint` has no callbacks."""
         super().__init_subclass__(**kwargs)
         own: Any = cls.on_load_checkpoint
 
@@ -82,14 +79,7 @@ class WeightedLossModule(LightningModule):
         return [StopOnNaN(), StepDenominator(), LoopRepairs()]
 
     def sample_losses(self, batch: Any) -> Tensor:
-        """Compute the loss of each sample of a batch, without any side effect.
-
-        Args:
-            batch: A batch of the training data, with the samples' `index`.
-
-        Returns:
-            One loss per sample, `[B]`, not negative.
-        """
+        """Compute the loss of each sample of a training batch, `[B]`, not negative, without any side effect."""
         raise NotImplementedError(f"{type(self).__name__} must define sample_losses(batch) -> Tensor of shape [B].")
 
     def training_losses(self, batch: Any) -> Tensor:
@@ -101,12 +91,10 @@ class WeightedLossModule(LightningModule):
         return None if self.sample_weights is None else self.sample_weights.lookup(self.sample_index(batch))
 
     def sample_index(self, batch: Any) -> Tensor:
-        """Return the indices of the samples in a training batch, `[B]`, on the module's device.
-
-        They are the batch's own `index`, or what FlowWeightingCallback knows from the loader.
+        """Return the indices of the samples in a training batch, `[B]`: its own, or those that the loader drew.
 
         Raises:
-            KeyError: If neither is there; the message names the fix.
+            KeyError: If neither is known, as without FlowWeightingCallback; the message names the fix.
         """
         if find_index(batch) is None and self.batch_samples is not None:
             return self.batch_samples.to(self.device)

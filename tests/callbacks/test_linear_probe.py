@@ -29,32 +29,30 @@ class CountForwards(Callback):
         self.scored, self.head = self.images, pl_module.head.weight.clone()
 
 
-def all_images(data):
-    return next(iter(DataLoader(data.train_set, len(data.train_set))))
+def run(*callbacks, module=None, **settings):
+    """Fit pictures; return module and Trainer."""
+    module, trainer = module or tiny_module(learning_rate=0.1), make_trainer(*callbacks, **settings)
+    trainer.fit(module, datamodule=PictureData())
+    return module, trainer
 
 
-def test_one_pass_over_the_images_serves_probe_temperature_and_weights():
-    counter = CountForwards()
-    make_trainer(fl.LinearProbeCallback(folds=3), fl.FlowWeightingCallback(), counter).fit(
-        tiny_module(), datamodule=PictureData()
-    )
-    assert counter.scored == 30
+def features_and_targets(module):
+    """Return the features of all pictures, of unit scale, in float64, and the targets."""
+    dataset = PictureData().train_set
+    batch = next(iter(DataLoader(dataset, len(dataset))))
+    with torch.no_grad():
+        features = module.eval().features(batch).double().numpy()
+    return (features - features.mean(0)) / features.var(0).mean() ** 0.5, batch["target"].numpy()
 
 
 def test_the_head_is_scikit_learns_logistic_regression():
     """At the strength that validation chose, on the features of the frozen body."""
     probe, counter = fl.LinearProbeCallback(), CountForwards()
-    module = tiny_module()
-    batch = all_images(PictureData())
-    with torch.no_grad():
-        features = module.eval().features(batch).double().numpy()
-    make_trainer(probe, counter).fit(module.train(), datamodule=PictureData())
-    mean, scale = features.mean(0), features.var(0).mean() ** 0.5
+    x, targets = features_and_targets(tiny_module())
+    run(probe, counter)
     reference = LogisticRegression(C=1 / (probe.probe.strength * 30), tol=1e-10, max_iter=100_000)
-    expected = reference.fit((features - mean) / scale, batch["target"].numpy()).predict_log_proba(
-        (features - mean) / scale
-    )
-    losses = -torch.from_numpy(expected)[torch.arange(30), batch["target"]]
+    expected = reference.fit(x, targets).predict_log_proba(x)
+    losses = -torch.from_numpy(expected)[torch.arange(30), targets]
     torch.testing.assert_close(probe.probe.losses, losses.float(), rtol=1e-2, atol=5e-3)
     assert torch.equal(counter.head, probe.probe.head.weight)
 
@@ -64,7 +62,8 @@ def test_out_of_fold_losses_make_the_weights():
     heads = []
     for folds, flow in ((0, in_sample), (5, out_of_fold)):
         counter = CountForwards()
-        make_trainer(fl.LinearProbeCallback(folds=folds), flow, counter).fit(tiny_module(), datamodule=PictureData())
+        run(fl.LinearProbeCallback(folds=folds), flow, counter)
+        assert counter.scored == 30  # one pass serves probe, temperature and weights
         heads.append(counter.head)
     assert out_of_fold.weights.temperature > in_sample.weights.temperature
     torch.testing.assert_close(*heads)
@@ -77,7 +76,7 @@ def test_features_above_the_budget_go_to_a_file(monkeypatch):
     results = []
     for budget in (4.0, 1e-9):
         probe = fl.LinearProbeCallback(memory_budget=budget)
-        make_trainer(probe).fit(tiny_module(), datamodule=PictureData())
+        run(probe)
         results.append(probe.probe)
     assert len(files) == 2
     assert not any(os.path.exists(file) for file in files)
@@ -86,14 +85,11 @@ def test_features_above_the_budget_go_to_a_file(monkeypatch):
 
 def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
     checkpoint = ModelCheckpoint("ckpt", filename="mid", every_n_train_steps=2, save_top_k=1)
-    make_trainer(fl.LinearProbeCallback(), checkpoint, enable_checkpointing=True, max_steps=2).fit(
-        tiny_module(), datamodule=PictureData()
-    )
+    run(fl.LinearProbeCallback(), checkpoint, enable_checkpointing=True, max_steps=2)
     saved = torch.load("ckpt/mid.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
     counter = CountForwards()
-    make_trainer(fl.LinearProbeCallback(), counter, max_epochs=2).fit(
-        tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/mid.ckpt"
-    )
+    trainer = make_trainer(fl.LinearProbeCallback(), counter, max_epochs=2)
+    trainer.fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/mid.ckpt")
     assert counter.scored == 0 and torch.equal(counter.head, saved)
 
 
@@ -102,7 +98,7 @@ def test_the_order_of_the_callbacks_does_not_matter():
     for turn in (1, -1):
         flow, counter = fl.FlowWeightingCallback(), CountForwards()
         probe = fl.LinearProbeCallback(refit=False)
-        make_trainer(*[probe, flow][::turn], counter).fit(tiny_module(), datamodule=PictureData())
+        run(*[probe, flow][::turn], counter)
         assert counter.scored == 30
         results.append((flow.weights.weights, flow.weights.fingerprint, counter.head))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][2], results[1][2])
@@ -117,7 +113,7 @@ def test_a_module_that_cannot_be_probed_is_told_what_is_missing():
 def test_too_few_classes_name_the_fix():
     module = fl.ImageClassificationModule("test_resnet.r160_in1k", 2, pretrained=False)
     with pytest.raises(ValueError, match=r"Set model\.num_classes"):
-        make_trainer(fl.LinearProbeCallback()).fit(module, datamodule=PictureData())
+        run(fl.LinearProbeCallback(), module=module)
 
 
 def test_a_full_disk_for_the_features_is_an_error_and_not_a_crash(monkeypatch):
@@ -126,47 +122,33 @@ def test_a_full_disk_for_the_features_is_an_error_and_not_a_crash(monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"take .* GiB, and .* cannot take them .*No space left.*TMPDIR"):
-        make_trainer(fl.LinearProbeCallback(memory_budget=0.0)).fit(tiny_module(), datamodule=PictureData())
+        run(fl.LinearProbeCallback(memory_budget=0.0))
 
 
 # -- after training --------------------------------------------------------------------------------------------------
 
 
-def refitted(*callbacks, **settings):
-    """Fit two steps; return module and Trainer."""
-    module = tiny_module(learning_rate=0.1)
-    trainer = make_trainer(*callbacks, max_steps=2, **settings)
-    trainer.fit(module, datamodule=PictureData())
-    return module, trainer
-
-
 @pytest.mark.parametrize("weighted", [True, False])
 def test_the_refit_is_scikit_learns_solution_on_the_fine_tuned_body(weighted):
     flow = fl.FlowWeightingCallback()
-    module, trainer = refitted(fl.LinearProbeCallback(refit=True), *([flow] if weighted else []))
-    batch = all_images(PictureData())
+    module, trainer = run(
+        fl.LinearProbeCallback(refit=True), *[flow] * weighted, enable_checkpointing=True, max_steps=2
+    )
+    x, targets = features_and_targets(module)
     with torch.no_grad():
-        x = module.eval().features(batch).double().numpy()
-        probabilities = module(batch["image"]).softmax(1)
-    x = (x - x.mean(0)) / x.var(0).mean() ** 0.5
+        probabilities = module(PictureData().train_set.dataset.images).softmax(1)
     weights = flow.weights.weights.numpy() if weighted else np.ones(30)
     strength = float(trainer.callback_metrics["refit/strength"])
     reference = LogisticRegression(C=1 / (strength * weights.sum()), tol=1e-10, max_iter=100_000)
-    expected = reference.fit(x, batch["target"].numpy(), sample_weight=weights).predict_proba(x)
+    expected = reference.fit(x, targets, sample_weight=weights).predict_proba(x)
     torch.testing.assert_close(probabilities, torch.from_numpy(expected).float(), rtol=0, atol=5e-3)
+    saved = torch.load("run/checkpoints/refitted.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
+    assert torch.equal(saved, module.head.weight)
 
 
 @pytest.mark.parametrize(
-    ("refit", "weighted", "happens"),
-    [(None, True, True), (None, False, False), (True, False, True), (False, True, False)],
+    ("refit", "weighted", "happens"), [(None, True, True), (None, False, False), (False, True, False)]
 )
 def test_a_refit_happens_under_flow_or_if_asked_for(refit, weighted, happens):
-    flow = [fl.FlowWeightingCallback()] if weighted else []
-    _, trainer = refitted(fl.LinearProbeCallback(refit=refit), *flow)
+    _, trainer = run(fl.LinearProbeCallback(refit=refit), *[fl.FlowWeightingCallback()] * weighted, max_steps=2)
     assert ("refit/strength" in trainer.callback_metrics) == happens
-
-
-def test_the_refitted_model_has_a_checkpoint_of_its_own():
-    module, _ = refitted(fl.LinearProbeCallback(refit=True), enable_checkpointing=True)
-    saved = torch.load("run/checkpoints/refitted.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
-    assert torch.equal(saved, module.head.weight)

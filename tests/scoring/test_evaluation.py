@@ -13,33 +13,25 @@ from flow_lightning.scoring.evaluation import evaluation
 from tests.examples import LinearRegression, RegressionData, fit
 
 
-def test_evaluation_restores_modes_and_streams_and_records_no_graph():
+def draws():
+    return torch.rand(1), np.random.rand(), random.random()
+
+
+def test_evaluation_restores_modes_and_streams_after_an_error_and_records_no_graph():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
     model[1].eval()
     model[1][0].train()
     modes = [module.training for module in model.modules()]
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    expected = torch.rand(1), np.random.rand(), random.random()
+    expected = draws()
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    with evaluation(model):
+    with pytest.raises(KeyError), evaluation(model):
         assert not any(module.training for module in model.modules())
         assert not model(torch.rand(3, 2)).requires_grad
-        torch.rand(5), np.random.rand(5), random.random()
-    assert [module.training for module in model.modules()] == modes
-    assert (torch.rand(1), np.random.rand(), random.random()) == expected
-
-
-def test_evaluation_restores_after_an_error():
-    model = nn.Dropout()
-    with pytest.raises(KeyError), evaluation(model):
+        draws(), draws()
         raise KeyError
-    assert model.training and torch.is_grad_enabled()
-
-
-def assert_same_parameters(module, other):
-    assert module.state_dict().keys() == other.state_dict().keys()
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
+    assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
+    assert draws() == expected
 
 
 class Unweighted(fl.FlowWeightingCallback):
@@ -62,39 +54,21 @@ class Snapshot(Callback):
         self.stage = trainer.state.stage
 
 
-@pytest.fixture
-def snapshots():
-    """The same fit with and without the callback; a part of the model is in evaluation mode, as a user left it."""
-
-    def snapshot(*callbacks):
-        module = LinearRegression()
-        module.body[1].eval()
-        taken = Snapshot()
-        fit(*callbacks, taken, module=module)
-        return taken
-
-    return snapshot(fl.FlowWeightingCallback()), snapshot()
+def snapshot(*callbacks):
+    """Fit a model of which a part is in evaluation mode, as a user left it."""
+    module, taken = LinearRegression(), Snapshot()
+    module.body[1].eval()
+    fit(*callbacks, taken, module=module)
+    return taken
 
 
-def test_modes_of_all_submodules_are_as_without_it(snapshots):
-    with_flow, without = snapshots
+def test_modes_statistics_gradients_and_random_numbers_are_as_without_it():
+    with_flow, without = snapshot(fl.FlowWeightingCallback()), snapshot()
     assert with_flow.modes == without.modes and with_flow.modes["body.1"] is False and with_flow.modes["body.2"] is True
     assert with_flow.stage == without.stage
-
-
-def test_batch_norm_statistics_are_as_without_it(snapshots):
-    with_flow, without = snapshots
     assert all(torch.equal(value, without.buffers[name]) for name, value in with_flow.buffers.items())
-
-
-def test_gradients_are_as_without_it(snapshots):
-    with_flow, without = snapshots
     assert with_flow.gradients == without.gradients == dict.fromkeys(with_flow.gradients)
     assert with_flow.requires_grad == without.requires_grad
-
-
-def test_random_number_streams_are_as_without_it(snapshots):
-    with_flow, without = snapshots
     assert torch.equal(with_flow.streams[0], without.streams[0])
     assert np.array_equal(with_flow.streams[1], without.streams[1])
     assert with_flow.streams[2] == without.streams[2]
@@ -109,7 +83,7 @@ def test_batches_and_training_are_as_without_it(loader):
     flow, _ = fit(Unweighted(), data=RegressionData(**loader), max_epochs=2)
     assert len(flow.seen) == len(plain.seen) == 12
     assert all(torch.equal(one, other) for one, other in zip(flow.seen, plain.seen))
-    assert_same_parameters(flow, plain)
+    torch.testing.assert_close(flow.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_gradients_that_were_there_stay():

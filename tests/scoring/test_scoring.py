@@ -107,11 +107,9 @@ class Reseeded(LinearRegression):
         super().__init__(seed=1)
 
 
-def test_other_data_are_noticed(first):
+def test_other_data_and_another_model_are_noticed(first):
     assert_scored_anew("training data set .* changed", data=RegressionData(regression_data(80, seed=2)))
-
-
-def test_another_model_is_noticed(first):
+    fit_with_file()
     assert_scored_anew("pre-trained model changed", Reseeded())
 
 
@@ -141,26 +139,26 @@ def squared(error):
     return error**2
 
 
-def test_a_function_looked_up_by_name_is_noticed(monkeypatch):
-    class ByName(LinearRegression):
-        def sample_losses(self, batch):
-            (x, y), _ = batch
-            self.scored += 0 if self.training else len(y)
-            return globals()["squared"](self(x) - y)
+class Told(LinearRegression):
+    """Its loss depends on a function that is looked up by name, and on the environment."""
 
-    fit_with_file(ByName())
-    monkeypatch.setitem(globals(), "squared", torch.abs)
-    assert_scored_anew(NUMBERS, ByName())
+    def sample_losses(self, batch):
+        (x, y), _ = batch
+        self.scored += 0 if self.training else len(y)
+        return globals()["squared"](self(x) - y) + float(os.environ.get("MARGIN", 0.0))
 
 
-def test_the_environment_is_noticed(monkeypatch):
-    class FromEnvironment(LinearRegression):
-        def sample_losses(self, batch):
-            return super().sample_losses(batch) + float(os.environ.get("MARGIN", 0.0))
-
-    fit_with_file(FromEnvironment())
-    monkeypatch.setenv("MARGIN", "0.25")
-    assert_scored_anew(NUMBERS, FromEnvironment())
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda monkeypatch: monkeypatch.setitem(globals(), "squared", torch.abs),
+        lambda monkeypatch: monkeypatch.setenv("MARGIN", "0.25"),
+    ],
+)
+def test_a_function_looked_up_by_name_and_the_environment_are_noticed(change, monkeypatch):
+    fit_with_file(Told())
+    change(monkeypatch)
+    assert_scored_anew(NUMBERS, Told())
 
 
 def test_one_changed_loss_in_a_checked_batch_is_named(first):
@@ -172,18 +170,17 @@ def test_one_changed_loss_in_a_checked_batch_is_named(first):
     assert_scored_anew(r"sample 79: 12\.5 now", OneOff())
 
 
-@pytest.mark.parametrize("damage", ["cut", "tokens", "weights alone"])
-def test_a_file_that_cannot_be_used_is_said_and_replaced(first, damage):
-    path = Path(FILE)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-10])
-    elif damage == "tokens":
-        fl.TokenWeights.from_losses(torch.ones(2), torch.tensor([0, 2])).save(path)
-    else:
-        first.save(path)
-    assert_scored_anew(
-        {"cut": "not a usable", "tokens": "its format is", "weights alone": "holds weights alone"}[damage]
-    )
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda first: os.truncate(FILE, 200), "not a usable"),
+        (lambda first: fl.TokenWeights.from_losses(torch.ones(2), torch.tensor([0, 2])).save(FILE), "its format is"),
+        (lambda first: first.save(FILE), "holds weights alone"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_said_and_replaced(first, damage, message):
+    damage(first)
+    assert_scored_anew(message)
 
 
 # -- continued after an interruption ---------------------------------------------------------------------------------
@@ -253,16 +250,12 @@ def probed(n=96, **probe):
     return flow.weights, counter
 
 
-def test_the_same_file_serves_a_probe():
+def test_the_same_file_serves_the_same_probe_alone():
     weights, counter = probed()
     assert counter.images == 96
     again, checked = probed()
     assert checked.images == CHECKED
     assert torch.equal(again.weights, weights.weights) and torch.equal(checked.head, counter.head)
-
-
-def test_a_file_serves_only_the_same_probe():
-    probed()
     with pytest.warns(UserWarning, match=r"holds linear probe, .* folds 0, not .* folds 3.*anew"):
         _, counter = probed(folds=3)
     assert counter.images == 96
@@ -272,24 +265,21 @@ def test_an_interrupted_probe_continues_from_its_features(monkeypatch):
     expected, _ = probed()
     os.remove(FILE)
     monkeypatch.setattr(score, "_SECONDS_PER_BLOCK", 0.0)
-    solve = fl.method.probe.fit_probe
-    monkeypatch.setattr("flow_lightning.scoring.kinds.fit_probe", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr("flow_lightning.scoring.kinds.fit_probe", lambda *args, **kwargs: 1 / 0)
         probed()
-    monkeypatch.setattr("flow_lightning.scoring.kinds.fit_probe", solve)
     weights, counter = probed()
     assert torch.equal(weights.weights, expected.weights)
     assert counter.images == 96  # one batch of each block of one batch: checked
 
 
+@pytest.mark.filterwarnings("error:.*anew.*")
 def test_the_same_file_serves_tokens(tmp_path):
     results = []
     for _ in range(2):
         flow = fl.FlowWeightingCallback(per="token", weights_file=FILE)
         data = language_data(tmp_path, 40, batch_size=4, tokens_per_batch=150)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*anew.*")
-            fit(flow, module=language_module(), data=data)
+        fit(flow, module=language_module(), data=data)
         results.append(flow.weights)
     first, again = results
     assert torch.equal(first.losses, again.losses) and torch.equal(first.offsets, again.offsets)
