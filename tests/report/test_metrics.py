@@ -28,20 +28,13 @@ def printed(table):
     return captured.get()
 
 
-def test_metrics_are_sorted_and_an_older_file_is_replaced(tmp_path):
+def test_metrics_are_sorted_an_older_file_is_replaced_and_what_is_not_finite_is_null(tmp_path):
     path = tmp_path / "run" / "metrics.json"
     write_metrics(path, {"a": 1})
-    write_metrics(path, {"c": [{"epoch": 1}], "a": 2})
-    assert read_metrics(path) == {"a": 2, "c": [{"epoch": 1}]}
-    assert list(json.loads(path.read_text())) == ["a", "c"]
+    write_metrics(path, {"c": [{"epoch": 1, "kl": math.inf}], "a": 2, "b": math.nan})
+    assert read_metrics(path) == {"a": 2, "b": None, "c": [{"epoch": 1, "kl": None}]}
+    assert list(json.loads(path.read_text())) == ["a", "b", "c"] and "NaN" not in path.read_text()
     assert [file.name for file in path.parent.iterdir()] == ["metrics.json"]
-
-
-def test_numbers_that_are_not_finite_become_null(tmp_path):
-    path = tmp_path / "metrics.json"
-    write_metrics(path, {"a": math.nan, "b": [{"c": math.inf}]})
-    assert "NaN" not in path.read_text()
-    assert read_metrics(path) == {"a": None, "b": [{"c": None}]}
 
 
 @pytest.mark.parametrize("content", ["[1]", "{"])
