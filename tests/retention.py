@@ -1,6 +1,6 @@
 """Data and models for tests of what a fit learned and kept: pictures with a pre-trained task, instructions and text."""
 
-import json
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -13,7 +13,7 @@ import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from flow_lightning.measures import Measure, Metric, Panel
 from tests.examples import fit
-from tests.language import SENTENCES, TOKENIZER, instructions, language_module, tiny_model
+from tests.language import SENTENCES, TOKENIZER, instructions, language_module, tiny_model, write_jsonl
 
 SIZE, CLASSES, IMAGES = 32, 12, 7
 TEXT = " ".join(SENTENCES)
@@ -133,14 +133,15 @@ def text_file():
     return "text.txt"
 
 
-def language_data(test=True, **settings):
-    """Nine instructions to train on, three others to test on."""
-    for name, records in (("train", instructions(9)), ("test", instructions(12)[9:])):
-        with open(f"{name}.jsonl", "w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-    held_out = "test.jsonl" if test else None
+def language_data(test=None, **settings):
+    """Nine instructions to train on, and a test set: three others, the given records, or False for none."""
+    held_out = instructions(12)[9:] if test is None else test
+    sources = [
+        write_jsonl(Path("train.jsonl"), instructions(9)),
+        held_out and write_jsonl(Path("test.jsonl"), held_out),
+    ]
     settings = {"template": TEMPLATE, "tokenizer": TOKENIZER, "validation_fraction": 0.0} | settings
-    return fl.InstructionDataModule("train.jsonl", held_out, **settings)
+    return fl.InstructionDataModule(sources[0], sources[1] or None, **settings)
 
 
 def language_fit(*callbacks, module=None, data=None, **settings):

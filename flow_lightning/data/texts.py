@@ -26,16 +26,14 @@ def read_texts(paths: Sequence[str]) -> list[str]:
         FileNotFoundError: If a file does not exist.
         ValueError: If a file is empty or not UTF-8.
     """
-    return [_packaged_text() if path == _PACKAGED else _read(Path(path)) for path in paths]
-
-
-def _packaged_text() -> str:
-    from pydoc_data.topics import topics  # half a megabyte
-
-    return "\n".join(topics[name] for name in sorted(topics))
+    return [_read(Path(path)) for path in paths]
 
 
 def _read(path: Path) -> str:
+    if str(path) == _PACKAGED:
+        from pydoc_data.topics import topics  # half a megabyte
+
+        return "\n".join(topics[name] for name in sorted(topics))
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no text file {path.absolute()}. Check the path in `texts`, or use the word {_PACKAGED!r}."
@@ -101,12 +99,7 @@ class TextWindows(Dataset[dict[str, Any]]):
 def _windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:
     # Not verbose: the tokenizer would warn of texts that are longer than the model allows, which are cut here.
     (ids,) = tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"]
-    start = _start(tokenizer)
-    return [torch.cat([start, part]) for part in torch.tensor(ids, dtype=torch.int32).split(window - len(start))]
-
-
-def _start(tokenizer: Any) -> Tensor:
-    """Return the token that the tokenizer starts texts with, `[1]`, or `[0]` if there is none."""
     bos = getattr(tokenizer, "bos_token_id", None)
     starts = bos is not None and tokenizer([""], verbose=False)["input_ids"][0][:1] == [bos]
-    return torch.tensor([bos] if starts else [], dtype=torch.int32)
+    start = torch.tensor([bos] if starts else [], dtype=torch.int32)
+    return [torch.cat([start, part]) for part in torch.tensor(ids, dtype=torch.int32).split(window - len(start))]

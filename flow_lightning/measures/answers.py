@@ -65,7 +65,13 @@ class Answers(TargetMeasure):
             dataset = _instructions(self.loader.dataset)
             self.references = _reference_answers(dataset.records or [], data_contract(trainer).response_field)
             self.prompts = [dataset[i]["input_ids"][:length] for i, length in enumerate(dataset.prompt_lengths)]
-            _check_positions(max(map(len, self.prompts)), self.max_new_tokens, module_contract(module).max_positions)
+            longest, positions = max(map(len, self.prompts)), module_contract(module).max_positions
+            if positions is not None and longest + self.max_new_tokens > positions:
+                raise ValueError(
+                    f"The longest prompt has {longest} tokens and an answer up to {self.max_new_tokens}, but the model "
+                    f"has {positions} positions. Set max_new_tokens to {max(positions - longest, 1)} or less, or give "
+                    "the data module a smaller max_length."
+                )
         return facts
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
@@ -76,25 +82,18 @@ class Answers(TargetMeasure):
         mine = list(range(rank, length, world))
         # In shards, a model runs on all ranks or on none: a rank with one sample less takes one for nothing.
         spare = [0] if trainer.strategy.restore_checkpoint_after_setup and len(mine) * world < length else []
-        answers = self._answers(trainer, module, mine + spare, f"Answers {when}")
-        right = sum(final_answer(answers[index]) == self.references[index] for index in mine)
-        (of_all_ranks,) = gather(trainer, [(torch.tensor([right]),)])
-        return {"exact_match": int(of_all_ranks.sum()) / length}
-
-    def _answers(
-        self, trainer: Trainer, module: LightningModule, samples: Sequence[int], description: str
-    ) -> dict[int, str]:
-        """Return the generated text by index of the sample; the longest prompts come first."""
         answers: dict[int, str] = {}
-        ordered = sorted(samples, key=lambda index: -len(self.prompts[index]))
+        ordered = sorted(mine + spare, key=lambda index: -len(self.prompts[index]))  # the longest prompts first
         batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with progress(len(batches), description, show) as bar, evaluation(module):
+        with progress(len(batches), f"Answers {when}", show) as bar, evaluation(module):
             for batch in batches:
                 prompts = [self.prompts[index] for index in batch]
                 answers |= dict(zip(batch, _generate(trainer, module, prompts, self.max_new_tokens)))
                 bar.update()
-        return answers
+        right = sum(final_answer(answers[index]) == self.references[index] for index in mine)
+        (of_all_ranks,) = gather(trainer, [(torch.tensor([right]),)])
+        return {"exact_match": int(of_all_ranks.sum()) / length}
 
 
 def final_answer(text: str) -> str | None:
@@ -146,15 +145,6 @@ def _reference_answers(records: Sequence[dict[str, str]], field: str) -> list[st
             )
         answers.append(answer)
     return answers
-
-
-def _check_positions(prompt: int, answer: int, positions: int | None) -> None:
-    if positions is not None and prompt + answer > positions:
-        raise ValueError(
-            f"The longest prompt has {prompt} tokens and an answer up to max_new_tokens={answer}, but the model has "
-            f"{positions} positions. Set max_new_tokens to {max(positions - prompt, 1)} or less, or give the data "
-            "module a smaller max_length."
-        )
 
 
 def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], max_new_tokens: int) -> list[str]:

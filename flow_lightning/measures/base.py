@@ -96,18 +96,13 @@ class Measure(ABC):
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Find the data, at `on_fit_start`, and check that the module can be measured on them.
 
-        Returns:
-            Facts about the data, by key of `metrics.json`: a resumed fit must find the same.
+        Returns facts about the data, by key of `metrics.json`: a resumed fit must find the same.
         """
         return {}
 
     @abstractmethod
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
-        """Measure the module as it is now; called on every rank.
-
-        Returns:
-            Numbers by name, the same on every rank. Nothing where there is nothing to measure.
-        """
+        """Return numbers of the module as it is now, by name, the same on every rank; none if there is no data."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs: tensors and primitives."""

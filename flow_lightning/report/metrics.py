@@ -141,10 +141,7 @@ def metrics_table(
 ) -> Table:
     """Build the console table: a row for each declared key that some run has, a column for each method.
 
-    Args:
-        columns: Method name to the metrics of its run, or of several runs, which become mean ± standard deviation.
-        title: Printed above the table.
-        declared: The rows that there can be.
+    `columns` has by name of the method the metrics of its run, or of several, which become mean ± standard deviation.
     """
     table = Table(title=title or None)
     table.add_column("")

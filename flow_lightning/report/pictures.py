@@ -52,11 +52,7 @@ def plot_weights(scored: Any, path: str | Path) -> None:
     """Draw how the losses of the pre-trained model become weights.
 
     Left: the losses, the temperature, and the weight as a function of the loss. Right: all weights from the highest to
-    the lowest, their mean, and the effective sample size. 10 million samples do: histograms and quantiles are drawn.
-
-    Args:
-        scored: `SampleWeights` or `TokenWeights`.
-        path: The PNG file to write.
+    the lowest, their mean, and the effective sample size. `scored` is `SampleWeights` or `TokenWeights`, of any length.
     """
     losses, weights = _some(scored)
     with _picture(path, [4.1, 4.1], 3.6) as (_, axes):
@@ -113,14 +109,9 @@ def _draw_weights(axes: Axes, weights: Tensor) -> None:
 
 
 def plot_retention(metrics: Mapping[str, Any], path: str | Path, declared: Declared = DECLARED) -> None:
-    """Draw one run before and after training: a panel for each thing that it measured.
+    """Draw one run before and after training, from the content of its `metrics.json`: a panel for each measure.
 
     What was also measured after epochs has a further panel, with its course.
-
-    Args:
-        metrics: The content of `metrics.json`.
-        path: The PNG file to write.
-        declared: The panels that there can be.
     """
     panels = [panel for panel in declared.panels if panel.part in _PARTS and _bars(panel, metrics)]
     course = metrics.get("retention/epochs") or []
@@ -182,7 +173,11 @@ def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED)
     plane = (learned, kept) if learned and kept and any(_points(every, learned, kept)) else None
     mains = [panel for panel in declared.panels if any(run.get(panel.main) is not None for run in every)]
     numbers = [panel for panel in mains if not panel.is_percent]
-    groups = _percent_groups(every, declared)
+    groups: dict[str, list[str]] = {}  # of bars in percent: label to keys, of which a run has one
+    for panel in declared.panels:
+        for label, key in panel.groups.items():
+            if panel.is_percent and any(run.get(key) is not None for run in every):
+                groups.setdefault(label, []).append(key)
     percent = bool(groups or not numbers)
     widths = [4.1] * bool(plane) + [max(3.0, 1 + _BAR * len(runs) * len(groups))] * percent
     widths += [max(2.0, 1 + _BAR * len(runs))] * len(numbers)
@@ -228,16 +223,6 @@ def _draw_plane(axes: Axes, runs: Runs, learned: Panel, kept: Panel) -> None:
     axes.xaxis.set_inverted(learned.better == "down")
     axes.yaxis.set_inverted(kept.better == "down")
     axes.grid(alpha=0.25)
-
-
-def _percent_groups(every: Sequence[Mapping[str, Any]], declared: Declared) -> dict[str, list[str]]:
-    """Return the label of each group of bars in percent, and its keys, of which a run has one."""
-    groups: dict[str, list[str]] = {}
-    for panel in declared.panels:
-        for label, key in panel.groups.items():
-            if panel.is_percent and any(run.get(key) is not None for run in every):
-                groups.setdefault(label, []).append(key)
-    return groups
 
 
 def _draw_means(axes: Axes, runs: Runs, groups: Sequence[Sequence[str]], scale: float, pattern: str) -> None:

@@ -11,27 +11,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import flow_lightning as fl
-from flow_lightning.measures import (
-    Answers,
-    GeneralText,
-    HarnessTasks,
-    PretrainedImages,
-    TargetAccuracy,
-    TargetLoss,
-)
+from flow_lightning.measures import Answers, GeneralText, HarnessTasks, PretrainedImages, TargetAccuracy, TargetLoss
 from flow_lightning.report.metrics import read_metrics
 from tests.examples import LinearRegression, RegressionData, fit
 from tests.images import PictureData, tiny_module
-from tests.retention import (
-    SIZE,
-    SizeOfHead,
-    image_fit,
-    image_module,
-    labelled_images,
-    language_fit,
-    text_file,
-    unlabelled_images,
-)
+from tests.retention import SIZE, SizeOfHead, image_fit, labelled_images, language_fit, text_file, unlabelled_images
 
 TWO = {"devices": 2, "strategy": "ddp_fork"}
 
@@ -116,30 +100,15 @@ def test_epochs_are_measured_and_logged(tmp_path):
     assert "retention/epoch/top1" in logged and "retention/after/top1" in logged and "target/epoch" not in logged
 
 
-def test_perplexity_is_measured_after_epochs():
-    callback = fl.RetentionCallback(measures=[GeneralText([text_file()])], every_n_epochs=2)
-    language_fit(callback, max_epochs=4)
-    metrics = read_metrics("run/metrics.json")
-    course = metrics["retention/epochs"]
-    assert [entry["epoch"] for entry in course] == [2, 4]
-    assert course[-1]["perplexity"] == pytest.approx(metrics["retention/after/perplexity"])
-
-
 @pytest.mark.parametrize("settings", [{}, TWO])
-def test_checkpoints_are_chosen_by_what_was_kept(settings):
+def test_checkpoints_are_chosen_and_training_stops_by_what_was_kept(settings):
     best = ModelCheckpoint("kept", "{epoch}", monitor="retention/epoch/size", mode="max")
-    regression_fit(own(every_n_epochs=1), best, max_epochs=4, enable_checkpointing=True, **settings)
+    # No change is as large as 100, so patience ends with the fourth epoch.
+    stop = EarlyStopping("retention/epoch/size", min_delta=100.0, patience=3)
+    regression_fit(own(every_n_epochs=1), best, stop, max_epochs=9, enable_checkpointing=True, **settings)
     sizes = [entry["size"] for entry in read_metrics("run/metrics.json")["retention/epochs"]]
-    assert len(set(sizes)) == 4
+    assert len(sizes) == len(set(sizes)) == 4
     assert [path.name for path in Path("kept").iterdir()] == [f"epoch={sizes.index(max(sizes))}.ckpt"]
-
-
-@pytest.mark.parametrize("settings", [{}, TWO])
-def test_training_stops_when_too_little_is_kept(settings):
-    """No change is as large as 100, so patience ends with the second epoch."""
-    stop = EarlyStopping("retention/epoch/size", min_delta=100.0, patience=1)
-    regression_fit(own(every_n_epochs=1), stop, max_epochs=9, **settings)
-    assert [entry["epoch"] for entry in read_metrics("run/metrics.json")["retention/epochs"]] == [1, 2]
 
 
 def test_all_numbers_are_in_the_metrics_of_the_trainer():
@@ -201,12 +170,15 @@ def test_a_resumed_fit_keeps_what_was_measured_before(tmp_path, write):
 
 def test_a_resumed_fit_of_text_keeps_what_was_measured_before():
     def callback():
-        return fl.RetentionCallback(measures=[TargetLoss(), GeneralText([text_file()], window=20)])
+        measures = [TargetLoss(), GeneralText([text_file()], window=20)]
+        return fl.RetentionCallback(measures=measures, every_n_epochs=2)
 
-    language_fit(callback(), ModelCheckpoint("c", "{epoch}", save_top_k=-1), enable_checkpointing=True)
+    language_fit(callback(), ModelCheckpoint("c", "{epoch}", save_top_k=-1), enable_checkpointing=True, max_epochs=4)
     first = read_metrics("run/metrics.json")
-    language_fit(callback(), ckpt_path="c/epoch=0.ckpt")
+    language_fit(callback(), ckpt_path="c/epoch=0.ckpt", max_epochs=4)
     second = read_metrics("run/metrics.json")
+    assert [entry["epoch"] for entry in second["retention/epochs"]] == [2, 4]
+    assert second["retention/epochs"][-1]["perplexity"] == pytest.approx(second["retention/after/perplexity"])
     assert second["retention/before/perplexity"] == first["retention/before/perplexity"]
     assert second["retention/after/perplexity"] == pytest.approx(first["retention/after/perplexity"], rel=1e-4)
 
@@ -223,15 +195,15 @@ def test_a_resumed_fit_with_other_data_or_measures_is_refused(tmp_path):
 
 
 def test_a_checkpoint_without_measurement_is_named(tmp_path):
-    for write, key in ((labelled_images, "top1"), (unlabelled_images, "agreement")):
-        (tmp_path / key).mkdir()
-        path = write(tmp_path / key)
-        image_fit(ModelCheckpoint(key, "{epoch}", save_top_k=-1), enable_checkpointing=True)
+    image_fit(ModelCheckpoint("c", "{epoch}", save_top_k=-1), enable_checkpointing=True)
+    path = labelled_images(tmp_path)
+    for images in (path, str(tmp_path / "images")):
         with pytest.warns(UserWarning, match="written without RetentionCallback"):
-            image_fit(fl.RetentionCallback(images=path), ckpt_path=f"{key}/epoch=0.ckpt", default_root_dir=f"run-{key}")
-        metrics = read_metrics(f"run-{key}/metrics.json")
-        assert ("retention/after/top1" in metrics) == (key == "top1")  # agreement with what? that model is gone
+            image_fit(fl.RetentionCallback(images=images), ckpt_path="c/epoch=0.ckpt")
+        metrics = read_metrics("run/metrics.json")
+        assert ("retention/after/top1" in metrics) == (images == path)  # agreement with what? that model is gone
         assert metrics["target/samples"] == 9 and not any("/before/" in key for key in metrics)
+        Path("run/metrics.json").unlink()
 
 
 def test_a_second_fit_of_the_same_callback_measures_anew():
@@ -265,11 +237,8 @@ def test_a_configuration_can_give_the_measures():
     assert callback.images == "packaged" and callback.measures[1].texts == ["packaged"]
 
 
-def test_two_measures_of_one_class_are_refused():
+def test_two_measures_of_one_class_and_no_epochs_are_refused():
     with pytest.raises(ValueError, match=r"measures has \['PretrainedImages'\] more than once"):
-        image_fit(fl.RetentionCallback(measures=[PretrainedImages("a")], images="b"), module=image_module())
-
-
-def test_epochs_out_of_range_are_refused():
+        image_fit(fl.RetentionCallback(measures=[PretrainedImages("a")], images="b"))
     with pytest.raises(ValueError, match="every_n_epochs is 0"):
         fl.RetentionCallback(every_n_epochs=0)

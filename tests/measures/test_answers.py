@@ -1,25 +1,15 @@
 """Generated answers: what counts as one, and that batches and processes do not change them."""
 
-import json
-
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-import flow_lightning as fl
 from flow_lightning.measures import Answers
 from flow_lightning.measures.answers import final_answer
 from tests.language import TOKENIZER, instructions, language_module, tiny_model, tiny_tokenizer
 from tests.processes import launch
 from tests.retention import TEMPLATE, Scripted, language_data, measured
-
-
-def held_out(records):
-    data = language_data()
-    with open("test.jsonl", "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    return data
 
 
 @pytest.mark.parametrize(
@@ -50,16 +40,15 @@ def test_exact_match_counts_equal_final_answers():
         for i, record in enumerate(records)
     }
     module = Scripted("", replies)
-    (values,) = measured(Answers(max_new_tokens=8, batch_size=4), module, held_out(records))
+    (values,) = measured(Answers(max_new_tokens=8, batch_size=4), module, language_data(records))
     assert values == {"target/samples": 9, "exact_match": len(right) / 9}
     assert [len(ids) for ids in module.asked] == [4, 4, 1]
 
 
 def test_left_padding_does_not_change_what_is_generated():
     """Each reference is what transformers says to its prompt alone."""
-    queries = ("Anna", "A train goes 60 miles.", "How many?")
     model, records = tiny_model(len(TOKENIZER)).eval(), []
-    for query in queries:
+    for query in ("Anna", "A train goes 60 miles.", "How many?"):
         ids = torch.tensor([TOKENIZER(TEMPLATE.replace("{instruction}", query))["input_ids"]])
         new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
         records.append({"query": query, "response": "#### 1" + TOKENIZER.decode(new, skip_special_tokens=True)})
@@ -67,13 +56,13 @@ def test_left_padding_does_not_change_what_is_generated():
     module.tokenizer = tiny_tokenizer()
     batch_decode = module.tokenizer.batch_decode
     module.tokenizer.batch_decode = lambda *args, **kw: texts.extend(batch_decode(*args, **kw)) or texts[-3:]
-    measured(Answers(max_new_tokens=6, batch_size=3), module, held_out(records))
+    measured(Answers(max_new_tokens=6, batch_size=3), module, language_data(records))
     assert len(set(texts)) == 3
     assert {"#### 1" + text for text in texts} == {record["response"] for record in records}
 
 
 def test_two_processes_answer_as_one():
-    measure, data = Answers(max_new_tokens=4, batch_size=2), held_out(instructions(5))
+    measure, data = Answers(max_new_tokens=4, batch_size=2), language_data(instructions(5))
     (one,) = measured(measure, Scripted("the answer is 2"), data)
     two = measured(measure, Scripted("the answer is 2"), data, devices=2, strategy="ddp_fork")
     assert two == [one, one] and one["exact_match"] == 1 / 5  # 1 and 1 more
@@ -81,9 +70,8 @@ def test_two_processes_answer_as_one():
 
 def in_shards(samples):
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    measured(
-        Answers(max_new_tokens=4, batch_size=1), data=held_out(instructions(samples)), strategy=strategy, devices=2
-    )
+    data = language_data(instructions(samples))
+    measured(Answers(max_new_tokens=4, batch_size=1), data=data, strategy=strategy, devices=2)
 
 
 @pytest.mark.parametrize("samples", [5, 1])
@@ -96,16 +84,11 @@ def test_a_model_in_shards_answers_on_all_processes_or_on_none(samples):
 
 def test_answers_need_a_reference_positions_and_records():
     with pytest.raises(ValueError, match="test sample 0 has no final answer"):
-        measured(Answers(), data=held_out([{"query": "Hello?", "response": "Good day."}]))
+        measured(Answers(), data=language_data([{"query": "Hello?", "response": "Good day."}]))
     with pytest.raises(ValueError, match=r"256 positions\. Set max_new_tokens"):
-        measured(Answers(max_new_tokens=250), data=held_out(instructions(2)))
-
-    class Numbers(fl.InstructionDataModule):
-        def test_dataloader(self):
-            return DataLoader([1, 2])
-
-    data = held_out(instructions(2))
-    data.__class__ = Numbers
+        measured(Answers(max_new_tokens=250), data=language_data(instructions(2)))
+    data = language_data()
+    data.test_dataloader = lambda: DataLoader([1, 2])
     with pytest.raises(TypeError, match="a list without records"):
         measured(Answers(), data=data)
 

@@ -9,7 +9,6 @@ import torch
 
 import flow_lightning as fl
 from flow_lightning.measures import Answers, HarnessTasks
-from flow_lightning.measures.harness import split_task
 from flow_lightning.report.metrics import read_metrics
 from tests.language import TOKENIZER, instructions, language_module, tiny_model
 from tests.retention import TEMPLATE, OnFitStart, Scripted, language_fit, measured
@@ -103,23 +102,17 @@ def test_answers_and_tasks_before_and_after(folder, capsys):
     assert "task tiny_too" in capsys.readouterr().out
 
 
+def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
+    """The harness's own tasks are many files: a stand-in for its index."""
+    index = SimpleNamespace(all_tasks=("hellaswag", "piqa"))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **settings: index)
+    with pytest.raises(ValueError, match=r"no task 'helaswag'; similar ones are \['hellaswag'\]"):
+        measured(HarnessTasks(["helaswag"]))
+
+
 def test_a_task_without_a_score_is_named(folder):
     with pytest.raises(ValueError, match=r"'words' has no metric .* but \['perplexity,none'\]"):
         measured(HarnessTasks(["words"], tasks_path=folder))
-
-
-def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
-    """The harness's own tasks are many files: a stand-in for its index."""
-
-    class Manager:
-        all_tasks = ("hellaswag", "piqa")
-
-        def __init__(self, **settings):
-            pass
-
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", Manager)
-    with pytest.raises(ValueError, match=r"no task 'helaswag'; similar ones are \['hellaswag'\]"):
-        measured(HarnessTasks(["helaswag"]), language_module())
 
 
 def test_a_model_in_shards_is_refused():
@@ -128,18 +121,14 @@ def test_a_model_in_shards_is_refused():
         HarnessTasks(["piqa"]).prepare(trainer, language_module())
 
 
-@pytest.mark.parametrize("entry", ["", ":5"])
-def test_a_task_needs_a_name(entry):
-    with pytest.raises(ValueError, match="expected the name of a task"):
-        split_task(entry)
-
-
 @pytest.mark.parametrize(
     ("tasks", "settings", "message"),
     [
         (["mmlu", "mmlu:5"], {}, "more than once"),
         (["mmlu"], {"limit": 0}, "limit is 0"),
         (["mmlu"], {"batch_size": 0}, "batch_size"),
+        ([""], {}, "expected the name of a task"),
+        ([":5"], {}, "expected the name of a task"),
     ],
 )
 def test_unusable_arguments_are_refused(tasks, settings, message):

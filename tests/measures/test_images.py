@@ -8,15 +8,16 @@ import pytest
 import timm
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from PIL import Image
 from scipy.special import rel_entr
 from sklearn.metrics import top_k_accuracy_score
-from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.measures import PretrainedImages, TargetAccuracy
 from flow_lightning.measures.images import target_outcomes
 from flow_lightning.report.metrics import METRICS, read_metrics
+from tests.processes import launch
 from tests.retention import (
     CLASSES,
     IMAGES,
@@ -43,21 +44,17 @@ def measure_images(path, **settings):
 def original(module, batch_norm):
     """Rebuild the fine-tuned body with the pre-trained head (and BatchNorm layers) by parameter names alone."""
     model = pretrained()
-    keep = {name for name in model.state_dict() if name.startswith("fc.")}
-    if batch_norm:
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                keep |= {f"{name}.{key}" for key in layer.state_dict()}
-    state = model.state_dict()
-    model.load_state_dict({k: state[k] if k in keep else module.model.state_dict()[k] for k in model.state_dict()})
-    return model.eval()
+    kept = [name for name, layer in model.named_modules() if batch_norm and isinstance(layer, torch.nn.BatchNorm2d)]
+    trained = module.model.state_dict().items()
+    state = {name: value for name, value in trained if name.rpartition(".")[0] not in ["fc", *kept]}
+    assert set(model.load_state_dict(state, strict=False).missing_keys) >= {"fc.weight", "fc.bias"}
+    return model
 
 
 def test_accuracy_is_measured_before_and_after_with_both_kinds_of_batch_norm(tmp_path):
     path = labelled_images(tmp_path)
     module, metrics = measure_images(path)
-    with open(path) as file:
-        labels = [int(line.split(",")[1]) for line in file.readlines()[1:]]
+    labels = np.loadtxt(path, int, delimiter=",", skiprows=1, usecols=1)
 
     def accuracy(model, k):
         return top_k_accuracy_score(labels, logits(model, path), k=k, labels=range(CLASSES))
@@ -105,7 +102,7 @@ def test_target_and_its_hardest_samples():
     assert metrics["target/before/top1"] == pytest.approx((first.argmax(1) == targets).double().mean().item())
     assert metrics["target/top1"] == pytest.approx(right.mean())
     assert metrics["target/hard_top1"] == pytest.approx(right[hard].mean())
-    assert not [key for key in metrics if key.startswith("retention/")]
+    assert not any(key.startswith("retention/") for key in metrics)
 
 
 def test_without_test_set_only_the_pretrained_task_is_measured(tmp_path):
@@ -123,15 +120,24 @@ def test_without_batch_norm_both_kinds_are_equal(tmp_path):
         assert metrics[f"retention/after/{name}_original_bn"] == metrics[f"retention/after/{name}"]
 
 
+def measure_still(path, in_shards=False, **settings):
+    """Measure a model that does not learn, for comparison."""
+    if in_shards:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        settings = {"devices": 2, "strategy": strategy}
+    module = image_module(learning_rate=0.0, batch_norm="frozen")
+    _, metrics = measure_images(path, module=module, max_epochs=1, **settings)
+    return {key: value for key, value in metrics.items() if "time/" not in key}
+
+
 @pytest.mark.parametrize("write", [labelled_images, unlabelled_images])
 def test_two_processes_measure_what_one_does(tmp_path, write):
-    path, runs = write(tmp_path), []
-    for settings in ({}, {"devices": 2, "strategy": "ddp_fork"}):
-        module = image_module(learning_rate=0.0, batch_norm="frozen")
-        _, metrics = measure_images(path, module=module, max_epochs=1, **settings)
-        runs.append({key: value for key, value in metrics.items() if "time/" not in key})
-    one, two = runs
-    assert two == pytest.approx(one, abs=1e-6)
+    path = write(tmp_path)
+    one = measure_still(path)
+    assert measure_still(path, devices=2, strategy="ddp_fork") == pytest.approx(one, abs=1e-6)
+    launch(measure_still, path, True)
+    in_shards = {key: value for key, value in read_metrics("run/metrics.json").items() if key in one}
+    assert in_shards == pytest.approx(one, abs=1e-6)
     assert {"target/hard_top1", "retention/samples", "average"} < set(one)
 
 
@@ -139,9 +145,7 @@ def test_more_processes_than_images(tmp_path):
     path = unlabelled_images(tmp_path)
     for number in range(1, IMAGES):
         (tmp_path / "images" / f"{number}.png").unlink()
-    module = image_module(learning_rate=0.0)
-    _, metrics = measure_images(path, module=module, max_epochs=1, devices=2, strategy="ddp_fork")
-    assert metrics["retention/samples"] == 1
+    assert measure_still(path, devices=2, strategy="ddp_fork")["retention/samples"] == 1
 
 
 class Module(LightningModule):
@@ -164,15 +168,11 @@ def red_image(module, data=None, **settings):
     return measure.loader.dataset[0]["image"]
 
 
-def test_images_are_prepared_as_the_model_expects():
-    torch.testing.assert_close(red_image(Module()), torch.tensor([1.0, -1.0, -1.0])[:, None, None].expand(3, 20, 20))
-
-
-def test_what_the_data_module_sets_comes_first():
+def test_images_are_prepared_as_the_data_module_says_else_as_the_model_expects():
     data = SimpleNamespace(image_size=16, mean=[0.0] * 3, std=[1.0] * 3, interpolation=None)
-    torch.testing.assert_close(
-        red_image(Module(), data), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 16)
-    )
+    for source, size, colour in ((None, 20, [1.0, -1.0, -1.0]), (data, 16, [1.0, 0.0, 0.0])):
+        expected = torch.tensor(colour)[:, None, None].expand(3, size, size)
+        torch.testing.assert_close(red_image(Module(), source), expected)
     assert red_image(Module(), data, image_size=8).shape[-1] == 8
 
 
@@ -184,9 +184,8 @@ def test_a_module_without_pretrained_task_is_refused():
 
 
 def test_batches_that_are_no_dicts_are_named():
-    batch = next(iter(DataLoader(TensorDataset(torch.zeros(2, 1), torch.zeros(2)))))
     with pytest.raises(TypeError, match="got a list; expected batches that are dicts"):
-        target_outcomes(Module(), batch)
+        target_outcomes(Module(), [torch.zeros(2, 1), torch.zeros(2)])
     with pytest.raises(TypeError, match=r"got a dict of \['x'\]"):
         target_outcomes(Module(), {"x": torch.zeros(2)})
 

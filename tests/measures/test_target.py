@@ -15,20 +15,19 @@ SAMPLES = [{"image": torch.zeros(1), "target": 0}] * 3
 
 
 class Data(LightningDataModule):
-    def __init__(self, loaders):
+    """`late`: there is a test set after setup("test") only; `missing`: what setup does not find."""
+
+    def __init__(self, loaders, late=False, missing=None):
         super().__init__()
-        self.loaders, self.stages = loaders, []
+        self.loaders, self.late, self.missing, self.stages = loaders, late, missing, []
 
     def setup(self, stage):
         self.stages.append(stage)
+        if self.missing:
+            raise FileNotFoundError(self.missing)
 
     def test_dataloader(self):
-        return self.loaders
-
-
-class SetUpLate(Data):
-    def test_dataloader(self):
-        if "test" not in self.stages:
+        if self.late and "test" not in self.stages:
             raise RuntimeError("call setup first")
         return self.loaders
 
@@ -36,11 +35,6 @@ class SetUpLate(Data):
 class Faulty(Data):
     def test_dataloader(self):
         return {}["testset"]
-
-
-class FaultySetup(SetUpLate):
-    def setup(self, stage):
-        raise FileNotFoundError("test.csv")
 
 
 class NeverSetUp(LightningDataModule):
@@ -57,9 +51,9 @@ def find(data, module=None):
     return target_dataloader(SimpleNamespace(datamodule=data, lightning_module=module or LightningModule()))
 
 
-@pytest.mark.parametrize(("kind", "stages"), [(Data, []), (SetUpLate, ["test"])])
-def test_the_test_set_is_set_up_only_where_that_is_missing(kind, stages):
-    data = kind(DataLoader(SAMPLES, batch_size=2, shuffle=True))
+@pytest.mark.parametrize(("late", "stages"), [(False, []), (True, ["test"])])
+def test_the_test_set_is_set_up_only_where_that_is_missing(late, stages):
+    data = Data(DataLoader(SAMPLES, batch_size=2, shuffle=True), late)
     loader = find(data)
     assert data.stages == stages
     assert [batch["index"].tolist() for batch in loader] == [[0, 1], [2]]
@@ -74,14 +68,16 @@ def test_batches_of_similar_length_stay_together():
     ("data", "error", "message"),
     [
         (Faulty(None), KeyError, "testset"),
-        (FaultySetup(None), FileNotFoundError, "test.csv"),
+        (Data(None, late=True, missing="test.csv"), FileNotFoundError, "test.csv"),
         (NeverSetUp(), AttributeError, "test_sett"),
+        (Data([]), TypeError, "returned a list; expected one DataLoader"),
+        (Data(DataLoader([], batch_size=1)), ValueError, "empty"),
     ],
 )
 def test_an_error_of_the_user_comes_through_as_it_is(data, error, message):
     with pytest.raises(error, match=message) as raised:
         find(data)
-    if isinstance(data, FaultySetup):  # and what led to it is told
+    if error is FileNotFoundError:  # and what led to it is told
         assert "call setup first" in str(raised.value.__context__)
 
 
@@ -94,10 +90,3 @@ def test_without_test_set_a_warning_says_what_is_left_out():
     for data in (None, LightningDataModule(), language_data(test=False)):
         with pytest.warns(UserWarning, match="nothing is measured on the target task"):
             assert find(data) is None
-
-
-def test_several_test_sets_and_an_empty_one_are_refused():
-    with pytest.raises(TypeError, match="returned a list; expected one DataLoader"):
-        find(Data([]))
-    with pytest.raises(ValueError, match="empty"):
-        find(Data(DataLoader([], batch_size=1)))
