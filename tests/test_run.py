@@ -1,6 +1,5 @@
 """The directory and the numbers of a run."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,21 +22,17 @@ def test_a_disk_without_room_for_a_checkpoint_stops_the_fit_before_scoring(monke
     assert module.scored == 0
 
 
+def two_steps(max_steps, **settings):
+    callbacks = fl.LinearProbeCallback(refit=False), fl.FlowWeightingCallback()
+    checkpoint = ModelCheckpoint("checkpoints", "two", every_n_train_steps=2)
+    settings = {"module": tiny_module(), "data": PictureData(), "enable_checkpointing": True} | settings
+    fit(*callbacks, checkpoint, max_steps=max_steps, **settings)
+    return read_metrics("run/metrics.json")
+
+
 def test_a_resumed_run_keeps_its_numbers():
-    callbacks = [partial(fl.LinearProbeCallback, refit=False), fl.FlowWeightingCallback]
-    checkpoint = {"dirpath": "checkpoints", "filename": "two", "every_n_train_steps": 2}
-    settings = {"enable_checkpointing": True, "data": PictureData()}
-    fit(*(make() for make in callbacks), ModelCheckpoint(**checkpoint), module=tiny_module(), max_steps=2, **settings)
-    before = read_metrics("run/metrics.json")
-    fit(
-        *(make() for make in callbacks),
-        ModelCheckpoint(**checkpoint),
-        module=tiny_module(),
-        max_steps=3,
-        ckpt_path="checkpoints/two.ckpt",
-        **settings,
-    )
-    assert read_metrics("run/metrics.json") == before and "probe/strength" in before
+    before = two_steps(2)
+    assert two_steps(3, ckpt_path="checkpoints/two.ckpt") == before and "probe/strength" in before
 
 
 class Shared(DummyLogger):
@@ -60,11 +55,13 @@ def test_runs_of_a_logger_with_one_folder_have_directories_of_their_own():
         assert (Path("all/project") / place / "flow_weights.safetensors").exists()
 
 
-def test_numbers_of_an_older_run_in_the_same_directory_are_forgotten():
+def test_numbers_reach_the_trainer_and_those_of_an_older_run_in_the_same_directory_are_forgotten():
     write_metrics("run/metrics.json", {"target/top1": 0.5})
-    fit(fl.FlowWeightingCallback())
+    flow = fl.FlowWeightingCallback()
+    _, trainer = fit(flow)
     metrics = read_metrics("run/metrics.json")
-    assert "target/top1" not in metrics and "flow/temperature" in metrics
+    assert "target/top1" not in metrics and metrics["flow/temperature"] == flow.weights.temperature
+    assert float(trainer.callback_metrics["flow/temperature"]) == pytest.approx(flow.weights.temperature)
 
 
 @pytest.mark.parametrize("settings", [{"default_root_dir": None}, {"fast_dev_run": True, "logger": None}])
@@ -72,12 +69,6 @@ def test_a_run_without_a_place_of_its_own_leaves_no_file(settings):
     flow = fl.FlowWeightingCallback()
     fit(flow, **settings)
     assert flow.weights.lookups > 0 and list(Path().iterdir()) == []
-
-
-def test_numbers_reach_the_trainer():
-    flow = fl.FlowWeightingCallback()
-    _, trainer = fit(flow)
-    assert float(trainer.callback_metrics["flow/temperature"]) == pytest.approx(flow.weights.temperature)
 
 
 def test_a_second_fit_is_another_run():

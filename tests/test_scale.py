@@ -44,9 +44,7 @@ class Module(fl.WeightedLossModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
     def train_dataloader(self):
-        return DataLoader(
-            Indices(), batch_size=1000, collate_fn=collate, sampler=[9_999_999, 0, 1_234_567, 5_000_000] * 2
-        )
+        return DataLoader(Indices(), 1000, collate_fn=collate, sampler=[9_999_999, 0, 1_234_567, 5_000_000] * 2)
 
     def scoring_dataloader(self):
         return DataLoader(Indices(), batch_size=100_000, collate_fn=collate)

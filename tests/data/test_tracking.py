@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, WeightedRandomSampler
 
 import flow_lightning as fl
-from tests.examples import LinearRegression, expected_losses, fit, make_trainer, regression_data
+from tests.examples import LinearRegression, expected_losses, make_trainer, regression_data
 
 
 class Plain(LinearRegression):
@@ -78,23 +78,6 @@ def test_an_unchanged_loader_is_weighted(name):
     assert loader.batch_sampler is own and module.batch_samples is None
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"limit_train_batches": 3},
-        {"reload_dataloaders_every_n_epochs": 1},
-        {"overfit_batches": 2},
-        {"accumulate_grad_batches": 2},
-        {"fast_dev_run": 2},
-    ],
-    ids=str,
-)
-def test_flags_of_the_trainer_change_nothing(settings):
-    module = Plain()
-    make_trainer(fl.FlowWeightingCallback(), **{"max_epochs": 3} | settings).fit(module, DataLoader(DATA, 4, True))
-    assert module.checked > 0
-
-
 class Sampled(Plain):
     """Trains on samples drawn with probability w."""
 
@@ -102,12 +85,6 @@ class Sampled(Plain):
         super().__init__()
         self.reduction = "sampling"
         self.body[1].eval()
-
-
-def test_sampling_needs_no_index_either():
-    flow, module = fl.FlowWeightingCallback(), Sampled()
-    make_trainer(flow, max_epochs=2).fit(module, DataLoader(DATA, 4, True))
-    assert flow.weights.lookups == 2 * 2 * 6 and module.checked == 46  # the module looks up once more, to check
 
 
 class Scheduled(Plain):
@@ -118,13 +95,9 @@ class Scheduled(Plain):
         return super().configure_optimizers()
 
 
-def test_a_loader_that_is_made_early_is_followed():
-    module = Scheduled()
-    make_trainer(fl.FlowWeightingCallback(), max_epochs=2).fit(module, DataLoader(DATA, 4, True))
-    assert module.checked == 46
-
-
 class Validated(Plain):
+    """Has batches of a validation, which do not count."""
+
     def validation_step(self, batch, batch_idx):
         self.log("val", self.sample_losses(batch).mean())
 
@@ -132,10 +105,27 @@ class Validated(Plain):
         return DataLoader(DATA, 3)
 
 
-def test_validation_batches_do_not_count():
-    module = Validated()
-    make_trainer(fl.FlowWeightingCallback(), max_epochs=2, val_check_interval=2).fit(module, DataLoader(DATA, 4, True))
-    assert module.checked == 46
+@pytest.mark.parametrize(
+    ("make", "checked", "settings"),
+    [
+        (Plain, 36, {"limit_train_batches": 3, "max_epochs": 3}),
+        (Plain, 69, {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}),
+        (Plain, 24, {"overfit_batches": 2, "max_epochs": 3}),
+        (Plain, 69, {"accumulate_grad_batches": 2, "max_epochs": 3}),
+        (Plain, 8, {"fast_dev_run": 2}),
+        (Sampled, 46, {}),
+        (Scheduled, 46, {}),
+        (Validated, 46, {"val_check_interval": 2}),
+    ],
+    ids=str,
+)
+def test_flags_of_the_trainer_and_hooks_of_the_module_change_nothing(make, checked, settings):
+    flow, module = fl.FlowWeightingCallback(), make()
+    loader = DataLoader(DATA, 4, "overfit_batches" not in settings)
+    trainer = make_trainer(flow, **{"max_epochs": 2} | settings)
+    trainer.fit(module, loader)
+    assert module.checked == checked
+    assert flow.weights.lookups == 2 * (trainer.fit_loop.total_batch_idx + 1)  # one of them is this test's own
 
 
 def test_a_tuner_that_trains_before_does_not_count():
@@ -166,27 +156,30 @@ def test_the_distributed_sampler_of_lightning_is_followed():
     assert [torch.load(f"checked{rank}.pt") for rank in (0, 1)] == [24, 24]
 
 
-def test_a_loader_out_of_order_is_refused():
-    loader = DataLoader(DATA, 4, num_workers=1, in_order=False)
-    with pytest.raises(ValueError, match="in_order=True"):
+class Batches(Dataset):
+    """Makes its own batches."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return tuple(part[4 * index : 4 * index + 4] for part in DATA.tensors)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (DataLoader(DATA, 4, num_workers=1, in_order=False), ValueError, "in_order=True"),
+        (DataLoader(Batches(), batch_size=None), TypeError, r"batch_size=None.*IndexedDataset"),
+    ],
+)
+def test_loaders_that_cannot_be_followed_name_the_fix(loader, error, message):
+    with pytest.raises(error, match=message):
         make_trainer(fl.FlowWeightingCallback()).fit(Plain(), loader)
-
-
-def test_a_data_set_that_makes_its_own_batches_names_the_fix():
-    class Batches(Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return tuple(part[4 * index : 4 * index + 4] for part in DATA.tensors)
-
-    with pytest.raises(TypeError, match=r"batch_size=None.*IndexedDataset"):
-        make_trainer(fl.FlowWeightingCallback()).fit(Plain(), DataLoader(Batches(), batch_size=None))
 
 
 def test_without_the_callback_nothing_is_touched():
     loader = DataLoader(DATA, 4, True)
     own = loader.batch_sampler
-    fit(data=None)
     make_trainer().fit(Plain(), loader)
     assert loader.batch_sampler is own

@@ -17,7 +17,7 @@ def draws():
     return torch.rand(1), np.random.rand(), random.random()
 
 
-def test_evaluation_restores_modes_and_streams_after_an_error_and_records_no_graph():
+def test_evaluation_restores_modes_and_streams_and_records_no_graph():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
     model[1].eval()
     model[1][0].train()
@@ -25,13 +25,15 @@ def test_evaluation_restores_modes_and_streams_after_an_error_and_records_no_gra
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     expected = draws()
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    with pytest.raises(KeyError), evaluation(model):
+    with evaluation(model):
         assert not any(module.training for module in model.modules())
         assert not model(torch.rand(3, 2)).requires_grad
         draws(), draws()
+    assert draws() == expected
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(KeyError), evaluation(model):
         raise KeyError
     assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
-    assert draws() == expected
 
 
 class Unweighted(fl.FlowWeightingCallback):
