@@ -1,1 +1,1 @@
-"""Callbacks for Trainer: probe, weights, refitted head, retention report, and the sweep that they share."""
+"""Callbacks for the Trainer, one a file: weights, probe, retention, and what every fit of our modules needs."""

@@ -15,6 +15,7 @@ from flow_lightning.measures.base import Measure, Metric, Panel, When
 from flow_lightning.measures.metrics import hardest, kl_divergences, mean, top_k_correct
 from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.method.losses import cross_entropy
+from flow_lightning.scoring.evaluation import batch_norms
 from flow_lightning.scoring.score import BatchFunction, score_dataset
 
 
@@ -168,8 +169,6 @@ class PretrainedImages(Measure):
             names, function = ("agreement", "kl"), partial(agreement_and_kl, module, self.reference)
         else:  # resumed from a checkpoint without these measurements
             return {}
-        from flow_lightning.modules.image_classification import batch_norms  # timm is slow to import
-
         outcomes = {"": self._score(trainer, module, function)}
         if when != "before":
             outcomes["_original_bn"] = (

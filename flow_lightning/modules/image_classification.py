@@ -24,6 +24,7 @@ from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import read_checkpoint
 from flow_lightning.optional import optional_import
+from flow_lightning.scoring.evaluation import batch_norms
 
 timm = optional_import("timm", "vision", "ImageClassificationModule")
 
@@ -214,14 +215,3 @@ def _fill(layers: nn.Module, state: dict[str, Tensor]) -> None:
     """Put a state into layers, which may be in shards: `load_state_dict` cannot do that with whole values."""
     for name, value in layers.state_dict().items():
         fill(value, state[name])
-
-
-def batch_norms(model: nn.Module) -> nn.ModuleList:
-    """Return the BatchNorm layers of a model: the part that keeps running statistics of its inputs.
-
-    Example:
-        >>> len(batch_norms(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))))
-        1
-    """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return nn.ModuleList(layer for layer in model.modules() if isinstance(layer, kinds))

@@ -39,3 +39,14 @@ def evaluation_stage(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.training = before
+
+
+def batch_norms(model: nn.Module) -> nn.ModuleList:
+    """Return the BatchNorm layers of a model: the part that keeps running statistics of its inputs.
+
+    Example:
+        >>> len(batch_norms(nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2))))
+        1
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return nn.ModuleList(layer for layer in model.modules() if isinstance(layer, kinds))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import flow_lightning as fl
-from flow_lightning.modules.image_classification import batch_norms
+from flow_lightning.scoring.evaluation import batch_norms
 from tests.examples import make_trainer
 from tests.images import PictureData, tiny_module
 
