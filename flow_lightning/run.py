@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import check_writable
@@ -61,7 +62,8 @@ class RunCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit. Tuners load a checkpoint of step 0: that is none."""
-        self.run.resumed |= checkpoint.get("global_step", 0) > 0
+        if trainer.state.fn == TrainerFn.FITTING:  # `test` and others restore callbacks, too
+            self.run.resumed |= checkpoint.get("global_step", 0) > 0
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the run."""

@@ -76,6 +76,7 @@ class FlowWeightingCallback(RunCallback):
         self.weights_file = None if weights_file is None else Path(weights_file)
         self.weights: Weights | None = None
         self._is_settled, self._seconds = False, 0.0
+        self._last_batch: int | None = None  # of this epoch; None before the fit's first one
         self._of_checkpoint: dict[str, str] = {}
         self._tracker = BatchTracker()
 
@@ -120,12 +121,27 @@ class FlowWeightingCallback(RunCallback):
             else:
                 self._settle(trainer)
         weights: Any = self.weights
+        self._last_batch = None
         _check_length(trainer, len(weights))
+        if self._tracker.is_following and not isinstance(trainer.train_dataloader, DataLoader):
+            raise ValueError(
+                "The fit has several training loaders, so it cannot be told which samples are in a batch. Wrap the "
+                "data set to weigh in flow_lightning.IndexedDataset."
+            )
         weights.lookups = 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
-        pl_module.batch_samples = self._tracker.next_index()  # type: ignore[assignment]
+        # Lightning calls no hook for a batch that is None, but counts it. A resumed epoch does not begin at 0.
+        first = batch_idx if self._last_batch is None and self.run.resumed else 0
+        skipped = batch_idx - (first if self._last_batch is None else self._last_batch + 1)
+        self._last_batch = batch_idx
+        pl_module.batch_samples = self._tracker.next_index(skipped)  # type: ignore[assignment]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the next epoch's batches."""
+        self._last_batch = -1
+        self._tracker.end_epoch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -169,7 +185,7 @@ class FlowWeightingCallback(RunCallback):
         def process_and_follow(loader: object) -> object:
             processed = process(loader)
             if trainer.training:
-                self._tracker.follow(processed)
+                self._tracker.follow(processed, lambda: trainer.training)
             return processed
 
         vars(trainer.strategy)["process_dataloader"] = process_and_follow

@@ -4,7 +4,7 @@ In: the training loader of a fit. Out: the indices of each batch, in turn. Next:
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class BatchTracker:
         self._followed: DataLoader[Any] | None = None
         self._recorder: _Recorder | None = None
 
-    def follow(self, loader: Any) -> None:
-        """Follow a loader, unless its batches carry an index of their own or it has no batch sampler.
+    def follow(self, loader: Any, is_training: Callable[[], bool] = lambda: True) -> None:
+        """Follow a loader where `is_training()`, unless its batches carry an index or it has no batch sampler.
 
         Raises:
             ValueError: If the loader hands out its batches in any order (`in_order=False`).
@@ -42,12 +42,38 @@ class BatchTracker:
                 "in_order=True, or wrap the data set in flow_lightning.IndexedDataset."
             )
         self.release()
-        self._followed, self._recorder = loader, _Recorder(loader.batch_sampler)
+        self._followed, self._recorder = loader, _Recorder(loader.batch_sampler, is_training)
         object.__setattr__(loader, "batch_sampler", self._recorder)  # a DataLoader refuses to be given another one
 
-    def next_index(self) -> Tensor | None:
-        """Return the indices of the next batch, `[B]` on the CPU; None if no loader is followed."""
-        return None if self._recorder is None else torch.tensor(self._recorder.lists.popleft())
+    @property
+    def is_following(self) -> bool:
+        """Whether a loader is followed."""
+        return self._recorder is not None
+
+    def next_index(self, skipped: int = 0) -> Tensor | None:
+        """Return the indices of the next batch but for those skipped, `[B]` on the CPU; None if no loader is followed.
+
+        From here to `end_epoch`, what else iterates over the loader does not count.
+
+        Raises:
+            RuntimeError: If the loader's sampler gave no more indices.
+        """
+        if self._recorder is None:
+            return None
+        self._recorder.is_locked = True
+        if len(self._recorder.lists) <= skipped:
+            raise RuntimeError(
+                "It is not known which samples are in this batch: the training loader was already being iterated. Make "
+                "it anew for the fit, or wrap its data set in flow_lightning.IndexedDataset."
+            )
+        for _ in range(skipped):
+            self._recorder.lists.popleft()
+        return torch.tensor(self._recorder.lists.popleft())
+
+    def end_epoch(self) -> None:
+        """Expect the next epoch's iteration."""
+        if self._recorder is not None:
+            self._recorder.is_locked = False
 
     def release(self) -> None:
         """Give the loader its own batch sampler back."""
@@ -59,13 +85,14 @@ class BatchTracker:
 class _Recorder(Sampler[list[int]]):
     """A batch sampler that writes down what it gives out; all else is as in the one that it stands for."""
 
-    def __init__(self, batches: Any) -> None:
-        self.batches = batches
+    def __init__(self, batches: Any, is_training: Callable[[], bool]) -> None:
+        self.batches, self.is_training, self.is_locked = batches, is_training, False
         self.lists: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
         lists: deque[list[int]] = deque()
-        self.lists = lists  # a new epoch: an iterator of the last one writes elsewhere
+        if self.is_training() and not self.is_locked:
+            self.lists = lists  # a new epoch: an iterator of the last one writes elsewhere
         for indices in self.batches:
             indices = list(indices)
             lists.append(indices)

@@ -4,6 +4,7 @@ In: data set, or parameters. Out: 32 hexadecimal digits. Next: `samples.py`.
 """
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Subset
 
 _SAMPLES = 32
 _ELEMENTS = 1024
@@ -65,11 +67,18 @@ def inspect_dataset(dataset: Any) -> tuple[str, bool]:
     _update(digest, (length, _targets(dataset)))
     positions = sorted({round(i * (length - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)} if length else ())
     for order, position in enumerate(positions):
+        _seed(position)  # random transforms then draw the same in each fit, and on each rank
         sample = sample_fingerprint(dataset[position])
         _update(digest, sample)
         if order % 2 == 0 and not is_random:
             is_random = sample_fingerprint(dataset[position]) != sample
     return digest.hexdigest(), is_random
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def sample_fingerprint(sample: Any) -> str:
@@ -82,7 +91,11 @@ def sample_fingerprint(sample: Any) -> str:
 def _targets(dataset: Any) -> Any:
     while not hasattr(dataset, "targets") and hasattr(dataset, "dataset") and not hasattr(dataset, "indices"):
         dataset = dataset.dataset
-    targets = getattr(dataset, "targets", None)
+    if isinstance(dataset, Subset):
+        inner = _targets(dataset.dataset)
+        targets = None if inner is None else [inner[i] for i in dataset.indices]
+    else:
+        targets = getattr(dataset, "targets", None)
     try:
         numbers = np.asarray(targets)
     except ValueError:  # lists of different lengths

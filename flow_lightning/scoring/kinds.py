@@ -124,6 +124,11 @@ class ProbeFeatures(Kind):
             raise KeyError(f"A training batch has no 'target' (keys {sorted(batch)}): the probe cannot be fitted.")
         return module.features(batch).float(), batch["target"]  # type: ignore[operator]
 
+    def rows(self, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return features and target of each sample: a changed label counts, too."""
+        index, features, targets = values
+        return index, torch.cat([features.flatten(1), targets[:, None].to(features.dtype)], dim=1)
+
     def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
         """Collect the features on rank 0, solve there, and hand the solution to every rank."""
         with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import flow_lightning as fl
-from tests.examples import LinearRegression, RegressionData, fit, regression_data
+from tests.examples import LinearRegression, RegressionData, fit, make_trainer, regression_data
 from tests.language import language_data, language_module
 
 MID = "ckpt/mid.ckpt"
@@ -128,3 +128,13 @@ def test_late_restored_token_weights_are_checked_and_a_refused_run_overwrites_no
         fit_tokens(9, **resumed)
     again = fit_tokens(11, **resumed)
     assert torch.equal(again.losses, first.losses) and again.temperature == first.temperature
+
+
+def test_a_checkpoint_of_a_run_can_be_tested(first):
+    class Tested(LinearRegression):
+        def test_step(self, batch, batch_idx):
+            self.log("loss", self.sample_losses(batch).mean())
+
+    trainer = make_trainer(fl.FlowWeightingCallback())
+    (result,) = trainer.test(Tested(), RegressionData().train_dataloader(), ckpt_path="ckpt/mid.ckpt")
+    assert result["loss"] > 0

@@ -183,3 +183,51 @@ def test_without_the_callback_nothing_is_touched():
     own = loader.batch_sampler
     make_trainer().fit(Plain(), loader)
     assert loader.batch_sampler is own
+
+
+class SharedLoader(Plain):
+    """Validates in the middle of an epoch on the very loader that it trains on."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.sample_losses(batch).mean())
+
+
+class Peek(Callback):
+    """Looks at the training loader in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        next(iter(trainer.train_dataloader))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("peek", [True, False])
+def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
+    loader, module = DataLoader(DATA, 4, True, num_workers=workers), SharedLoader()
+    callbacks = [Peek()] if peek else []
+    trainer = make_trainer(fl.FlowWeightingCallback(), *callbacks, max_epochs=2, val_check_interval=2)
+    trainer.fit(module, loader, None if peek else loader)
+    assert module.checked == 46
+
+
+def test_several_training_loaders_are_refused():
+    loaders = {"new": DataLoader(DATA, 4, True), "old": DataLoader(DATA, 4, True)}
+    with pytest.raises(ValueError, match=r"several training loaders.*IndexedDataset"):
+        make_trainer(fl.FlowWeightingCallback(dataloader=loaders["new"])).fit(Plain(), loaders)
+
+
+def skip_some(samples):
+    return None if float(samples[0][1]) > 1 else torch.utils.data.default_collate(samples)
+
+
+def test_a_batch_that_is_none_is_counted():
+    module = Plain()
+    flow = fl.FlowWeightingCallback(dataloader=DataLoader(DATA, 4))
+    make_trainer(flow, max_epochs=3).fit(module, DataLoader(DATA, 4, True, collate_fn=skip_some))
+    assert 0 < module.checked < 69
+
+
+def test_a_loader_that_was_being_iterated_before_the_fit_names_the_fix():
+    loader = DataLoader(DATA, 4, True, num_workers=1, persistent_workers=True)
+    next(iter(loader))
+    with pytest.raises(RuntimeError, match=r"already being iterated.*IndexedDataset"):
+        make_trainer(fl.FlowWeightingCallback()).fit(Plain(), loader)

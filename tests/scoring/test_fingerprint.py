@@ -115,3 +115,18 @@ def test_a_random_flip_is_noticed():
         noticed.append(inspect_dataset(Flipped(torch.ones(20)))[1])
     assert all(noticed)
     assert not inspect_dataset(data())[1] and not inspect_dataset([])[1]
+
+
+def test_every_target_of_a_subset_counts():
+    labelled, other = TensorDataset(torch.zeros(1000)), TensorDataset(torch.zeros(1000))
+    labelled.targets, other.targets = [0] * 1000, [0] * 700 + [1] + [0] * 299
+    parts = [Subset(data, range(1, 1000)) for data in (labelled, other)]
+    assert inspect_dataset(parts[0])[0] != inspect_dataset(parts[1])[0]
+
+
+def test_random_transforms_have_the_same_fingerprint_each_time():
+    prints = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        prints.append(inspect_dataset(Flipped(torch.ones(20)))[0])
+    assert prints[0] == prints[1]
