@@ -1,4 +1,4 @@
-"""All that callbacks ask of a module and of a data module. Only `sample_losses` is required; the rest has a default.
+"""All that callbacks ask of a module and of a data module. Nothing is required.
 
 In: a module or data module of any class. Out: a view of it with every name of the contract. Next: `modules/base.py`.
 """
@@ -22,7 +22,8 @@ class BatchLosses(NamedTuple):
 class ModuleContract(Protocol):
     """What callbacks ask of a module. Callables take a batch, unless stated otherwise."""
 
-    sample_losses: Callable[[Any], Tensor] | None = None  #: one loss per sample, `[B]`; for FlowWeightingCallback
+    sample_losses: Callable[[Any], Tensor] | None = None  #: one loss per sample, `[B]`; else those of training_step
+    weighted_loss: Callable[[Any, Tensor], Tensor] | None = None  #: of a module that weighs its losses itself
     token_losses: Callable[[Any], Tensor] | None = None  #: one loss per supervised token, `[K]`: to weigh tokens
     token_counts: Callable[[Any], Tensor] | None = None  #: the number of supervised tokens of each sample, `[B]`
     features: Callable[[Any], Tensor] | None = None  #: what the head sees, `[B, D]`; for LinearProbeCallback

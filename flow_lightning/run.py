@@ -67,11 +67,11 @@ class RunCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the run."""
-        pl_module.flow_run = None  # type: ignore[assignment]
+        vars(pl_module).pop("flow_run", None)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the run."""
-        pl_module.flow_run = None  # type: ignore[assignment]
+        vars(pl_module).pop("flow_run", None)
 
 
 def start_run(trainer: Trainer, module: LightningModule) -> Run:
@@ -91,7 +91,7 @@ def start_run(trainer: Trainer, module: LightningModule) -> Run:
             check_writable(folder, model)
 
     on_rank_zero(trainer, check)
-    module.flow_run = run  # type: ignore[assignment]
+    vars(module)["flow_run"] = run
     return run
 
 

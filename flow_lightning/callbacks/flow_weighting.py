@@ -16,10 +16,13 @@ from flow_lightning.contract import module_contract
 from flow_lightning.data.tracking import BatchTracker
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.method.flow import weighting_rule
+from flow_lightning.method.interception import LOSSES
 from flow_lightning.method.weights import SampleWeights, TokenWeights
+from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedStep
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
-from flow_lightning.scoring.kinds import TokenLosses
+from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
+from flow_lightning.scoring.step_kinds import StepLosses
 from flow_lightning.scoring.store import PARTS
 
 WEIGHTS_FILE = "flow_weights.safetensors"
@@ -52,6 +55,11 @@ class FlowWeightingCallback(RunCallback):
         weights_file: A `.safetensors` file. It is used if it is there and still true: data set and model have the same
             fingerprint, and a few batches, scored anew, give the same losses. Otherwise the samples are scored, block
             by block, and it is written; an interrupted scoring continues from its finished blocks.
+        sample_losses: Gives one loss per sample, `[B]`, of `(module, batch)`; the fit then minimises `mean(w l)` of
+            them, and `training_step` is not called. Where it is not given, the losses are those of `training_step`: of
+            a `sample_losses(batch)` of the module, else of `torch.nn.functional`, as the step calls them.
+        loss: The name of the loss in `training_step` that is scored and weighted, such as "cross_entropy", if it has
+            several and the others are not to be. By default all that have the batch's dimension.
     """
 
     def __init__(
@@ -63,6 +71,8 @@ class FlowWeightingCallback(RunCallback):
         quantile: float = 0.5,
         dataloader: DataLoader[Any] | None = None,
         weights_file: str | Path | None = None,
+        sample_losses: SampleLossFunction | None = None,
+        loss: str | None = None,
     ) -> None:
         if per not in ("sample", "token"):
             raise ValueError(f"per is {per!r}; expected 'sample' or 'token'.")
@@ -71,6 +81,9 @@ class FlowWeightingCallback(RunCallback):
             raise ValueError(
                 f"temperature is {temperature}; expected a positive number, or None for a quantile of the losses."
             )
+        if loss is not None and loss not in {function.__name__ for function in LOSSES}:
+            raise ValueError(f"loss is {loss!r}; expected the name of a loss of torch.nn.functional, or None for all.")
+        self.sample_losses, self.loss = sample_losses, loss
         self.per, self.weighting, self.temperature, self.quantile = per, weighting, temperature, quantile
         self.dataloader = dataloader
         self.weights_file = None if weights_file is None else Path(weights_file)
@@ -79,6 +92,7 @@ class FlowWeightingCallback(RunCallback):
         self._last_batch: int | None = None  # of this epoch; None before the fit's first one
         self._of_checkpoint: dict[str, str] = {}
         self._tracker = BatchTracker()
+        self._step: WeightedStep | None = None  # of a module that does not weigh its loss itself
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before anything is computed, and take the fingerprint of the reference."""
@@ -86,11 +100,9 @@ class FlowWeightingCallback(RunCallback):
         if stage != "fit":
             return
         self.weights, self._is_settled, self._of_checkpoint = None, False, {}
-        _check_module(pl_module, self.per)
         scoring = self.run.scoring
         scoring.file, scoring.loader = self.weights_file, self.dataloader
-        if self.per == "token":
-            scoring.choose(TokenLosses())
+        scoring.choose(self._kind(pl_module))
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
         scoring.look_at_model()
         self._follow_training_loader(trainer)
@@ -129,6 +141,9 @@ class FlowWeightingCallback(RunCallback):
                 "data set to weigh in flow_lightning.IndexedDataset."
             )
         weights.lookups = 0
+        if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
+            self._step = WeightedStep(trainer, pl_module, weights.lookup, self.loss, self.sample_losses)
+            self._step.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
@@ -136,7 +151,7 @@ class FlowWeightingCallback(RunCallback):
         first = batch_idx if self._last_batch is None and self.run.resumed else 0
         skipped = batch_idx - (first if self._last_batch is None else self._last_batch + 1)
         self._last_batch = batch_idx
-        pl_module.batch_samples = self._tracker.next_index(skipped)  # type: ignore[assignment]
+        vars(pl_module)["batch_samples"] = self._tracker.next_index(skipped)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the next epoch's batches."""
@@ -147,7 +162,7 @@ class FlowWeightingCallback(RunCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Refuse to train on without weights."""
-        if self.weights is not None and self.weights.lookups == 0:
+        if self.weights is not None and self.weights.lookups == 0 and outputs:  # without a loss there is no output
             raise RuntimeError(
                 f"{type(pl_module).__name__}.training_step did not look up a weight, so its loss is not weighted. "
                 "Return `self.weighted_loss(batch, self.sample_losses(batch))`, or leave training_step to "
@@ -192,9 +207,27 @@ class FlowWeightingCallback(RunCallback):
 
     def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave module, loader and strategy as they were."""
-        module.sample_weights = module.batch_samples = None  # type: ignore[assignment]
+        if self._step is not None:
+            self._step.remove()
+            self._step = None
+        for name in ("sample_weights", "batch_samples"):
+            vars(module).pop(name, None)
         self._tracker.release()
         vars(trainer.strategy).pop("process_dataloader", None)
+
+    def _kind(self, module: LightningModule) -> Kind:
+        """Return what is to be scored of this module."""
+        contract = module_contract(module)
+        if self.per == "token" and contract.token_losses is None:
+            raise TypeError(
+                f"{type(module).__name__} has no token_losses(batch) -> Tensor [K], so its tokens cannot be weighted. "
+                "Use CausalLanguageModule, or per='sample'."
+            )
+        if self.per == "token":
+            return TokenLosses()
+        if self.sample_losses is None and contract.sample_losses is None:
+            return StepLosses(self.loss)
+        return SampleLosses(self.sample_losses)
 
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
         temperature, parts = self.temperature, {n: result[n] for n in ("losses", "offsets") if n in result}
@@ -229,7 +262,7 @@ class FlowWeightingCallback(RunCallback):
     def _take(self, module: LightningModule, weights: Weights) -> None:
         """Hand the weights to the module."""
         self.weights = weights
-        module.sample_weights = weights  # type: ignore[assignment]
+        vars(module)["sample_weights"] = weights
 
     def _settle(self, trainer: Trainer) -> None:
         """Say which weights the fit trains with, and write them down."""
@@ -254,20 +287,6 @@ class FlowWeightingCallback(RunCallback):
         if picture is not None:
             plot_weights(weights, picture)
         log_weights(trainer.loggers, weights, picture)
-
-
-def _check_module(module: LightningModule, per: str) -> None:
-    contract, name = module_contract(module), type(module).__name__
-    if contract.sample_losses is None:
-        raise TypeError(
-            f"{name} has no sample_losses(batch) -> Tensor [B]. Derive it from flow_lightning.WeightedLossModule and "
-            "define that one method."
-        )
-    if per == "token" and contract.token_losses is None:
-        raise TypeError(
-            f"{name} has no token_losses(batch) -> Tensor [K], so its tokens cannot be weighted. Use "
-            "CausalLanguageModule, or per='sample'."
-        )
 
 
 def _check_origin(weights: Weights, expected: dict[str, str], where: str) -> None:

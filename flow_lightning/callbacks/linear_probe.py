@@ -15,13 +15,15 @@ from flow_lightning.distributed import fill, whole_parameters
 from flow_lightning.method.probe import Probe
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
+from flow_lightning.scoring.step_kinds import StepFeatures
 
 
 class LinearProbeCallback(RunCallback):
     """Fit the new head on features of the frozen body, at `on_fit_start` (paper, vision protocol, step 1).
 
-    One pass over the training images serves the head and, with a FlowWeightingCallback, temperature and weights.
-    The module needs `features(batch) -> [B, D]`, a `head` (`nn.Linear`) and batches with `target`.
+    One pass over the training samples serves the head and, with a FlowWeightingCallback, temperature and weights.
+    A module may declare `features(batch) -> [B, D]` and a `head` (`nn.Linear`), and have batches with `target`. Of any
+    other module the head is the last `nn.Linear` that makes the logits of a cross-entropy in its `training_step`.
 
     Args:
         refit: Whether to fit the head again at `on_train_end`, on the features of the fine-tuned body (step 4); by
@@ -43,9 +45,8 @@ class LinearProbeCallback(RunCallback):
         if stage != "fit":
             return
         self.probe = None
-        head = probed_head(pl_module)
-        self.run.scoring.choose(ProbeFeatures(head.out_features, self.folds, self.memory_budget))
-        self.run.scoring.new_parts += tuple(f"{name}." for name, part in pl_module.named_modules() if part is head)
+        self._kind = self._features(pl_module, self.folds, "Linear probe")
+        self.run.scoring.choose(self._kind)
         self.run.scoring.look_at_model()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,7 +55,7 @@ class LinearProbeCallback(RunCallback):
             return
         started = time.perf_counter()
         self.probe = Probe.from_tensors(self.run.scoring.scored())
-        self._install(trainer, pl_module, self.probe, "Linear probe")
+        self._install(trainer, pl_module, self.probe, self._kind)
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
 
@@ -64,23 +65,33 @@ class LinearProbeCallback(RunCallback):
         if not (weights is not None if self.refit is None else self.refit):
             return
         started = time.perf_counter()
-        kind = ProbeFeatures(probed_head(pl_module).out_features, 0, self.memory_budget, "Head refit")
+        kind = self._features(pl_module, 0, "Head refit")
         kind.sample_weights = None if weights is None else weights.weights.cpu()
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
-        self._install(trainer, pl_module, probe, "Head refit")
+        self._install(trainer, pl_module, probe, kind)
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "refitted.ckpt", weights_only=False)
         seconds = time.perf_counter() - started
         self.run.record(trainer, {"refit/strength": probe.strength, "time/refit_s": seconds})
 
-    def _install(self, trainer: Trainer, module: LightningModule, probe: Probe, description: str) -> None:
-        """Put the probe into the module's head."""
+    def _features(self, module: LightningModule, folds: int, description: str) -> ProbeFeatures:
+        """Return what is to be scored: the features that the module declares, else those in its training step."""
+        contract = module_contract(module)
+        if contract.features is None and contract.sample_losses is None:
+            return StepFeatures(folds, self.memory_budget, description)
         head = probed_head(module)
+        kind = ProbeFeatures(head.out_features, folds, self.memory_budget, description)
+        kind.head, kind.new_parts = head, tuple(f"{name}." for name, part in module.named_modules() if part is head)
+        return kind
+
+    def _install(self, trainer: Trainer, module: LightningModule, probe: Probe, kind: ProbeFeatures) -> None:
+        """Put the probe into the module's head."""
+        head: Any = kind.head
         with whole_parameters(trainer, module):
             fill(head.weight, probe.head.weight)
             fill(head.bias, probe.head.bias)
         rank_zero_info(
-            f"{description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
+            f"{kind.description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
             f"mean loss {probe.losses.mean():.4f}."
         )
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flow_lightning.distributed import from_rank_zero
 from flow_lightning.method.flow import check_losses
 from flow_lightning.method.probe import STRENGTHS, fit_probe
 from flow_lightning.method.weights import SampleWeights, TokenWeights
+from flow_lightning.scoring.samples import Samples
 from flow_lightning.scoring.score import Block, by_index, ragged_by_index
 
 
@@ -32,11 +34,20 @@ class Kind(ABC):
         name: What a file of its results says it holds.
         weights: What the losses become.
         description: What the progress bar says.
+        new_parts: Prefixes of parameters that `inspect` has found to be no part of the pre-trained model.
     """
 
     name: str
+    new_parts: tuple[str, ...] = ()
     weights: type[SampleWeights] | type[TokenWeights] = SampleWeights
     description = "FLOW: scoring"
+
+    def inspect(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:  # noqa: B027
+        """Learn from a few samples what must be known before scoring, and refuse what cannot be scored."""
+
+    def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
+        """Return the context in which batches are scored."""
+        return nullcontext()
 
     @abstractmethod
     def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
@@ -52,13 +63,16 @@ class Kind(ABC):
 
 
 class SampleLosses(Kind):
-    """`module.sample_losses`: `losses` `[n]`."""
+    """`module.sample_losses`, or a function of module and batch in its place: `losses` `[n]`."""
 
     name = "losses of samples"
 
+    def __init__(self, function: Callable[[Any, Any], Tensor] | None = None) -> None:
+        self.function = function
+
     def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """Return the losses, `[B]` float32."""
-        losses = module.sample_losses(batch)  # type: ignore[operator]
+        losses: Tensor = self.function(module, batch) if self.function else module.sample_losses(batch)  # type: ignore[operator]
         if losses.ndim != 1:
             raise ValueError(
                 f"sample_losses(batch) gave shape {tuple(losses.shape)}; expected one loss per sample, [B] "
@@ -105,6 +119,7 @@ class ProbeFeatures(Kind):
         folds: 0 for the probe's losses on its own training samples, as in the paper; k > 1 for k-fold out-of-fold ones.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
         sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
+        head: The layer that the probe is for.
     """
 
     classes: int
@@ -112,6 +127,7 @@ class ProbeFeatures(Kind):
     memory_budget: float = 4.0
     description: str = "Linear probe"
     sample_weights: Tensor | None = None
+    head: nn.Linear | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]

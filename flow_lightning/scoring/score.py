@@ -107,8 +107,10 @@ def _run(
     """Yield index and values of this rank's batches, in the Trainer's precision; run spare ones without a word."""
     wanted = [*mine, *spare]
     for order, (expected, batch) in enumerate(zip(wanted, on_device(trainer, module, loader_like(loader, wanted)))):
+        vars(module)["batch_samples"] = torch.as_tensor(expected)
         with trainer.precision_plugin.forward_context():
             values = in_forward(trainer, module, partial(_score_batch, batch, expected, function))
+        del vars(module)["batch_samples"]
         if order < len(mine):
             on_batch()
             yield values
@@ -146,8 +148,8 @@ def ragged_by_index(blocks: Iterable[Block], length: int) -> tuple[Tensor, Tenso
     return flat, offsets
 
 
-def on_device(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield the batches of a loader as the Trainer would: through the transfer hooks, on the device."""
+def on_device(trainer: Trainer, module: LightningModule, loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches as the Trainer would: through the transfer hooks, on the device."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     hook = "on_before_batch_transfer"
     owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
-from flow_lightning.scoring.kinds import Kind, SampleLosses
+from flow_lightning.scoring.kinds import Kind, ProbeFeatures, SampleLosses
 from flow_lightning.scoring.samples import Samples, find_samples
 from flow_lightning.scoring.score import Block, score_blocks
 from flow_lightning.scoring.store import BlockStore, Rows, batches_to_check, first_difference, read_file, rows_of
@@ -46,17 +46,20 @@ class Scoring:
     loader: DataLoader[Any] | None = None
     new_parts: tuple[str, ...] = ()
     is_from_file: bool = False
+    _is_inspected: bool = False
     _reference: dict[str, str] = field(default_factory=dict)
     _result: dict[str, Tensor] | None = None
     _checked: Rows | None = None
 
     def choose(self, kind: Kind) -> None:
-        """Set what is computed.
+        """Set what is computed. A probe's losses take the place of the module's own.
 
         Raises:
             ValueError: If another callback has chosen something else.
         """
-        if type(self.kind) not in (SampleLosses, type(kind)):
+        if isinstance(kind, SampleLosses) and isinstance(self.kind, ProbeFeatures):
+            return
+        if not isinstance(self.kind, SampleLosses | type(kind)):
             raise ValueError(f"This fit is to score {self.kind.name} and {kind.name}: use one of the two callbacks.")
         self.kind = kind
 
@@ -80,12 +83,21 @@ class Scoring:
     @property
     def fingerprint(self) -> dict[str, str]:
         """What the result belongs to: hashes of the data set and of the pre-trained model."""
+        self._inspect()
         return {"dataset": self.samples.fingerprint, "reference": self.reference}
+
+    def _inspect(self) -> None:
+        """Let the kind see a few samples, once."""
+        if not self._is_inspected:
+            self._is_inspected = True
+            self.kind.inspect(self.trainer, self.module, self.samples)
+            self.new_parts += self.kind.new_parts
 
     def scored(self) -> dict[str, Tensor]:
         """Return the losses and what belongs to them, see `Kind.collect`: scored once, the same on every rank."""
         if self._result is None:
             self.look_at_model()
+            self._inspect()
             with module_contract(self.module).frozen_reference():
                 self._result = self._from_file() or self._score(self._blocks())
         return self._result
@@ -93,6 +105,7 @@ class Scoring:
     def scored_now(self, kind: Kind) -> dict[str, Tensor]:
         """Score the same samples by the model as it is now: not frozen, not kept."""
         now = replace(self, kind=kind, file=None, loader=self.samples.loader)
+        kind.inspect(self.trainer, self.module, self.samples)
         return kind.collect(self.trainer, self.module, now._blocks(), len(self.samples))
 
     def to_keep(self) -> dict[str, Tensor]:
@@ -165,7 +178,8 @@ class Scoring:
 
     def _run(self, batches: Sequence[Any], done: int = 0) -> Iterator[Block]:
         values, loader = partial(self.kind.values, self.module), self.samples.loader
-        return score_blocks(self.trainer, self.module, loader, batches, values, self.kind.description, done)
+        with self.kind.context(self.trainer, self.module):
+            yield from score_blocks(self.trainer, self.module, loader, batches, values, self.kind.description, done)
 
     @property
     def _store(self) -> BlockStore | None:

@@ -1,0 +1,181 @@
+"""The `training_step` of an unchanged module, with the losses of its samples weighted, and the proof that they are.
+
+In: a module of any class, the weights of a batch. Out: its own step, weighted. Next: `scoring/own_step.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flow_lightning.contract import module_contract
+from flow_lightning.data.indexing import batch_index, find_index
+from flow_lightning.method.interception import Interception, describe
+from flow_lightning.method.objective import weighted_loss
+from flow_lightning.scoring.own_step import unnoticed
+from flow_lightning.scoring.step_kinds import HOW_TO_GIVE_LOSSES
+
+SampleLossFunction = Callable[[Any, Any], Tensor]
+#: How far loss and gradient may be from those of the module itself, relatively, in 32 bits and in fewer.
+_TOLERANCES = {False: (1e-5, 1e-3), True: (2e-2, 1e-1)}
+
+
+class WeightedStep:
+    """Stands for the `training_step` of a module from `install` to `remove`.
+
+    Losses of `torch.nn.functional`, and `sample_losses(batch)` if the module has that method and calls it, are weighted
+    where they are computed. With a function for the losses, the step is `mean(w l)` of what it returns.
+
+    Args:
+        trainer: Runs the fit.
+        module: Its module.
+        lookup: Gives the weights `[B]` of sample indices `[B]`, on their device.
+        loss: The one loss that is weighted, by name; None for all.
+        function: Gives the losses `[B]` of module and batch, in place of the module's own step.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        lookup: Callable[[Tensor], Tensor],
+        loss: str | None = None,
+        function: SampleLossFunction | None = None,
+    ) -> None:
+        self.trainer, self.module, self.lookup, self.loss, self.function = trainer, module, lookup, loss, function
+        self._is_proven = False
+        self._own: dict[str, Any] = {}
+        self._seen: Interception | None = None  # of the step that runs
+
+    def install(self) -> None:
+        """Take the place of the module's own step."""
+        own = vars(self.module)
+        self._own = {name: own[name] for name in ("training_step", "sample_losses") if name in own}
+        step: Any = self.module.training_step
+
+        @wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self._step(step, *args, **kwargs)
+
+        if (losses := module_contract(self.module).sample_losses) is not None:
+            own["sample_losses"] = lambda batch: self._weighed(losses, batch)
+        own["training_step"] = training_step
+
+    def remove(self) -> None:
+        """Give the module its own step back."""
+        for name in ("training_step", "sample_losses"):
+            vars(self.module).pop(name, None)
+        vars(self.module).update(self._own)
+
+    def _step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        index = find_index(batch)
+        if index is None:
+            index = module_contract(self.module).batch_samples
+        index = (batch_index(batch) if index is None else index).to(self.module.device)
+        weights = self.lookup(index)
+        if self.function is not None:
+            return weighted_loss(self.function(self.module, batch), weights)
+        run = partial(self._run, partial(step, batch, *args, **kwargs))
+        if not self._is_proven:
+            self._is_proven = self._prove(run, torch.ones_like(weights))
+        return run(weights)
+
+    def _run(self, step: Callable[[], Any], weights: Tensor | None) -> Any:
+        """Run a step with weights; with None, as the module itself does."""
+        if weights is None:
+            return step()
+        with Interception(len(weights), weights, self.loss) as self._seen:
+            try:
+                return step()
+            finally:
+                self._seen.is_paused = True
+
+    def _weighed(self, losses: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        """Compute the losses of `sample_losses`, weighted where a step asks for them."""
+        if (seen := self._seen) is None or seen.is_paused:
+            return losses(batch)
+        with seen.paused():
+            values = losses(batch)
+        return seen.weigh(values)
+
+    def _prove(self, run: Callable[[Tensor | None], Any], ones: Tensor) -> bool:
+        """Compare loss and gradient of a batch with weights of 1, 1/2 and 0 with those of the module itself.
+
+        Returns:
+            Whether there was something to compare: not if the step gave no loss for this batch.
+
+        Raises:
+            RuntimeError: If they are not what they should be; the message says what was seen.
+        """
+        own = self._measure(run, None)
+        if own is None:
+            return False
+        name = f"{type(self.module).__name__}.training_step"
+        one, none, half = (self._measure(run, weight * ones) for weight in (1.0, 0.0, 0.5))
+        assert one is not None and none is not None and half is not None and self._seen is not None
+        tolerance = _TOLERANCES[own.is_half]
+        if not own.is_near(one, tolerance):
+            raise RuntimeError(
+                f"{name} gives {one} with weights of 1, but {own} without: its losses cannot be weighted where "
+                f"they are computed (random parts with a generator of their own?). {HOW_TO_GIVE_LOSSES}"
+            )
+        if not none.middle(one).is_near(half, tolerance):
+            raise RuntimeError(
+                f"{name} gives {one} with weights of 1, {none} with 0 and {half} with 1/2: its loss is no weighted "
+                f"mean of the samples' losses. {HOW_TO_GIVE_LOSSES}"
+            )
+        if none.is_near(one, tolerance):
+            raise RuntimeError(f"{name} cannot be weighted: {describe(self._seen)} {HOW_TO_GIVE_LOSSES}")
+        if abs(none.loss) > tolerance[0] * abs(one.loss):
+            rank_zero_info(
+                f"FLOW: {none.loss:.3g} of the first batch's loss {one.loss:.3g} has no loss per sample (a penalty, an "
+                "auxiliary loss), so it is not weighted."
+            )
+        return True
+
+    def _measure(self, run: Callable[[Tensor | None], Any], weights: Tensor | None) -> "_Measured | None":
+        """Run a step and its backward pass without a trace; None if it gives no loss."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        with isolate_rng(), unnoticed(self.trainer, self.module) as loss_of:
+            loss = loss_of(run(weights))
+            if loss is None:
+                return None
+            gradients: Sequence[Tensor | None] = ()
+            # Gradients of shards are made in the backward hooks of their wrapper alone.
+            if loss.requires_grad and not any(isinstance(parameter, DTensor) for parameter in trained):
+                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        is_half = "16" in str(self.trainer.precision) or loss.dtype.itemsize < 4
+        return _Measured(float(loss.detach()), [each for each in gradients if each is not None], is_half)
+
+
+@dataclass
+class _Measured:
+    """Loss and gradient of one batch."""
+
+    loss: float
+    gradients: list[Tensor]
+    is_half: bool
+
+    def is_near(self, other: "_Measured", tolerance: tuple[float, float]) -> bool:
+        """Tell whether loss and gradient are the same but for rounding."""
+        size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
+        pairs = zip(self.gradients, other.gradients)
+        apart = sum(float((one - two).double().square().sum()) for one, two in pairs) ** 0.5
+        is_near = abs(self.loss - other.loss) <= tolerance[0] * max(abs(self.loss), abs(other.loss), 1e-30)
+        return is_near and apart <= tolerance[1] * size
+
+    def middle(self, other: "_Measured") -> "_Measured":
+        """Return the mean of both."""
+        gradients = [(one + two) / 2 for one, two in zip(self.gradients, other.gradients)]
+        return _Measured((self.loss + other.loss) / 2, gradients, self.is_half)
+
+    def __str__(self) -> str:
+        size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
+        return f"loss {self.loss:.6g}, gradient of norm {size:.6g}"

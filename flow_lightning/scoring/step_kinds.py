@@ -1,0 +1,194 @@
+"""What is computed of a batch by a module that declares nothing: from its own `training_step`.
+
+In: module and batch. Out: losses of samples, or features and targets for a probe. Next: `scoring.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from flow_lightning.method.interception import Interception, Term, describe, sample_losses
+from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
+from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
+from flow_lightning.scoring.own_step import call_training_step, unnoticed
+from flow_lightning.scoring.samples import Samples
+from flow_lightning.scoring.score import on_device
+
+#: How far losses of the same sample may be apart, relative to them and to the typical loss.
+_TOLERANCE = 1e-3
+#: What to do about a training_step whose losses cannot be weighed.
+HOW_TO_GIVE_LOSSES = (
+    "Give the losses yourself: FlowWeightingCallback(sample_losses=lambda module, batch: ...), one loss per sample, or "
+    "a method sample_losses(batch) that training_step calls."
+)
+
+
+class StepLosses(SampleLosses):
+    """The losses of samples in a module's own `training_step`: `losses` `[n]`.
+
+    Args:
+        loss: The one loss of `torch.nn.functional` that counts, by name; None for all.
+
+    Attributes:
+        classes: Classes of the first cross-entropy that was seen; 0 if there was none.
+    """
+
+    def __init__(self, loss: str | None = None) -> None:
+        super().__init__()
+        self.loss, self.classes = loss, 0
+        self._loss_of: Callable[[Any], Tensor | None] = lambda output: None
+
+    def inspect(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Refuse a step whose losses of a sample depend on which others are in its batch.
+
+        Raises:
+            ValueError: If they do, or if there are none.
+        """
+        chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
+        half = len(chosen) // 2 + len(chosen) % 2
+        collate: Any = samples.loader.collate_fn
+        batches = [collate(chosen), collate(chosen), collate(chosen[:half][::-1])]
+        sizes = [len(chosen), len(chosen), half]
+        with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
+            whole, again, part = (
+                self._sample_losses(module, batch, size)
+                for batch, size in zip(on_device(trainer, module, batches), sizes)
+            )
+        if _differ(whole, again):
+            rank_zero_warn(
+                "The losses of a sample are random in evaluation mode, too, so the weights come from one random draw, "
+                "and it was not checked that they do not depend on the other samples of the batch."
+            )
+        elif _differ(whole[:half], part.flip(0)):
+            raise ValueError(
+                f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
+                "(contrastive losses, mixup, random augmentation on the device), so it has no weight of its own. "
+                f"{HOW_TO_GIVE_LOSSES}"
+            )
+
+    @contextmanager
+    def context(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
+        """Let steps run without a trace, and without a graph behind the losses."""
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        with unnoticed(trainer, module) as self._loss_of:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            try:
+                yield
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return the losses, `[B]` float32."""
+        return (self._sample_losses(module, batch, len(vars(module)["batch_samples"])),)
+
+    def _sample_losses(self, module: LightningModule, batch: Any, size: int) -> Tensor:
+        loss, interception = self.step(module, batch, size)
+        try:
+            return sample_losses(loss, interception)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(module).__name__}.training_step cannot be weighed: {error} {HOW_TO_GIVE_LOSSES}"
+            ) from error
+
+    def step(self, module: LightningModule, batch: Any, size: int) -> tuple[Tensor, Interception]:
+        """Run a step inside of `context`, and return its loss and what was seen of its losses."""
+        with torch.enable_grad(), Interception(size, None, self.loss, is_noting=True) as interception:
+            loss = self._loss_of(call_training_step(module, batch, 0))
+        if loss is None:
+            raise TypeError(
+                f"{type(module).__name__}.training_step gave no loss for a batch, so its samples cannot be scored. "
+                f"Return the loss. {HOW_TO_GIVE_LOSSES}"
+            )
+        for term in interception.terms:
+            if not self.classes and term.name == "cross_entropy" and term.input.ndim > 1:
+                self.classes = term.input.shape[1]
+        return loss, interception
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    bound = _TOLERANCE * (one.abs() + one.abs().median())
+    return bool(((one - other).abs() > bound).any())
+
+
+class StepFeatures(ProbeFeatures):
+    """What the last linear layer of an unchanged module sees, with the targets of its cross-entropy, for a probe.
+
+    Attributes:
+        head: That layer, once `inspect` has found it; `new_parts` then has its name.
+    """
+
+    def __init__(self, folds: int = 0, memory_budget: float = 4.0, description: str = "Linear probe") -> None:
+        super().__init__(0, folds, memory_budget, description)
+        self._losses = StepLosses("cross_entropy")
+        self._inputs: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+    def context(self, trainer: Trainer, module: LightningModule) -> Any:
+        """See `StepLosses.context`."""
+        return self._losses.context(trainer, module)
+
+    def inspect(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Find the layer.
+
+        Raises:
+            TypeError: If no linear layer with a bias makes the logits of a cross-entropy.
+        """
+        chosen = samples.batches[0]
+        collate: Any = samples.loader.collate_fn
+        batch = collate([samples.loader.dataset[i] for i in chosen])
+        with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
+            (moved,) = on_device(trainer, module, [batch])
+            found, _ = self._observe(module, moved, len(chosen))
+        if found is None or found[0].bias is None:
+            raise TypeError(
+                f"{type(module).__name__} cannot be probed: in its training_step no nn.Linear with a bias makes the "
+                "logits of a cross-entropy, one for each sample. Give it features(batch) -> [B, D] and a `head`."
+            )
+        self.head, self.classes = found[0], found[0].out_features
+        self.new_parts = tuple(f"{name}." for name, part in module.named_modules() if part is self.head)
+        rank_zero_info(f"Linear probe: the head is {self.new_parts[0][:-1]}, {self.head}.")
+
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return features `[B, D]` float32 and targets `[B]`."""
+        found, term = self._observe(module, batch, len(vars(module)["batch_samples"]))
+        if found is None or found[0] is not self.head:
+            raise ValueError("The logits of a batch come from another layer than those of the first batch.")
+        return found[1].detach().float(), term.target
+
+    def _observe(
+        self, module: LightningModule, batch: Any, size: int
+    ) -> tuple[tuple[nn.Linear, Tensor, Tensor] | None, Any]:
+        """Run a step, and return the linear layer behind its cross-entropy with its input, and the call."""
+        self._inputs.clear()
+        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        hooks = [part.register_forward_hook(self._note) for part in linears]
+        try:
+            _, interception = self._losses.step(module, batch, size)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for term in interception.terms:
+            for linear, features, output in reversed(self._inputs):
+                if features.shape[:-1].numel() == size and _makes(output, term):
+                    return (linear, features.flatten(0, -2), output), term
+        return None, describe(interception)
+
+    def _note(self, linear: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._inputs.append((linear, inputs[0].detach(), output.detach()))
+
+
+def _makes(output: Tensor, term: Term) -> bool:
+    """Tell whether the output of a layer is what a cross-entropy of class indices takes, perhaps in another type."""
+    logits = term.input
+    is_index = isinstance(term.target, Tensor) and not term.target.is_floating_point()
+    return (
+        is_index
+        and logits.numel() == output.numel()
+        and torch.equal(logits.detach().flatten(), output.to(logits.dtype).flatten())
+    )
