@@ -135,7 +135,9 @@ class FlowWeightingCallback(RunCallback):
         weights: Any = self.weights
         self._last_batch = None
         _check_length(trainer, len(weights))
-        if self._tracker.is_following and not isinstance(trainer.train_dataloader, DataLoader):
+        is_following = self._tracker.is_following
+        self._tracker.choose(trainer.train_dataloader)
+        if is_following and not isinstance(trainer.train_dataloader, DataLoader):
             raise ValueError(
                 "The fit has several training loaders, so it cannot be told which samples are in a batch. Wrap the "
                 "data set to weigh in flow_lightning.IndexedDataset."
@@ -144,6 +146,10 @@ class FlowWeightingCallback(RunCallback):
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
             self._step = WeightedStep(trainer, pl_module, weights.lookup, self.loss, self.sample_losses)
             self._step.install()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the loader of this epoch: Lightning may have made it anew."""
+        self._tracker.choose(trainer.train_dataloader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, random_split
@@ -168,7 +167,6 @@ class Two(RegressionData):
     ("module", "data", "error", "message"),
     [
         (LinearRegression, lambda: DataLoader(Stream(), 4), TypeError, r"map-style data set.*IndexedDataset"),
-        (BoringModel, lambda: None, TypeError, "WeightedLossModule"),
         (Forgetful, RegressionData, RuntimeError, "did not look up a weight"),
         (Reduced, RegressionData, ValueError, r"one loss per sample, \[B\]"),
         (LinearRegression, broken_data, ValueError, "2 of 23 losses are NaN or infinite: samples 2, 17"),
