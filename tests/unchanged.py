@@ -184,7 +184,7 @@ def data(case: Case = CASES["cross_entropy"], n: int = 23) -> TensorDataset:
 def fit(module: LightningModule, dataset: Any, *callbacks: Callback, **settings: Any) -> Trainer:
     own = torch.Generator()  # so that the loader draws nothing from the numbers of dropout
     loader = settings.pop("loader", DataLoader(dataset, batch_size=5, generator=own))
-    validation = settings.pop("val_dataloaders", None)
+    validation, path = settings.pop("val_dataloaders", None), settings.pop("ckpt_path", None)
     trainer = Trainer(
         callbacks=list(callbacks),
         **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -192,5 +192,5 @@ def fit(module: LightningModule, dataset: Any, *callbacks: Callback, **settings:
         | settings,
     )
     torch.manual_seed(2)
-    trainer.fit(module, loader, validation)
+    trainer.fit(module, loader, validation, ckpt_path=path)
     return trainer

@@ -3,6 +3,7 @@
 In: the losses of `scoring/`. Out: `module.sample_weights`, and the run's files. Next: `modules/base.py`.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,9 @@ from flow_lightning.scoring.store import PARTS
 WEIGHTS_FILE = "flow_weights.safetensors"
 #: Where a checkpoint of a FLOW run says which reference its weights came from.
 REFERENCE_KEY = "flow_reference"
+
+#: Losses above this part of log(classes) are taken for those of a head that knows nothing.
+_CHANCE = 0.95
 
 Weights = SampleWeights | TokenWeights
 
@@ -120,6 +124,7 @@ class FlowWeightingCallback(RunCallback):
         scoring, started = self.run.scoring, time.perf_counter()
         result = scoring.scored()
         _warn_if_fine_tuned(pl_module, scoring.reference)
+        _warn_if_by_chance(scoring.kind, result["losses"])
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -322,6 +327,16 @@ def _warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
             "This module was loaded from a checkpoint of a FLOW run, so its parameters are fine-tuned, and a new fit "
             "takes them as its reference. To continue that run, use trainer.fit(..., ckpt_path=...); to start again "
             "from the pre-trained model, build the module anew."
+        )
+
+
+def _warn_if_by_chance(kind: Kind, losses: torch.Tensor) -> None:
+    """Tell that a new head's losses say nothing: at best those of an even guess among the classes."""
+    if isinstance(kind, StepLosses) and kind.classes and losses.mean() > _CHANCE * math.log(kind.classes):
+        rank_zero_warn(
+            f"The mean loss {losses.mean():.3g} is no better than chance among {kind.classes} classes: if the head is "
+            "new, its losses say nothing about the pre-trained model. Add flow_lightning.LinearProbeCallback(), which "
+            "solves the head first."
         )
 
 

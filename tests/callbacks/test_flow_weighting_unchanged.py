@@ -1,16 +1,19 @@
 """What other people's fits have beside: each with the callback equals the same fit with the weights by hand."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import callbacks as of_lightning
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
+from flow_lightning.method.probe import fit_probe
+from tests.processes import launch
 from tests.unchanged import Classifier, data, fit
 
 DATA = data()
@@ -101,3 +104,65 @@ def test_other_callbacks_and_flags_do_as_with_weights_by_hand(name: str, monkeyp
     tolerance = {"rtol": 2e-2, "atol": 2e-3} if name == "bf16-mixed" else {"rtol": 1e-5, "atol": 1e-6}
     for (key, mine), theirs in zip(modules[0].state_dict().items(), modules[1].state_dict().values()):
         torch.testing.assert_close(mine, theirs, msg=lambda m, key=key: f"{key}: {m}", **tolerance)
+
+
+def _two_processes(module: Any, dataset: Any, callbacks: list[Any]) -> None:
+    loader = DataLoader(dataset, 5, shuffle=True, generator=torch.Generator())
+    fit(module, dataset, *callbacks, loader=loader, strategy="ddp", devices=2)
+    if module.global_rank == 0:
+        torch.save(module.state_dict(), f"{type(module).__name__}.pt")
+        torch.save([callback.weights.weights for callback in callbacks], f"{type(module).__name__}-weights.pt")
+
+
+def test_two_processes_do_as_with_weights_by_hand() -> None:
+    flow = fl.FlowWeightingCallback()
+    launch(_two_processes, Classifier(), DATA, [flow])
+    launch(_two_processes, ByHand(), TensorDataset(*DATA.tensors, weights()), [])
+    mine, theirs = torch.load("Classifier.pt"), torch.load("ByHand.pt")
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.load("Classifier-weights.pt")[0], weights())
+
+
+@pytest.mark.parametrize(("part", "backend"), [("net", "eager"), ("net", "aot_eager"), ("module", "aot_eager")])
+def test_a_compiled_network_or_module_is_weighted(part: str, backend: str) -> None:
+    torch._dynamo.reset()
+    modules = [Classifier(), Classifier()]
+    for module in modules:
+        module.net[3] = nn.Identity()  # compiled dropout draws other numbers
+    fit(modules[0], DATA, fl.FlowWeightingCallback())
+    if part == "net":
+        modules[1].net.compile(backend=backend)
+        compiled = modules[1]
+    else:
+        compiled = torch.compile(modules[1], backend=backend)
+    fit(compiled, DATA, fl.FlowWeightingCallback())
+    for mine, theirs in zip(modules[1].state_dict().values(), modules[0].state_dict().values()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_fit_takes_the_weights_of_its_checkpoint(tmp_path: Any) -> None:
+    unbroken, killed = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
+    modules = [Classifier(), Classifier()]
+    fit(modules[0], DATA, unbroken, max_epochs=3)
+    fit(modules[1], DATA, killed, max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
+    resumed, module = fl.FlowWeightingCallback(), Classifier()
+    fit(module, DATA, resumed, max_epochs=3, ckpt_path=tmp_path / "two.ckpt")
+    assert torch.equal(resumed.weights.weights, unbroken.weights.weights)
+
+
+def test_a_probe_finds_the_head_of_an_unchanged_module() -> None:
+    module, probe, flow = Classifier(), fl.LinearProbeCallback(refit=False), fl.FlowWeightingCallback()
+    body = copy.deepcopy(module).eval().net[:-1]
+    with torch.no_grad():
+        expected = fit_probe(body(DATA.tensors[0]), DATA.tensors[1], 3)
+    fit(module, DATA, flow, probe, max_steps=0)
+    torch.testing.assert_close(module.net[-1].weight, expected.head.weight)
+    torch.testing.assert_close(flow.weights.losses, expected.losses)
+
+
+def test_losses_at_chance_level_ask_for_a_probe() -> None:
+    module = Classifier()
+    module.net[-1].weight.data.mul_(0.01)
+    with pytest.warns(UserWarning, match=r"no better than chance.*LinearProbeCallback\(\)"):
+        fit(module, DATA, fl.FlowWeightingCallback(), max_steps=1)
