@@ -126,9 +126,7 @@ CASES = {
         lambda x, y: F.cross_entropy(x, y, reduction="none"),
         weighted=lambda x, y, w: (w * F.cross_entropy(x, y, reduction="none")).sum(),
     ),
-    "nll": Case(
-        lambda x, y: F.nll_loss(x.log_softmax(1), y), lambda x, y: F.cross_entropy(x, y, reduction="none")
-    ),
+    "nll": Case(lambda x, y: F.nll_loss(x.log_softmax(1), y), lambda x, y: F.cross_entropy(x, y, reduction="none")),
     "bce": Case(
         lambda x, y: F.binary_cross_entropy(x.sigmoid(), y),
         lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1),
@@ -147,9 +145,7 @@ CASES = {
         lambda x, y: F.kl_div(x.log_softmax(1), y.softmax(1), reduction="batchmean"),
         lambda x, y: (y.softmax(1) * (y.log_softmax(1) - x.log_softmax(1))).sum(1) / CLASSES,
         _numbers,
-        weighted=lambda x, y, w: (
-            w * (y.softmax(1) * (y.log_softmax(1) - x.log_softmax(1))).sum(1)
-        ).mean(),
+        weighted=lambda x, y, w: (w * (y.softmax(1) * (y.log_softmax(1) - x.log_softmax(1))).sum(1)).mean(),
     ),
     "tokens": Case(
         lambda x, y: F.cross_entropy(x.view(-1, CLASSES), y.flatten()),

@@ -243,5 +243,5 @@ def test_one_loss_can_be_named() -> None:
         expected = copy.deepcopy(module).eval().net(dataset.tensors[0]).square().mean(1)
     fit(module, dataset, flow)
     torch.testing.assert_close(flow.weights.losses, expected)
-    with pytest.raises(ValueError, match="name of a loss of torch.nn.functional"):
+    with pytest.raises(ValueError, match=r"name of a loss of torch\.nn\.functional"):
         fl.FlowWeightingCallback(loss="crossentropy")
