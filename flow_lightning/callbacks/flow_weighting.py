@@ -54,8 +54,9 @@ class FlowWeightingCallback(RunCallback):
             `temperature` (on tokens: selective token masking); see `flow_lightning.method.flow.WEIGHTINGS`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
-        dataloader: Where the samples to score come from, instead of `scoring_dataloader()` or the training loader. Its
-            data set, in the same order, must be the one that is trained on.
+        scoring_dataset: The training samples as they are to be scored, in the same order, without augmentation, say:
+            a data set, or a DataLoader, which also gives batch size and workers. By default `scoring_dataloader()` of
+            the data module, or the data set that is trained on.
         weights_file: A `.safetensors` file. It is used if it is there and still true: data set and model have the same
             fingerprint, and a few batches, scored anew, give the same losses. Otherwise the samples are scored, block
             by block, and it is written; an interrupted scoring continues from its finished blocks.
@@ -73,7 +74,7 @@ class FlowWeightingCallback(RunCallback):
         weighting: str = "flow",
         temperature: float | None = None,
         quantile: float = 0.5,
-        dataloader: DataLoader[Any] | None = None,
+        scoring_dataset: Any = None,
         weights_file: str | Path | None = None,
         sample_losses: SampleLossFunction | None = None,
         loss: str | None = None,
@@ -89,7 +90,7 @@ class FlowWeightingCallback(RunCallback):
             raise ValueError(f"loss is {loss!r}; expected the name of a loss of torch.nn.functional, or None for all.")
         self.sample_losses, self.loss = sample_losses, loss
         self.per, self.weighting, self.temperature, self.quantile = per, weighting, temperature, quantile
-        self.dataloader = dataloader
+        self.scoring_dataset = scoring_dataset
         self.weights_file = None if weights_file is None else Path(weights_file)
         self.weights: Weights | None = None
         self._is_settled, self._seconds = False, 0.0
@@ -105,7 +106,7 @@ class FlowWeightingCallback(RunCallback):
             return
         self.weights, self._is_settled, self._of_checkpoint = None, False, {}
         scoring = self.run.scoring
-        scoring.file, scoring.loader = self.weights_file, self.dataloader
+        scoring.file, scoring.given = self.weights_file, self.scoring_dataset
         scoring.choose(self._kind(pl_module))
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
         scoring.look_at_model()

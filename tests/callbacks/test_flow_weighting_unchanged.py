@@ -166,3 +166,25 @@ def test_losses_at_chance_level_ask_for_a_probe() -> None:
     module.net[-1].weight.data.mul_(0.01)
     with pytest.warns(UserWarning, match=r"no better than chance.*LinearProbeCallback\(\)"):
         fit(module, DATA, fl.FlowWeightingCallback(), max_steps=1)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Noise on each reading."""
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, position: int) -> Any:
+        x, y = DATA[position]
+        return x + self.noise * torch.randn(4), y
+
+
+def test_augmented_samples_are_scored_in_a_plain_view_that_is_offered() -> None:
+    with pytest.warns(UserWarning, match=r"Two readings .*scoring_dataset="):
+        fit(Classifier(), Augmented(1.0), fl.FlowWeightingCallback(), max_steps=1)
+    flow = fl.FlowWeightingCallback(scoring_dataset=Augmented(0.0))
+    fit(Classifier(), Augmented(1.0), flow, max_steps=1)
+    torch.testing.assert_close(flow.weights.weights, weights())
