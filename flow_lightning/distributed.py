@@ -67,7 +67,7 @@ def check_strategy(trainer: Trainer) -> None:
     """
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise TypeError(
-            f"{type(trainer.strategy).__name__} is not supported: it has whole parameters only inside of its own forward. "
+            f"{type(trainer.strategy).__name__} is not supported: its parameters are whole only in its own forward. "
             "Use 'ddp', or ModelParallelStrategy (FSDP2) for a model larger than one device."
         )
 

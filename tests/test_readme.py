@@ -5,10 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.__main__ import COMMANDS
@@ -66,11 +63,17 @@ def test_the_test_command_runs_the_linters_and_ci_runs_the_test_command():
 @pytest.mark.parametrize("sign", ["+", "-"])
 def test_the_diff_of_a_project_runs_before_and_after(sign):
     diff = text_of("README.md").split("```diff\n")[1].split("```")[0]
-    head, fit = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, "")).split("trainer = ")
-    example = text_of("README.md").split("<!-- example -->")[1]
-    own = re.findall(r"    def (?:__init__|configure_optimizers)\(.*\n(?:        .*\n)+", example)
-    names = {"torch": torch, "LightningModule": LightningModule, "Trainer": Trainer, "DataLoader": DataLoader, "fl": fl}
-    names["samples"] = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
-    exec("\n".join([head.rstrip(), *own, "trainer = " + fit]), names)
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in (" ", sign)]
+    example = text_of("README.md").split("<!-- example -->\n```python\n")[1].split("```")[0]
+    names = {}
+    exec(example.split("flow = ")[0], names)
+    names |= {"module": names["Classifier"](), "loader": names["DataLoader"](names["samples"], batch_size=8)}
+    exec("\n".join(lines), names)
     assert names["trainer"].global_step == 16
     assert any(isinstance(c, fl.FlowWeightingCallback) for c in names["trainer"].callbacks) == (sign == "+")
+
+
+def test_the_whole_program_of_the_readme_prints_what_it_says(capsys):
+    example = text_of("README.md").split("<!-- example -->\n```python\n")[1].split("```")[0]
+    exec(example, {})
+    assert "flow/temperature" in capsys.readouterr().out
