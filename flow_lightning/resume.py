@@ -21,7 +21,7 @@ from flow_lightning.lightning_internals import end_restart, restore_loader_state
 class ResumableSampler(DistributedSampler[int]):
     """Shuffle a data set by seed and epoch alone, and start anywhere in it.
 
-    Each of `num_replicas` processes gets the same number of samples, some of them twice if need be, from the same `seed`.
+    Each of `num_replicas` processes gets as many samples, some twice if need be. All need the same `seed`.
     """
 
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
