@@ -48,7 +48,7 @@ def ours(module: fl.CausalLanguageModule, data: fl.InstructionDataModule) -> Ten
     kind, loader = TokenLosses(), data.scoring_dataloader()
     values = partial(kind.values, module)
     blocks = score_blocks(trainer, module, loader, cut_batches(loader), values, kind.description)
-    result = kind.result(trainer, module, blocks, len(data.train_set))
+    result = kind.collect(trainer, module, blocks, len(data.train_set))
     fl.TokenWeights.from_losses(**result)
     return result["losses"]
 
