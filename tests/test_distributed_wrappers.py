@@ -12,7 +12,7 @@ from flow_lightning.method.losses import cross_entropy
 from tests.examples import LinearRegression, fit
 from tests.images import PictureData, tiny_module
 from tests.processes import launch
-from tests.shards import PicturesInOrder, Record, record_of
+from tests.shards import PicturesInOrder, Record, assert_same_parameters, record_of
 
 
 class CpuFSDP(FSDPStrategy):
@@ -26,8 +26,7 @@ class CpuFSDP(FSDPStrategy):
             state._device_handle = _FSDPDeviceHandle.from_device(torch.device("cpu"))
             return state
 
-        for where in (fully_sharded_data_parallel, _init_utils):
-            where._init_device_handle = on_cpu
+        fully_sharded_data_parallel._init_device_handle = _init_utils._init_device_handle = on_cpu
         super().setup_environment()
 
 
@@ -73,8 +72,7 @@ def test_fsdp_of_the_first_version_has_the_weights_and_the_steps_of_one_process(
         found = record_of(rank)
         assert torch.load(f"held{rank}.pt") <= held / 2 + 8  # padding
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-5, atol=1e-7)
-        for name, value in expected["parameters"].items():
-            torch.testing.assert_close(found["parameters"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert_same_parameters(found, expected, rtol=1e-4, atol=1e-6)
 
 
 class Wrapper(torch.nn.Module):
