@@ -33,7 +33,8 @@ options that matter most:
   --ckpt_path FILE                continue from a checkpoint
   --methods "[standard, flow]" --seeds "[1, 2, 3]" --output DIR    for compare
 
-configurations: {configurations}
+configurations:
+  {configurations}
 methods: {methods}
 
 every option:        flow-lightning fit --help-all
@@ -44,8 +45,8 @@ first try:           flow-lightning compare -c quickstart
 
 def help_text() -> str:
     """Return what `--help` prints."""
-    names = [name for name in shipped() if not name.startswith("methods/")]
-    return _HELP.format(configurations="\n  ".join(["", *names]), methods=", ".join(method_names()))
+    configurations = "\n  ".join(name for name in shipped() if not name.startswith("methods/"))
+    return _HELP.format(configurations=configurations, methods=", ".join(method_names()))
 
 
 def main(args: Sequence[str] | None = None) -> Any:

@@ -22,11 +22,7 @@ from flow_lightning.run import run_directory
 
 
 def compare(words: Sequence[str]) -> None:
-    """Fit one configuration by several methods and seeds, one after the other, and report them side by side.
-
-    Raises:
-        FloatingPointError: At the end, if a run diverged; the table leaves it out.
-    """
+    """Fit one configuration by several methods and seeds; FloatingPointError, at the end, if a run diverged."""
     parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False)
     parser.add_argument("--methods", type=_listed, default=["standard", "flow"])
     parser.add_argument("--seeds", type=_listed, default=[None])

@@ -20,10 +20,7 @@ from flow_lightning.run import run_directory
 
 
 class FlowTrainer(Trainer):
-    """A Trainer with the command `score`.
-
-    It writes checkpoints atomically, also those of a model in shards.
-    """
+    """A Trainer with the command `score`, which writes checkpoints atomically, also those of a model in shards."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

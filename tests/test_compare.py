@@ -20,7 +20,7 @@ def compare(*options) -> dict:
     return json.loads(Path("runs/x/comparison.json").read_text())
 
 
-def test_compare_puts_methods_and_seeds_side_by_side(capsys):
+def test_compare_puts_methods_and_seeds_side_by_side(capsys, rendered):
     runs = compare("--methods=[flow, standard]", "--seeds=[1,2]")
     assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
     assert Path("runs/x/comparison.png").read_bytes().startswith(b"\x89PNG")

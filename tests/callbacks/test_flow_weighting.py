@@ -56,7 +56,7 @@ class NoDropout(LinearRegression):
         self.body[2].p = 0.0
 
 
-def test_files_of_the_run(tmp_path):
+def test_files_of_the_run(tmp_path, rendered):
     flow = fl.FlowWeightingCallback()
     _, trainer = fit(flow, logger=CSVLogger("logs"))
     folder = tmp_path / trainer.log_dir

@@ -120,7 +120,7 @@ def test_all_numbers_are_in_the_metrics_of_the_trainer():
     assert values["retention/epoch/size"] == pytest.approx(metrics["retention/epochs"][-1]["size"])
 
 
-def test_the_table_is_narrow_and_its_last_line_names_the_files(tmp_path, capsys):
+def test_the_table_is_narrow_and_its_last_line_names_the_files(tmp_path, capsys, rendered):
     image_fit(fl.RetentionCallback(images=labelled_images(tmp_path)), max_epochs=1)
     *table, last = capsys.readouterr().out.strip().splitlines()
     table = table[table.index(next(line for line in table if "What was learned" in line)) :]

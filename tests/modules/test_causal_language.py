@@ -1,6 +1,5 @@
 """Losses against transformers' own, LoRA, chunks, and whole fits."""
 
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,8 +15,6 @@ from flow_lightning.data.instructions import collate
 from flow_lightning.method.losses import supervised_counts
 from tests.examples import fit
 from tests.language import TOKENIZER, language_data, language_module, tiny_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def batch_of(tmp_path, n=7):
@@ -283,12 +280,6 @@ def test_a_missing_package_is_named_with_the_pip_line(package, tune, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{package}.*pip install \"flow-lightning\[language\]\""):
         fl.CausalLanguageModule(model, tune=tune)
-
-
-def test_vision_users_need_none_of_the_language_packages():
-    absent = "sys.modules.update(dict.fromkeys(['transformers', 'peft', 'datasets', 'lm_eval', 'gguf']))"
-    code = f"import sys, torchmetrics; {absent}; import flow_lightning.cli, flow_lightning.modules.causal_language"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)  # torchmetrics imports transformers itself
 
 
 @pytest.mark.parametrize(("capability", "warns"), [("AVX2", True), ("AVX512", False)])

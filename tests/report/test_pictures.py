@@ -25,7 +25,7 @@ TEXT_COURSE = [{"epoch": e, "step": e, "perplexity": 17.0 + e, "accuracy": 0.5 -
 
 
 @pytest.fixture(autouse=True)
-def drawn(monkeypatch):
+def drawn(monkeypatch, rendered):
     """The figures that a test saves; each letter must be large enough to read."""
     figures, savefig = [], Figure.savefig
 
