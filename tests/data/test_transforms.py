@@ -26,6 +26,7 @@ def test_both_transforms_give_the_size_and_evaluation_is_deterministic(name: str
     assert train(image).shape == evaluation(image).shape == (3, 28, 28)
     assert evaluation(image).dtype == torch.float32
     assert torch.equal(evaluation(image), evaluation(image))
+    assert name != "none" or all(torch.equal(train(image), evaluation(image)) for _ in range(10))
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,6 @@ def test_resize_flip_trains_on_the_picture_or_its_mirror_image() -> None:
     assert seen == {True, False}
 
 
-def test_none_never_changes_the_picture() -> None:
-    train, evaluation = recipe("none", 28, MEAN, STD)
-    image = picture(1, 2)
-    assert all(torch.equal(train(image), evaluation(image)) for _ in range(10))
-
-
 @pytest.mark.parametrize(("size", "larger"), [(224, 256), (112, 128), (448, 512), (96, 110)])
 def test_the_size_before_a_crop_keeps_the_papers_ratio(size: int, larger: int) -> None:
     evaluation: Any = recipe("crop_jitter", size, MEAN, STD)[1]
@@ -73,7 +68,7 @@ def test_the_size_before_a_crop_keeps_the_papers_ratio(size: int, larger: int) -
     ("arguments", "message"),
     [
         (("mixup", 28, MEAN, STD), "Unknown transforms 'mixup'. Use one of resize_flip"),
-        (("none", 28, MEAN, STD, "cubic"), "Unknown interpolation 'cubic'. Use one of .*bicubic"),
+        (("none", 28, MEAN, STD, "cubic"), "'cubic' is not a valid InterpolationMode"),
         (("none", 28, [0.5], [0.5], "bilinear"), "Give three numbers each"),
         (("none", 28, MEAN, [0.0, 1.0, 1.0], "bilinear"), "above 0"),
     ],
