@@ -27,7 +27,7 @@ def image_module(name, root, **settings):
 
 
 def folder_module(root, **settings):
-    """Return a data module over an image folder; by default all of `train` is trained on."""
+    """The same over an image folder; by default all of `train` is trained on."""
     return image_module("folder", root, **({"validation_fraction": 0} | settings))
 
 
@@ -45,7 +45,7 @@ def pictures(*loaders):
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_data_set_gives_batches(name, tmp_path, monkeypatch):
     accept_any_checksum(monkeypatch)
-    data = image_module(name, tmp_path, validation_fraction=0.1)
+    data = image_module(name, tmp_path)
     assert data.transforms == CATALOGUE[name].transforms
     for part in ("train", "val", "test", "predict"):
         batch = next(iter(getattr(data, f"{part}_dataloader")()))
@@ -54,24 +54,18 @@ def test_every_data_set_gives_batches(name, tmp_path, monkeypatch):
         assert batch["target"].dtype == batch["index"].dtype == torch.int64
 
 
-def test_training_shuffles_and_keeps_every_sample(tmp_path):
-    data = folder_module(tmp_path)
-    loader, orders = data.train_dataloader(), []
+def test_training_shuffles_and_scoring_sees_its_samples_in_order_under_the_same_index(tmp_path):
+    data = folder_module(tmp_path, transforms="none")
+    scored, loader, orders = gather(data.scoring_dataloader()), data.train_dataloader(), []
+    assert scored["index"].tolist() == list(range(TRAIN))
+    assert data.scoring_set.dataset.targets == scored["target"].tolist(), "known without reading images"
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        orders.append(gather(loader)["index"].tolist())
-    first, second = orders
-    assert first != second and sorted(first) == sorted(second) == list(range(TRAIN))
-
-
-def test_scoring_sees_the_training_samples_in_order_under_the_same_index(tmp_path):
-    data = folder_module(tmp_path, transforms="none")
-    scored, trained = gather(data.scoring_dataloader()), gather(data.train_dataloader())
-    order = trained["index"].argsort()
-    assert scored["index"].tolist() == list(range(TRAIN))
-    assert torch.equal(scored["image"], trained["image"][order])
-    assert torch.equal(scored["target"], trained["target"][order])
-    assert data.scoring_set.dataset.targets == scored["target"].tolist(), "known without reading images"
+        trained = gather(loader)
+        orders.append(trained["index"].tolist())
+        for key, values in scored.items():
+            assert torch.equal(values, trained[key][trained["index"].argsort()])
+    assert orders[0] != orders[1]
 
 
 def test_only_training_is_augmented(tmp_path):
@@ -94,9 +88,7 @@ def test_nothing_but_training_images_is_validated(tmp_path):
     assert [trained | validated] == pictures(everything.scoring_dataloader())
     assert gather(data.scoring_dataloader())["index"].tolist() == list(range(18))
     assert torch.equal(gather(again.val_dataloader())["image"], gather(data.val_dataloader())["image"])
-    by_default = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
-    by_default.setup("fit")
-    assert len(by_default.val_set or []) == round(TRAIN / 10)
+    assert len(image_module("folder", tmp_path).val_set) == round(TRAIN / 10), "by default"
 
 
 def test_a_checkpoint_keeps_the_settings_and_no_objects(tmp_path):
@@ -122,16 +114,13 @@ class TinyModule(LightningModule):
         return batch["image"]
 
 
-def seen_by_a_trainer(data):
-    return torch.cat(make_trainer().predict(TinyModule(), datamodule=data))
-
-
 def test_normalisation_and_interpolation_are_given_or_else_those_of_the_model(tmp_path):
     given = folder_module(tmp_path, interpolation="bilinear")
-    assert torch.equal(seen_by_a_trainer(given), gather(given.test_dataloader())["image"])
-    data = ImageDataModule("folder", tmp_path, image_size=16, num_workers=0)
-    expected = folder_module(tmp_path, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], interpolation="bicubic")
-    assert torch.equal(seen_by_a_trainer(data), gather(expected.test_dataloader())["image"])
+    of_model = folder_module(tmp_path, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], interpolation="bicubic")
+    not_given = ImageDataModule("folder", tmp_path, image_size=16, num_workers=0)
+    for data, expected in ((given, given), (not_given, of_model)):
+        seen = torch.cat(make_trainer().predict(TinyModule(), datamodule=data))
+        assert torch.equal(seen, gather(expected.test_dataloader())["image"])
 
 
 def test_class_names_and_number_of_classes(tmp_path):
@@ -184,11 +173,10 @@ def test_downloading_happens_in_prepare_data_only(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torchvision.datasets.DTD, "_download", lambda dataset: asked.append("download"))
     data = ImageDataModule("DTD", tmp_path, mean=HALF, std=HALF, download=True)
-    data.prepare_data()
+    for step in (data.setup, data.prepare_data):
+        assert not asked
+        step()
     assert "download" in asked
-    asked.clear()
-    data.setup()
-    assert not asked
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,16 @@ from flow_lightning.data.sources import (
 from tests.data.fake_datasets import CLASSES, make_class_folders, picture, save_picture
 
 
-@pytest.mark.parametrize("kind", ["absent", "empty", "text", "truncated"])
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_an_unreadable_image_is_named(tmp_path, kind, suffix):
+def test_an_unreadable_image_is_named(tmp_path, suffix):
     path = tmp_path / f"photo{suffix}"
-    if kind != "absent":
-        save_picture(path, 1, 1)
-        content = path.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"not an image", "truncated": content[: len(content) // 2]}[kind])
-    for read in (read_image, lambda path: LabelledImages([(path, 0)])[0]):
-        with pytest.raises(UnreadableImageError, match=f"photo{suffix}.*intact copy"):
-            read(path)
+    save_picture(path, 1, 1)
+    whole = path.read_bytes()
+    for content in (b"", b"not an image", whole[: len(whole) // 2], None):
+        path.unlink() if content is None else path.write_bytes(content)
+        for read in (read_image, lambda path: LabelledImages([(path, 0)])[0]):
+            with pytest.raises(UnreadableImageError, match=f"photo{suffix}.*intact copy"):
+                read(path)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
