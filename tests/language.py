@@ -72,20 +72,10 @@ def write_jsonl(path: Path, records: list[dict[str, str]]) -> str:
 def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     """Make a small randomly initialised Llama."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **attention, **tokens))
 
 
 TOKENIZER = tiny_tokenizer()

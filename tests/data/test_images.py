@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision.datasets
 from lightning import LightningModule
+from torch._utils import ExceptionWrapper
 
 from flow_lightning import ImageDataModule
 from flow_lightning.data.catalogue import CATALOGUE
@@ -147,9 +148,11 @@ def test_an_unreadable_image_is_named_in_every_data_set_and_from_a_worker_proces
     accept_any_checksum(monkeypatch)
     MAKERS[name](tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:200])
-    data = image_module(name, tmp_path, num_workers=int(name == "folder"), validation_fraction=0)
-    with pytest.raises(UnreadableImageError, match=file):
+    data = image_module(name, tmp_path, validation_fraction=0)
+    with pytest.raises(UnreadableImageError, match=file) as raised:
         gather([*data.scoring_dataloader(), *data.test_dataloader()])
+    with pytest.raises(UnreadableImageError, match=file):  # as a loader passes it on from its worker
+        ExceptionWrapper(raised._excinfo).reraise()
 
 
 def test_data_sets_can_be_sent_to_a_spawned_worker(tmp_path):

@@ -9,18 +9,18 @@ from flow_lightning.data.instructions import prompts
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate
 from flow_lightning.data.instructions.prompts import ALPACA
 from flow_lightning.scoring.fingerprint import inspect_dataset
-from tests.language import END, encode_one, instructions, tiny_tokenizer
+from tests.language import END, TOKENIZER, encode_one, instructions
 
 
 def build(records, **settings):
-    return InstructionDataset(records, tiny_tokenizer(), **settings)
+    return InstructionDataset(records, TOKENIZER, **settings)
 
 
 def test_the_data_set_holds_what_encode_gives(monkeypatch):
     monkeypatch.setattr(prompts, "_TEXTS", 3)
-    tokenizer, records = tiny_tokenizer(), instructions(8)
+    records = instructions(8)
     dataset = build(records, instruction_field="query", template="Q {instruction} A ", keep_records=True)
-    expected = [encode_one(f"Q {record['query']} A ", record["response"], tokenizer) for record in records]
+    expected = [encode_one(f"Q {record['query']} A ", record["response"], TOKENIZER) for record in records]
     assert [(s["input_ids"].tolist(), s["prompt_length"]) for s in dataset] == expected
     assert dataset[-1]["input_ids"].tolist() == expected[-1][0] and dataset[0]["input_ids"].dtype == torch.int64
     assert dataset.lengths.tolist() == [len(ids) for ids, _ in expected]
@@ -35,13 +35,12 @@ def test_truncation_and_exclusion_are_counted():
     records = [
         {"query": "a" * q, "response": "b" * r} for q, r in ((5, 3), (5, 4), (5, 9), (9, 9), (10, 1), (20, 20), (1, 1))
     ]
-    tokenizer = tiny_tokenizer()
-    assert len(encode_one("a" * 5, "b" * 4, tokenizer)[0]) == 10, "a letter is a token here"
+    assert len(encode_one("a" * 5, "b" * 4, TOKENIZER)[0]) == 10, "a letter is a token here"
     dataset = build(records, template="{instruction}", max_length=10, keep_records=True)
     assert dataset.kept == [0, 1, 2, 3, 6] and dataset.records == [records[i] for i in dataset.kept]
     assert (dataset.truncated, dataset.excluded) == (2, 2)
     assert dataset.lengths.tolist() == [9, 10, 10, 10, 3] and dataset.supervised.tolist() == [4, 5, 5, 1, 2]
-    responses = [tokenizer.decode(sample["input_ids"][sample["prompt_length"] :]) for sample in dataset]
+    responses = [TOKENIZER.decode(sample["input_ids"][sample["prompt_length"] :]) for sample in dataset]
     assert responses == [f"bbb{END}", f"bbbb{END}", "bbbbb", "b", f"b{END}"]
 
 
@@ -65,7 +64,7 @@ def test_tokenising_shows_a_bar(capsys):
 
 
 def test_labels_are_the_response_and_its_end_though_the_end_is_also_padding():
-    tokenizer, records = tiny_tokenizer(), instructions(6)
+    tokenizer, records = TOKENIZER, instructions(6)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     dataset = IndexedDataset(build(records))
     batch = collate([dataset[i] for i in (4, 0, 2)], tokenizer.pad_token_id)

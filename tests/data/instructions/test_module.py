@@ -77,12 +77,9 @@ def test_validation_is_a_part_of_the_training_records_chosen_by_a_seed():
     everything.setup("fit")
     assert everything.val_dataloader() == [] and everything.val_set is None
     assert sorted(parts[0][0] + parts[0][1]) == sorted(texts(everything.train_set))
-
-
-def test_a_twentieth_is_validated_by_default():
-    data = fl.InstructionDataModule(write_jsonl(Path("a.jsonl"), instructions(40)), tokenizer=tiny_tokenizer())
-    data.setup()
-    assert (len(data.train_set), len(data.val_set)) == (38, 2)
+    by_default = fl.InstructionDataModule(data.train, tokenizer=tiny_tokenizer())
+    by_default.setup()
+    assert (len(by_default.train_set), len(by_default.val_set)) == (19, 1)
 
 
 def test_setup_reports_counts(caplog):
@@ -194,13 +191,15 @@ def test_samples_longer_than_the_model_are_refused():
         ({"validation_fraction": -0.1}, r"-0\.1 of 20 training samples leaves 20 to train.*between 0 and 1"),
         ({"validation_fraction": 0.01}, r"0\.01 of 20 training samples leaves 20 to train and 0 to validate"),
         ({}, r"There is no test set\. Give InstructionDataModule\(test="),
+        ({"test": "generated:arithmetic:3"}, "`predict` is for classifiers.*text-generation"),
     ],
 )
-def test_bad_settings_are_explained(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_settings_and_prediction_are_explained(settings, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
         data = data_module(**settings)
         data.setup()
         data.test_dataloader()
+        data.predict_dataloader()
 
 
 @pytest.mark.parametrize("pad_token", [None, END])
@@ -209,8 +208,3 @@ def test_the_padding_is_the_tokenizers_or_else_the_end(pad_token):
     tokenizer.eos_token, tokenizer.pad_token = "!", pad_token
     expected = tokenizer.convert_tokens_to_ids(pad_token or "!")
     assert data_module(tokenizer=tokenizer).train_dataloader().collate_fn.keywords == {"pad_id": expected}
-
-
-def test_predict_names_what_lets_a_language_model_write():
-    with pytest.raises(NotImplementedError, match="text-generation"):
-        data_module(4).predict_dataloader()
