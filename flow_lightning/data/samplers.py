@@ -60,8 +60,7 @@ class LengthGroupedSampler(ResumableSampler):
         pool: int = 50,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed)
-        self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        self.batch_size, self.pool = batch_size, pool
+        self.lengths, self.batch_size, self.pool = torch.as_tensor(lengths), batch_size, pool
 
     def order(self) -> Tensor:
         """Return the positions of all samples, `[n]`: one batch after the other, for all processes."""

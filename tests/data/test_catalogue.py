@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from flow_lightning.data.catalogue import CATALOGUE, find_dataset
+from flow_lightning.data.sources import read_image
 from tests.data.fake_datasets import CLASSES, MAKERS, TEST, TRAIN, accept_any_checksum, make_class_folders, make_folder
 
 
@@ -31,6 +32,8 @@ def test_every_entry_gives_pictures_with_their_classes(name, tmp_path, monkeypat
         assert 0 <= min(part.targets) <= max(part.targets) < len(class_names)
         image, target = part[len(part) - 1]
         assert isinstance(image, Image.Image) and image.mode == "RGB" and target == part.targets[-1]
+        in_memory = name in ("CIFAR10", "CIFAR100", "digits")
+        assert part.read is (Image.fromarray if in_memory else read_image), "which names an unreadable file"
     assert not set(content(train)) & set(content(test))
 
 
@@ -69,13 +72,9 @@ def test_train_and_test_folders_are_taken_as_they_are(name, folder, tmp_path):
 
 def test_stanford_dogs_is_split_80_to_20_by_the_seed(tmp_path):
     MAKERS["StanfordDogs"](tmp_path)
-    parts = [
-        [content(part) for part in (splits.train, splits.test)]
-        for splits in (build("StanfordDogs", tmp_path, seed) for seed in (1, 1, 2))
-    ]
-    assert [len(part) for part in parts[0]] == [24, 6]
-    assert len(set(parts[0][0] + parts[0][1])) == 30
-    assert parts[0] == parts[1] != parts[2]
+    first, again, other = ([*map(content, build("StanfordDogs", tmp_path, seed)[:2])] for seed in (1, 1, 2))
+    assert [len(part) for part in first] == [24, 6] and len(set(first[0] + first[1])) == 30
+    assert first == again != other
 
 
 def test_digits_are_all_there_once(tmp_path):
@@ -135,18 +134,10 @@ def test_folder_takes_val_where_there_is_no_test_and_differing_classes_are_named
         build("folder", tmp_path)
 
 
-@pytest.mark.parametrize("spelling", ["stanforddogs", "stanford_dogs", "Stanford-Dogs", "StanfordDogs"])
-def test_spelling_of_names_does_not_matter(spelling):
-    assert find_dataset(spelling) == "StanfordDogs"
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("StanfordCar", r"Unknown data set 'StanfordCar'. Did you mean StanfordCars"),
-        ("zzz", r"Unknown data set 'zzz'. Known are CIFAR10, .*<root>/train/<class>"),
-    ],
-)
-def test_an_unknown_name_gives_the_nearest(name, message):
-    with pytest.raises(ValueError, match=message):
-        find_dataset(name)
+def test_the_spelling_of_names_does_not_matter_and_an_unknown_one_gives_the_nearest():
+    for spelling in ("stanforddogs", "stanford_dogs", "Stanford-Dogs", "StanfordDogs"):
+        assert find_dataset(spelling) == "StanfordDogs"
+    with pytest.raises(ValueError, match=r"Unknown data set 'StanfordCar'. Did you mean StanfordCars"):
+        find_dataset("StanfordCar")
+    with pytest.raises(ValueError, match=r"Unknown data set 'zzz'. Known are CIFAR10, .*<root>/train/<class>"):
+        find_dataset("zzz")

@@ -93,11 +93,10 @@ def test_nothing_but_training_images_is_validated(tmp_path):
 
 
 def test_a_checkpoint_keeps_the_settings_and_no_objects(tmp_path):
-    data = folder_module(tmp_path, batch_size=7, transforms="none")
-    trainer = make_trainer()
+    data, trainer = folder_module(tmp_path, batch_size=7, transforms="none"), make_trainer()
     trainer.fit(TinyModule(), data)
-    trainer.save_checkpoint(tmp_path / "x.ckpt")
-    again = ImageDataModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    trainer.save_checkpoint("x.ckpt")
+    again = ImageDataModule.load_from_checkpoint("x.ckpt", weights_only=True)
     assert (again.dataset, again.root, again.batch_size, again.transforms) == ("folder", tmp_path, 7, "none")
     assert again.hparams == data.hparams and again.hparams["root"] == str(tmp_path)
 
@@ -125,33 +124,19 @@ def test_normalisation_and_interpolation_are_given_or_else_those_of_the_model(tm
 
 
 def test_class_names_and_number_of_classes(tmp_path):
-    assert ImageDataModule("CIFAR100").num_classes == 100
-    make_folder(tmp_path)
-    data = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF)
-    assert (data.num_classes, data.class_names) == (3, None)
-    data.setup()
+    data = folder_module(tmp_path)
     assert (data.num_classes, data.class_names) == (3, list(CLASSES))
+    for name, count in (("folder", 3), ("CIFAR100", 100)):
+        data = ImageDataModule(name, tmp_path)
+        assert (data.num_classes, data.class_names) == (count, None), "before setup"
 
 
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("Flowers102", "flowers-102/jpg/image_00001.jpg"),
-        ("DTD", "dtd/dtd/images/apple/apple_0000.jpg"),
-        ("Caltech101", "caltech101/101_ObjectCategories/cat/image_0001.jpg"),
-        ("StanfordCars", "stanford_cars/cars_train/00001.jpg"),
-        ("StanfordDogs", "stanford_dogs/Images/cat/000.png"),
-        ("folder", "train/bike/003.png"),
-    ],
-)
-def test_an_unreadable_image_is_named_in_every_data_set_and_from_a_worker_process(name, file, tmp_path, monkeypatch):
-    accept_any_checksum(monkeypatch)
-    MAKERS[name](tmp_path)
-    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:200])
-    data = image_module(name, tmp_path, validation_fraction=0)
-    with pytest.raises(UnreadableImageError, match=file) as raised:
-        gather([*data.scoring_dataloader(), *data.test_dataloader()])
-    with pytest.raises(UnreadableImageError, match=file):  # as a loader passes it on from its worker
+def test_an_unreadable_image_is_named_also_from_a_worker_process(tmp_path):
+    data, file = folder_module(tmp_path), tmp_path / "train" / "bike" / "003.png"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UnreadableImageError, match=str(file)) as raised:
+        gather(data.scoring_dataloader())
+    with pytest.raises(UnreadableImageError, match=str(file)):  # as a loader passes it on from its worker
         ExceptionWrapper(raised._excinfo).reraise()
 
 

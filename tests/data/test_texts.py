@@ -46,10 +46,14 @@ def test_windows_hold_every_token_once():
     assert samples[0]["input_ids"].dtype == torch.int64
 
 
-def test_windows_do_not_go_across_texts_and_a_single_token_is_dropped():
+def test_windows_do_not_go_across_texts_single_tokens_are_dropped_and_tokens_limited():
     windows = TextWindows([TEXT, TEXT], TOKENIZER, window=len(IDS) - 1)
     assert windows.lengths.tolist() == [len(IDS) - 1] * 2
     assert torch.equal(windows[0]["input_ids"], windows[1]["input_ids"])
+    for limit, lengths in ((24, [10, 10, 4]), (21, [10, 10])):
+        assert TextWindows([TEXT, TEXT], TOKENIZER, window=10, limit_tokens=limit).lengths.tolist() == lengths
+    with pytest.raises(ValueError, match="fewer than 2"):
+        TextWindows([""], TOKENIZER)
 
 
 def test_each_window_starts_as_the_tokenizer_starts_a_text():
@@ -61,13 +65,3 @@ def test_each_window_starts_as_the_tokenizer_starts_a_text():
     )
     windows = TextWindows([TEXT], tokenizer, window=8)
     assert windows[1]["input_ids"].tolist() == [tokenizer.bos_token_id, *IDS[7:14]]
-
-
-def test_tokens_can_be_limited():
-    for limit, lengths in ((24, [10, 10, 4]), (21, [10, 10])):
-        assert TextWindows([TEXT, TEXT], TOKENIZER, window=10, limit_tokens=limit).lengths.tolist() == lengths
-
-
-def test_texts_without_two_tokens_are_refused():
-    with pytest.raises(ValueError, match="fewer than 2"):
-        TextWindows([""], TOKENIZER)

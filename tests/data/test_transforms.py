@@ -20,7 +20,7 @@ def by_hand(image, size):
 
 
 @pytest.mark.parametrize("name", get_args(RecipeName))
-def test_both_transforms_give_the_size_and_evaluation_is_deterministic(name):
+def test_both_transforms_give_the_size_and_only_training_is_random(name):
     train, evaluation = recipe(name, 28, MEAN, STD)
     image = picture(1, 2, (50, 37))
     assert train(image).shape == evaluation(image).shape == (3, 28, 28)
@@ -54,10 +54,9 @@ def test_resize_flip_trains_on_the_picture_or_its_mirror_image():
     assert all(flip or torch.equal(augmented, plain) for flip, augmented in zip(flips, seen))
 
 
-@pytest.mark.parametrize(("size", "larger"), [(224, 256), (112, 128), (448, 512), (96, 110)])
-def test_the_size_before_a_crop_keeps_the_papers_ratio(size, larger):
-    evaluation = recipe("crop_jitter", size, MEAN, STD)[1]
-    assert evaluation.transforms[0].size == [larger, larger]
+def test_the_size_before_a_crop_keeps_the_papers_ratio():
+    for size, larger in ((224, 256), (112, 128), (448, 512), (96, 110)):
+        assert recipe("crop_jitter", size, MEAN, STD)[1].transforms[0].size == [larger, larger]
 
 
 @pytest.mark.parametrize(

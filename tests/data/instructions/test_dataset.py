@@ -44,11 +44,9 @@ def test_truncation_and_exclusion_are_counted():
     assert responses == [f"bbb{END}", f"bbbb{END}", "bbbbb", "b", f"b{END}"]
 
 
-@pytest.mark.parametrize("max_length", [4, 1])
-def test_nothing_to_train_on_is_refused(max_length):
-    message = rf"None of the 3 records has a prompt of less than max_length={max_length} tokens.*Raise max_length"
-    with pytest.raises(ValueError, match=message):
-        build(instructions(3), max_length=max_length)
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(ValueError, match=r"None of the 3 records .* less than max_length=4 tokens.*Raise max_length"):
+        build(instructions(3), max_length=4)
 
 
 def test_the_fingerprint_follows_the_texts():
