@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from flow_lightning.data.retention_images import retention_images
-from tests.data.fake_datasets import picture, save_picture
+from tests.data.fake_datasets import make_class_folders, picture
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
@@ -17,9 +17,8 @@ def open_images(path=".", **settings):
 
 
 def make_folders(root, names, per_class=1):
-    for target, name in enumerate(names):
-        for number in range(per_class):
-            save_picture(root / name / f"{number}.png", number, target)
+    for name in names:
+        make_class_folders(root, per_class, (name,))
 
 
 def assert_is(image, expected):
@@ -55,11 +54,11 @@ def test_as_many_folders_as_classes_are_the_classes_and_a_folder_val_is_taken_in
 
 def test_a_csv_gives_files_and_class_indices(tmp_path):
     make_folders(tmp_path, ["images"], per_class=3)
-    text = "class_index,file,name\n5,images/2.png,cat\n 7,images/0.png,dog\n"
+    text = "class_index,file,name\n5,images/002.png,cat\n 7,images/000.png,dog\n"
     (tmp_path / "labels.csv").write_text(text, encoding="utf-8-sig")
     images = open_images(tmp_path / "labels.csv")
     assert images.labelled and [images[index]["target"] for index in range(2)] == [5, 7]
-    assert [view.file for view in images.views] == [tmp_path / "images/2.png", tmp_path / "images/0.png"]
+    assert [view.file for view in images.views] == [tmp_path / "images/002.png", tmp_path / "images/000.png"]
 
 
 def test_any_other_folder_has_no_labels(tmp_path):
@@ -92,12 +91,12 @@ def test_packaged_images_are_some_500_different_views():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,label\nimages/0.png,3\n", "line 2: file is 'images/0.png' and class_index ''"),
-        ("name,class_index\nimages/0.png,3\n", "line 2: file is None and class_index '3'"),
+        ("file,label\nimages/000.png,3\n", "line 2: file is 'images/000.png' and class_index ''"),
+        ("name,class_index\nimages/000.png,3\n", "line 2: file is None and class_index '3'"),
         ("", r"no image files in .*labels\.csv"),
-        ("file,class_index\nimages/0.png,1\nimages/1.png,cat\n", "line 3: .* and class_index 'cat'.*0 to 999"),
-        ("file,class_index\nimages/0.png,1000\n", "line 2: .* and class_index '1000'"),
-        ("file,class_index\nimages/0.png,-1\n", "line 2: .* and class_index '-1'"),
+        ("file,class_index\nimages/000.png,1\nimages/001.png,cat\n", "line 3: .* and class_index 'cat'.*0 to 999"),
+        ("file,class_index\nimages/000.png,1000\n", "line 2: .* and class_index '1000'"),
+        ("file,class_index\nimages/000.png,-1\n", "line 2: .* and class_index '-1'"),
     ],
 )
 def test_a_bad_csv_is_explained_by_line(text, message, tmp_path):

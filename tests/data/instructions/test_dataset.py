@@ -16,10 +16,11 @@ def build(records, **settings):
     return InstructionDataset(records, TOKENIZER, **settings)
 
 
-def test_the_data_set_holds_what_encode_gives(monkeypatch):
+def test_the_data_set_holds_what_encode_gives_and_shows_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(prompts, "_TEXTS", 3)
     records = instructions(8)
     dataset = build(records, instruction_field="query", template="Q {instruction} A ", keep_records=True)
+    assert re.search("Tokenizing.*8/8", capsys.readouterr().err)
     expected = [encode_one(f"Q {record['query']} A ", record["response"], TOKENIZER) for record in records]
     assert [(s["input_ids"].tolist(), s["prompt_length"]) for s in dataset] == expected
     assert dataset[-1]["input_ids"].tolist() == expected[-1][0] and dataset[0]["input_ids"].dtype == torch.int64
@@ -54,11 +55,6 @@ def test_the_fingerprint_follows_the_texts():
     changed = [*records[:51], {"query": records[51]["query"], "response": "No."}, *records[52:]]
     first, again, other = (inspect_dataset(IndexedDataset(build(r)))[0] for r in (records, records, changed))
     assert first == again != other
-
-
-def test_tokenising_shows_a_bar(capsys):
-    build(instructions(3))
-    assert re.search("Tokenizing.*3/3", capsys.readouterr().err)
 
 
 def test_labels_are_the_response_and_its_end_though_the_end_is_also_padding():

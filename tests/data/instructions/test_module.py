@@ -1,6 +1,5 @@
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,12 +145,13 @@ class Reading(Recorder):
 
     def on_train_end(self):
         data = self.trainer.datamodule
-        sets = [texts(dataset) for dataset in (data.train_set, data.val_set, data.test_dataloader().dataset)]
-        torch.save(sets, f"rank{self.global_rank}.pt")
+        loader = data.test_dataloader()
+        sets = [texts(dataset) for dataset in (data.train_set, data.val_set, loader.dataset)]
+        torch.save((sets, self.epochs[0], loader.batch_size), f"rank{self.global_rank}.pt")
 
 
-def test_two_processes_have_the_data_that_rank_0_alone_reads(tmp_path, monkeypatch):
-    data, alone = (data_module(20, 3, validation_fraction=0.2) for _ in range(2))
+def test_two_processes_share_the_data_that_rank_0_alone_reads(tmp_path, monkeypatch):
+    data, alone = (data_module(20, 3, validation_fraction=0.2, batch_size=3) for _ in range(2))
     alone.setup()
     read = module_file.read_records
 
@@ -163,19 +163,10 @@ def test_two_processes_have_the_data_that_rank_0_alone_reads(tmp_path, monkeypat
     monkeypatch.setattr(module_file, "read_records", noted)
     make_trainer(devices=2, strategy="ddp_fork").fit(Reading(), data)
     expected = [texts(dataset) for dataset in (alone.train_set, alone.val_set, alone.test_set)]
-    assert [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2)] == [expected] * 2
+    (sets, share, size), other = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert sets == other[0] == expected and size == other[2] == 3
+    assert sorted(share + other[1]) == list(range(16)) and len(share) == len(other[1])
     assert (tmp_path / "readers").read_text() == "000"
-
-
-def test_several_processes_share_the_training_samples():
-    shares = []
-    for rank in range(2):
-        data = data_module(20, 3, batch_size=3)
-        data.setup()
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=None)
-        shares.append(indices(data.train_dataloader()))
-        assert data.test_dataloader().batch_size == 3
-    assert sorted(shares[0] + shares[1]) == list(range(20)) and len(shares[0]) == len(shares[1])
 
 
 def test_samples_longer_than_the_model_are_refused():
