@@ -27,7 +27,7 @@ class RetentionCallback(RunCallback):
     directory, and into a table on the console. It does not matter where the callback stands in the list: before
     training it measures after every `on_fit_start`, in the end after every other callback's `on_train_end`.
 
-    A checkpoint carries what was measured before training, so a resumed fit does not measure it again.
+    A checkpoint carries what was measured before training.
 
     Args:
         measures: What to measure; by default the accuracy on the test set, of a language model the loss. See
@@ -36,9 +36,6 @@ class RetentionCallback(RunCallback):
         every_n_epochs: Also measure what was kept after every so many epochs, as `retention/epoch/...`, which
             `ModelCheckpoint` and `EarlyStopping` can monitor. In a fit with validation give them
             `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
-
-    Raises:
-        ValueError: If `every_n_epochs` is below 1.
     """
 
     def __init__(
@@ -67,9 +64,10 @@ class RetentionCallback(RunCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of all measures."""
         started = time.perf_counter()
+        self._facts = {}
         with isolate_rng():
-            facts = [measure.prepare(trainer, pl_module) for measure in self._measures.values()]
-        self._facts = {key: fact for of_measure in facts for key, fact in of_measure.items()}
+            for measure in self._measures.values():
+                self._facts |= measure.prepare(trainer, pl_module)
         self._preparing = time.perf_counter() - started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,9 +132,7 @@ class RetentionCallback(RunCallback):
             measures.append(PretrainedImages(self.images))
         names = [type(measure).__name__ for measure in measures]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(
-                f"measures has {twice} more than once, so their numbers would have the same keys. Keep one."
-            )
+            raise ValueError(f"measures has {twice} more than once, with the same keys. Keep one of each.")
         return dict(zip(names, measures))
 
     def _measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, Any]:

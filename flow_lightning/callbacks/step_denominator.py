@@ -36,7 +36,9 @@ class StepDenominator(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the backward pass of a micro-batch's mean give the gradient of its sum."""
         losses = module_contract(pl_module).batch_losses
-        if losses is None or not pl_module.automatic_optimization or not _spans_batches(trainer):
+        is_one_batch = trainer.accumulate_grad_batches * trainer.world_size == 1
+        keeps_gradients = isinstance(trainer.strategy, DeepSpeedStrategy)
+        if losses is None or not pl_module.automatic_optimization or is_one_batch or keeps_gradients:
             return
         size = torch.as_tensor(losses.size, dtype=torch.float32, device=loss.device).detach()
         if self._unit is None:
@@ -62,9 +64,3 @@ def _power_of_two(size: Tensor) -> Tensor:
     """Return the power of two next above a size, exactly."""
     size = size.clamp_min(1e-30)
     return size / torch.frexp(size).mantissa
-
-
-def _spans_batches(trainer: Trainer) -> bool:
-    """Tell whether an optimizer step takes more than one batch."""
-    parts = trainer.accumulate_grad_batches * trainer.world_size
-    return parts > 1 and not isinstance(trainer.strategy, DeepSpeedStrategy)

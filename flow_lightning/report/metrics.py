@@ -84,21 +84,13 @@ def averages(metrics: Mapping[str, Any], declared: Declared = DECLARED) -> Metri
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, atomically; its folder is made if absent.
-
-    JSON has no NaN and no infinity: they are written as null, so that every reader can parse the file.
-    """
+    """Write `metrics.json`, atomically; its folder is made if absent. NaN and infinity, which JSON lacks, are null."""
     text = json.dumps(finite(metrics), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
 
 
 def read_metrics(path: str | Path) -> Metrics:
-    """Read a `metrics.json`; a number that was not finite comes back as None.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds something else than a JSON object.
-    """
+    """Read a `metrics.json`; a number that was not finite comes back as None, and a ValueError names a damaged file."""
     try:
         metrics = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(metrics, dict):
