@@ -112,8 +112,6 @@ def finite(value: Any) -> Any:
 def format_value(metric: Metric, values: Sequence[float]) -> str:
     """Write one value, or the mean and the standard deviation (n - 1) of several runs; a dash if there is none.
 
-    >>> format_value(Metric("target/top1", "target accuracy", "fraction"), [0.5])
-    '50.0 %'
     >>> format_value(Metric("target/top1", "target accuracy", "fraction"), [0.5, 0.52])
     '51.0 ± 1.4 %'
     """
@@ -133,7 +131,7 @@ def metrics_table(
 ) -> Table:
     """Build the console table: a row for each declared key that some run has, a column for each method.
 
-    `columns` has by name of the method the metrics of its run, or of several, which become mean ± standard deviation.
+    A column is the metrics of a run, or of several, which become mean ± standard deviation.
     """
     table = Table(title=title or None)
     table.add_column("")
@@ -163,15 +161,3 @@ def print_table(table: Table, last_line: str) -> None:
     console = Console()
     console.print(table, width=min(80, console.width))
     console.print(last_line, soft_wrap=True, highlight=False)
-
-
-def metrics_markdown() -> str:
-    """Write `METRICS` as a Markdown table, for the documentation.
-
-    >>> print(*metrics_markdown().splitlines()[:3], sep=chr(10))
-    | key | meaning | unit | better |
-    |---|---|---|---|
-    | `target/before/top1` | target accuracy before training | fraction | up |
-    """
-    rows = (f"| `{m.key}` | {m.name.replace('|', chr(92) + '|')} | {m.unit} | {m.better} |" for m in METRICS)
-    return "\n".join(("| key | meaning | unit | better |", "|---|---|---|---|", *rows))
