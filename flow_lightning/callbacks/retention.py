@@ -24,10 +24,8 @@ class RetentionCallback(RunCallback):
     """Measure what a fit learned and what it kept, before and after training, and report both.
 
     The numbers go into the loggers and `trainer.callback_metrics`, into `metrics.json` and `retention.png` of the run's
-    directory, and into a table on the console. It does not matter where the callback stands in the list: before
-    training it measures after every `on_fit_start`, in the end after every other callback's `on_train_end`.
-
-    A checkpoint carries what was measured before training.
+    directory, and into a table on the console. A checkpoint carries those from before training. The callback may stand
+    anywhere in the list: it measures after every `on_fit_start`, and after every other callback's `on_train_end`.
 
     Args:
         measures: What to measure; by default the accuracy on the test set, of a language model the loss. See
@@ -81,9 +79,8 @@ class RetentionCallback(RunCallback):
             _check_facts(self._facts, self.before)
         else:
             rank_zero_warn(
-                f"The checkpoint {trainer.ckpt_path} was written without RetentionCallback: its model is fine-tuned "
-                "already, so there are no numbers from before training. For them, start the fit from the pre-trained "
-                "model with RetentionCallback."
+                f"The checkpoint {trainer.ckpt_path} was written without RetentionCallback, so there are no numbers "
+                "from before training. For them, start the fit from the pre-trained model with RetentionCallback."
             )
         course = {"retention/epochs": self.epochs} if self.epochs else {}
         self.run.record(trainer, self._facts | self.before | course)

@@ -16,13 +16,12 @@ from flow_lightning.distributed import local
 class StepDenominator(Callback):
     """Make the gradient of a step `sum of all loss terms / sum of all sizes`, as one big batch would have it.
 
-    Lightning divides by the number of micro-batches and DDP by the number of ranks, so that terms of short
-    micro-batches would count more than others. Here each backward pass adds the gradient of a sum, and right before
-    the optimizer step, before clipping, the gradient is divided once. Until then it is kept in a unit, a power of two
-    near the size of a micro-batch, so that nothing is rounded and float16 gradients are as large as those of a mean.
+    Lightning and DDP divide by the number of micro-batches and ranks, so that terms of short ones would count more.
+    Here each backward pass adds the gradient of a sum, and it is divided once, before clipping. Until then its unit is
+    a power of two near the size of a micro-batch: nothing is rounded, and float16 has gradients as large as a mean's.
 
-    `WeightedLossModule` brings it along. DeepSpeed keeps the gradients to itself, and a module that optimises manually
-    divides them itself: there each micro-batch keeps its own denominator.
+    `WeightedLossModule` brings it along. Under DeepSpeed and in manual optimisation each micro-batch keeps its own
+    denominator.
     """
 
     def __init__(self) -> None:

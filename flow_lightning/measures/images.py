@@ -65,8 +65,8 @@ class PretrainedImages(Measure):
     """What is left of the pre-trained task: accuracy, or agreement with the pre-trained model if there are no labels.
 
     The original head is put back, with BatchNorm as trained and with the original BatchNorm layers. Without labels,
-    checkpoints carry 4 bytes per image and class: 200 MB for 50,000 images of 1,000 classes. Images are prepared as the
-    data module says, else as the model expects.
+    checkpoints carry 4 bytes per image and class. Images are prepared as the data module says, else as the model
+    expects.
 
     Args:
         images: A folder, a CSV file with the columns `file` and `class_index`, or the word `packaged` (see
@@ -176,14 +176,14 @@ def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor
             f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'. Let the data set "
             "return such dicts."
         )
-    logits = _logits(module, batch)
-    return cross_entropy(logits, batch["target"]), top_k_correct(logits, batch["target"]).float()
+    logits, targets = _logits(module, batch), batch["target"]
+    return cross_entropy(logits, targets), top_k_correct(logits, targets).float()
 
 
 def top1_and_top5(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return top-1 and top-5 (0 or 1) of each sample, both `[B]`."""
-    logits = _logits(module, batch)
-    return top_k_correct(logits, batch["target"]).float(), top_k_correct(logits, batch["target"], k=5).float()
+    logits, targets = _logits(module, batch), batch["target"]
+    return top_k_correct(logits, targets).float(), top_k_correct(logits, targets, k=5).float()
 
 
 def log_probabilities(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor]:

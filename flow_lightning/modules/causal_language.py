@@ -181,8 +181,8 @@ class CausalLanguageModule(WeightedLossModule):
         self.whole_logits = not self._agrees_with_model()
         if self.whole_logits:
             rank_zero_warn(
-                f"{type(self.causal_lm).__name__} changes its logits in a way that this library does not know. Its own "
-                "forward is used instead, with logits for all tokens. This takes more memory and time."
+                f"{type(self.causal_lm).__name__} changes its logits in an unknown way, so its own forward is used, "
+                "with logits for all tokens. This takes more memory and time."
             )
 
     def configure_model(self) -> None:

@@ -158,8 +158,7 @@ def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED)
     """Draw methods against each other: runs in the plane of learned and kept, and means as bars.
 
     A small marker is a run; if a method has several, the large one is their mean with the standard deviation (n - 1)
-    as whiskers. Losses and perplexities are no percentages and have bars of their own. `runs` has by name of the method
-    the metrics of its runs.
+    as whiskers. Losses and perplexities have bars of their own. `runs` has the metrics of runs by name of the method.
     """
     every = [run for column in runs.values() for run in column]
     learned, kept = (main_panel(part, every, declared) for part in ("target", "retention"))

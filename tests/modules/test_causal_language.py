@@ -213,6 +213,13 @@ def test_a_checkpoint_gives_the_optimizer_back(tmp_path):
     assert (made.defaults["weight_decay"], made.defaults["betas"]) == (0.3, (0.8, 0.95))
 
 
+def test_selective_token_masking_trains(tmp_path):
+    flow = fl.FlowWeightingCallback(per="token", weighting="threshold", temperature=5.8)
+    module, _ = fit(flow, module=language_module(), data=language_data(tmp_path))
+    assert set(flow.weights.weights.tolist()) == {0.0, 1.0}
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
