@@ -152,8 +152,10 @@ def test_accumulated_micro_batches_are_one_big_batch(tmp_path):
         assert ((found - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("merge", [False, True])
-@pytest.mark.parametrize(("tune", "wanted"), [("lora", "lora_"), ("head", "lm_head"), ("full", "")])
+@pytest.mark.parametrize(
+    ("tune", "wanted", "merge"),
+    [("lora", "lora_", False), ("lora", "lora_", True), ("head", "lm_head", False), ("full", "", True)],
+)
 def test_only_what_is_tuned_moves_and_loads_elsewhere(tmp_path, tune, wanted, merge):
     module, folder = language_module(tune=tune, lora_r=4), tmp_path / "model"
     before = {name: value.clone() for name, value in module.named_parameters()}
@@ -261,14 +263,13 @@ def test_two_processes_have_the_weights_and_the_gradient_of_one(tmp_path, per):
     assert error < 1e-5
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_every_precision_trains_and_weighs_alike(tmp_path, precision, tune):
     flow = fl.FlowWeightingCallback(per="token")
-    module = language_module(tune=tune)
-    fit(flow, module=module, data=language_data(tmp_path), precision=precision)
+    module, _ = fit(flow, module=language_module(tune=tune), data=language_data(tmp_path), precision=precision)
     exact = fl.FlowWeightingCallback(per="token")
-    fit(exact, module=language_module(tune=tune), data=language_data(tmp_path))
+    fit(exact, module=language_module(tune=tune), data=language_data(tmp_path), max_epochs=0)
     assert all(torch.isfinite(p).all() for p in module.parameters())
     # bfloat16 has 8 bits: logits of about 5 are off by 0.02, so that losses, not the rule, are the limit.
     torch.testing.assert_close(flow.weights.weights, exact.weights.weights, rtol=0, atol=0.03)
