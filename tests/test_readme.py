@@ -9,7 +9,7 @@ import yaml
 
 import flow_lightning as fl
 from flow_lightning.__main__ import COMMANDS
-from flow_lightning.configurations import method_names, shipped, with_files
+from flow_lightning.configurations import names_of, shipped, with_files
 from flow_lightning.report.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def test_every_command_names_configurations_and_commands_that_exist(command):
     assert words[0] in {*COMMANDS, "--help"}
     assert all(Path(word.partition("=")[2]).is_file() for word in with_files(words) if word.startswith("--config="))
     methods = yaml.safe_load(words[words.index("--methods") + 1]) if "--methods" in words else []
-    assert set(methods) <= {*method_names(), "tests/benchmarks/small_step.yaml"}
+    assert set(methods) <= {*names_of("methods"), "tests/benchmarks/small_step.yaml"}
 
 
 def test_the_readme_is_one_page_and_every_link_leads_to_a_file():

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+Interval = tuple[float, float, float]  #: mean, lower and upper end
 _RESAMPLES = 2000
 
 
@@ -98,7 +99,7 @@ def area_between(ours: Curve, theirs: Curve) -> float:
     return float(((gaps[1:] + gaps[:-1]) / 2 * np.diff(targets)).sum() / (high - low))
 
 
-def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Interval:
     """Return the mean of paired differences, and its percentile bootstrap interval.
 
     Args:
@@ -119,7 +120,7 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) 
     return float(known.mean()), float(low), float(high)
 
 
-def compare_methods(points: Sequence[Point], baseline: str) -> dict[str, dict[str, tuple[float, float, float]]]:
+def compare_methods(points: Sequence[Point], baseline: str) -> dict[str, dict[str, Interval]]:
     """Compare each method with a baseline, seed by seed.
 
     Returns:

@@ -35,7 +35,7 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @contextmanager
-def _picture(path: str | Path, widths: Sequence[float], height: float) -> Iterator[tuple[Figure, Iterator[Axes]]]:
+def picture(path: str | Path, widths: Sequence[float], height: float) -> Iterator[tuple[Figure, Iterator[Axes]]]:
     """Yield a figure and its axes, side by side, sizes in inches; then write the PNG, whole or not at all."""
     layout = ConstrainedLayoutEngine(wspace=0.05)
     figure = Figure(figsize=(max(5.6, 0.8 + sum(widths)), height), dpi=150, layout=layout)
@@ -55,7 +55,7 @@ def plot_weights(scored: Any, path: str | Path) -> None:
     size. `scored` is `SampleWeights` or `TokenWeights`.
     """
     losses, weights = _some(scored)
-    with _picture(path, [4.1, 4.1], 3.6) as (_, axes):
+    with picture(path, [4.1, 4.1], 3.6) as (_, axes):
         _draw_losses(next(axes), losses.cpu(), scored.temperature)
         _draw_weights(next(axes), weights.cpu())
 
@@ -113,7 +113,7 @@ def plot_retention(metrics: Mapping[str, Any], path: str | Path, declared: Decla
     panels = [panel for panel in declared.panels if panel.part in _PARTS and _bars(panel, metrics)]
     course = metrics.get("retention/epochs") or []
     courses = [panel for panel in panels if _after_epochs(panel, course)]
-    with _picture(path, [3.5] * max(1, len(panels) + len(courses)), 3.7) as (_, axes):
+    with picture(path, [3.5] * max(1, len(panels) + len(courses)), 3.7) as (_, axes):
         for panel in panels:
             _draw_bars(next(axes), panel, _bars(panel, metrics))
         for panel in courses:
@@ -173,7 +173,7 @@ def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED)
     widths = [4.1] * bool(plane) + [max(3.0, 1 + _BAR * len(runs) * len(groups))] * percent
     widths += [max(2.0, 1 + _BAR * len(runs))] * len(numbers)
     legend = [Patch(color=COLOURS[order % len(COLOURS)], label=name) for order, name in enumerate(runs)]
-    with _picture(path, widths, 4.2) as (figure, axes):
+    with picture(path, widths, 4.2) as (figure, axes):
         figure.legend(handles=legend, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
         if plane:
             _draw_plane(next(axes), runs, *plane)
