@@ -70,9 +70,9 @@ def compare(words: Sequence[str]) -> None:
         raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
 
 
-def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take the options of a board, from a YAML file if one is given, and leave those of the fits."""
-    parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False, exit_on_error=False)
+def board_parser() -> argparse.ArgumentParser:
+    """Return the parser of a board's own options."""
+    parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False)
     parser.add_argument("--board", type=Path)
     parser.add_argument("--methods", type=_listed, default=["standard", "flow"])
     parser.add_argument("--optimizers", type=_listed, default=[None])
@@ -81,6 +81,12 @@ def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--part", type=_part, default=(0, 1))
+    return parser
+
+
+def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take the options of a board, from a YAML file if one is given, and leave those of the fits."""
+    parser = board_parser()
     board, rest = parser.parse_known_args(words)
     if board.board is not None:
         known = {action.dest for action in parser._actions} - {"board"}
