@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
 from flow_lightning.data.sources import class_folders
 from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, recipe
@@ -77,6 +78,7 @@ class ImageDataModule(LightningDataModule):
         validation_fraction: Share of the training set to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed of the random splits (validation, Stanford Dogs, Caltech101, digits).
         download: Fetch the files if torchvision can (not Stanford Cars and Dogs).
+        label_noise: Makes some labels of the training set wrong, the held-out part too, for experiments.
 
     Raises:
         ValueError: If the data set is unknown, or only one of `mean` and `std` is given.
@@ -97,12 +99,13 @@ class ImageDataModule(LightningDataModule):
         validation_fraction: float = 0.1,
         split_seed: int = 42,
         download: bool = False,
+        label_noise: LabelNoise | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError(f"Got mean={mean} and std={std}. Give both, or neither for those of the model.")
         root = str(root)  # checkpoints hold the arguments, and weights_only=True loads no Path
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="label_noise")
         self.dataset = find_dataset(dataset)
         self.root = Path(root)
         self.image_size, self.batch_size = image_size, batch_size
@@ -110,6 +113,7 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std, self.interpolation = mean, std, interpolation
         self.transforms = transforms or CATALOGUE[self.dataset].transforms
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
+        self.label_noise = label_noise
         #: Names of the classes in the order of their indices, known after `setup`.
         self.class_names: list[str] | None = None
         self._splits: Splits | None = None
@@ -129,7 +133,10 @@ class ImageDataModule(LightningDataModule):
         splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
         augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())
         held_out, kept = hold_out(len(splits.train), self.validation_fraction, self.split_seed)
-        training, validation = splits.train.part(kept), splits.train.part(held_out)
+        given = splits.train
+        if self.label_noise is not None:
+            given = with_noise(given, self.label_noise, len(splits.class_names))
+        training, validation = given.part(kept), given.part(held_out)
         seed = torch.initial_seed()
         self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
         self.class_names = splits.class_names
