@@ -25,6 +25,7 @@ _PUBLIC = {
     "modules.causal_language": ("CausalLanguageModule",),
     "modules.image_classification": ("ImageClassificationModule",),
     "resume": ("ExactResumeCallback", "ResumableDataLoader", "ResumableSampler"),
+    "scoring.alone": ("score",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from flow_lightning.resume import ExactResumeCallback as ExactResumeCallback
     from flow_lightning.resume import ResumableDataLoader as ResumableDataLoader
     from flow_lightning.resume import ResumableSampler as ResumableSampler
+    from flow_lightning.scoring.alone import score as score
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,7 @@ def test_ten_million_samples():
     expected = np.exp(-losses.astype(np.float64) / tau)
     np.testing.assert_allclose(flow.weights.weights.numpy(), expected, rtol=1e-6)
     index = torch.tensor([9_999_999, 0, 1_234_567])
-    np.testing.assert_allclose(flow.weights.lookup(index).numpy(), expected[index.numpy()], rtol=1e-6)
+    np.testing.assert_allclose(flow.weights.of(index).numpy(), expected[index.numpy()], rtol=1e-6)
     assert flow.weights.losses.nbytes + flow.weights.weights.nbytes == 8 * COUNT
     summary = flow.weights.summary()
     np.testing.assert_allclose(summary["flow/mean_weight"], expected.mean(), rtol=1e-6)

@@ -142,7 +142,7 @@ class FlowWeightingCallback(RunCallback):
             )
         weights.lookups = 0
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
-            self._step = WeightedStep(trainer, pl_module, weights.lookup, self.loss, self.sample_losses)
+            self._step = WeightedStep(trainer, pl_module, weights.of, self.loss, self.sample_losses)
             self._step.install()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
