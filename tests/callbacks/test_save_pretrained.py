@@ -1,4 +1,4 @@
-"""The folder of the fine-tuned model: transformers reads from it what was trained."""
+"""The folder of the fine-tuned model is there whole, or as it was."""
 
 import os
 
@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import flow_lightning as fl
-from tests.examples import RegressionData, fit
 from tests.language import language_module
 from tests.retention import language_fit
 
@@ -49,8 +48,3 @@ def test_merged_adapters_are_part_of_the_model():
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, module.eval()(ids), atol=1e-4, rtol=1e-4)
-
-
-def test_another_module_is_refused():
-    with pytest.raises(TypeError, match=r"LinearRegression has no save_pretrained\(folder\)"):
-        fit(fl.SavePretrainedCallback(), data=RegressionData())
