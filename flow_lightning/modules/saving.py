@@ -47,7 +47,7 @@ def save_pretrained(module: LightningModule, folder: str | Path, merge: bool = F
 def save_timm(model: nn.Module, folder: str | Path) -> None:
     """Write a model of timm: `model.safetensors` and `config.json`.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads the folder (timm 1.0.16 and later), and
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` reads the folder (recent versions of timm do), and
     `timm.create_model(NAME, pretrained=True, num_classes=C, pretrained_cfg_overlay={"file": FILE, "num_classes": C})`
     the file.
     """
