@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the public names: type checkers and editors see imports, an
     from flow_lightning.resume import ExactResumeCallback as ExactResumeCallback
     from flow_lightning.resume import ResumableDataLoader as ResumableDataLoader
     from flow_lightning.resume import ResumableSampler as ResumableSampler
+    from flow_lightning.scoring.alone import score as score
 
 _IMPORTS = (node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.ImportFrom))
 #: The module of each public name.

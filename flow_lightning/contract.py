@@ -38,7 +38,7 @@ class ModuleContract(Protocol):
     causal_lm: Any = None  #: the causal language model of transformers, for generated answers and for tasks
     tokenizer: Any = None  #: its tokenizer
     max_positions: int | None = None  #: the longest sequence that it takes, in tokens; None if it has no bound
-    save_pretrained: Callable[..., None] | None = None  #: writes transformers' format; takes a folder and `merge`
+    save_pretrained: Callable[..., None] | None = None  #: writes the model; takes a folder and `merge`
 
     # Set by callbacks:
     sample_weights: Any = None  #: the weights to train with

@@ -3,7 +3,8 @@
 In: seed, epoch, a checkpoint. Out: the batches, dropout and steps of the unbroken run. Next: `lightning_internals.py`.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from flow_lightning.data.position import LoaderPosition
+from flow_lightning.data.tracking import stop_watching, watch_training_loader
+from flow_lightning.distributed import data_rank
 from flow_lightning.lightning_internals import end_restart, restore_loader_state
 
 
@@ -147,8 +151,10 @@ class ExactResumeCallback(LoopRepairs):
     last optimizer step, so that no half-accumulated gradient is lost, and an epoch's end that was not reached is run on
     resume. Dropout depends on seed, epoch, batch and rank alone.
 
-    It needs a loader that can start anywhere (`ResumableDataLoader`; our data modules have it) and the same seed in
-    each run (`seed_everything`). Not restored: training metrics averaged over an epoch, which start anew, and what
+    It needs the same seed in each run (`seed_everything`), and one training loader: a `DataLoader` of a map-style data
+    set, or one with a position of its own, such as `ResumableDataLoader`. The order of a plain `DataLoader` then
+    follows seed and epoch alone: before each of its batches, the generators of torch, numpy and python are seeded. Not
+    restored: random transforms in loader processes, training metrics averaged over an epoch, which start anew, and what
     other callbacks did after the checkpoint.
 
     Example:
@@ -161,7 +167,10 @@ class ExactResumeCallback(LoopRepairs):
     _KEY = "exact_resume"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier fit."""
+        """Forget an earlier fit, and watch for the training loader."""
+        self._loader = LoaderPosition()
+        if stage == "fit":
+            watch_training_loader(trainer, partial(self._follow, trainer))
         self._seed: int | None = None
         self._position: dict[str, Any] | None = None  # the loops' state after the last step; None: as they are
         self._step = 0
@@ -173,20 +182,30 @@ class ExactResumeCallback(LoopRepairs):
         self._restored = checkpoint.get(self._KEY, {})
         self._position = deepcopy(checkpoint.get("loops", {}).get("fit_loop"))
         self._seed = self._restored.get("seed")
+        if self._position is not None and checkpoint["global_step"] > 0:  # a tuner loads one of step 0
+            self._loader.restore(self._position, self._restored.get("samples"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the seed of the run, that of rank 0, and let schedulers see the metrics of the checkpoint."""
         super().on_train_start(trainer, pl_module)
-        if self._seed is None:
-            self._seed = trainer.strategy.broadcast(torch.initial_seed())
-        pl_module.run_seed = self._seed  # type: ignore[assignment]
+        pl_module.run_seed = self._settle_seed(trainer)  # type: ignore[assignment]
+        if not self._loader.is_followed(trainer.train_dataloader):
+            self._loader.release()
+        elif self._loader.start.batches:
+            warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            if "samples" not in self._restored:
+                rank_zero_warn(
+                    "The checkpoint was written without ExactResumeCallback: if its epoch was shuffled, it goes on in "
+                    "another order, so some samples come twice, others not at all."
+                )
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        self._loader.epoch = lambda: epochs.processed
         self._step = trainer.global_step
         trainer.callback_metrics.update(self._restored.get("metrics", {}))
         if self._restored.get("is_plateau_due"):
-            epoch: Any = trainer.fit_loop.epoch_progress.current
-            epoch.completed -= 1  # the schedulers' frequency counts the epoch that has ended
+            epochs.completed -= 1  # the schedulers' frequency counts the epoch that has ended
             trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-            epoch.completed += 1
+            epochs.completed += 1
         self._restored = {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,6 +215,7 @@ class ExactResumeCallback(LoopRepairs):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed dropout, and keep the buffers that the batches of a step will change."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._loader.lock(True)
         torch.manual_seed(hash((self._seed, trainer.current_epoch, batch_idx, trainer.global_rank)) % 2**63)
         if self._buffers is None:
             self._buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
@@ -207,6 +227,10 @@ class ExactResumeCallback(LoopRepairs):
         if trainer.global_step != self._step:
             self._note(trainer, _before_validation(trainer))
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Expect the next epoch's batches."""
+        self._loader.lock(False)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the validation after the last step is done."""
         if not trainer.sanity_checking and self._buffers is None and self._position is not None:
@@ -216,7 +240,7 @@ class ExactResumeCallback(LoopRepairs):
         """Put the position after the last step into a checkpoint."""
         loops, epoch = checkpoint["loops"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
-        checkpoint[self._KEY] = {"seed": self._seed, "metrics": metrics, "is_plateau_due": False}
+        checkpoint[self._KEY] = {"seed": self._seed, "metrics": metrics, "is_plateau_due": False, "samples": None}
         if not epoch["ready"] == epoch["started"] == epoch["processed"] + 1:  # between two epochs
             checkpoint[self._KEY]["is_plateau_due"] = epoch["completed"] == epoch["processed"] - 1
             loops["fit_loop"] = _between_epochs(loops["fit_loop"])
@@ -233,13 +257,31 @@ class ExactResumeCallback(LoopRepairs):
             loops["fit_loop"] = self._position
             state = checkpoint.get("current_model_state", checkpoint["state_dict"])  # the former: WeightAveraging
             state.update({name: value for name, value in (self._buffers or {}).items() if name in state})
+        checkpoint[self._KEY]["samples"] = self._loader.checksum(loops["fit_loop"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the seed back."""
+        """Take the seed back, and leave the loader as it was."""
         pl_module.run_seed = None  # type: ignore[assignment]
+        self._loader.release()
+        stop_watching(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the loader as it was."""
+        self._loader.release()
+        stop_watching(trainer)
+
+    def _follow(self, trainer: Trainer, loader: Any, is_training: Callable[[], bool]) -> None:
+        self._loader.seed, self._loader.rank = self._settle_seed(trainer), data_rank(trainer)[0]
+        self._loader.follow(loader, is_training)
+
+    def _settle_seed(self, trainer: Trainer) -> int:
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed())
+        return self._seed
 
     def _note(self, trainer: Trainer, position: dict[str, Any]) -> None:
         self._position, self._step, self._buffers = position, trainer.global_step, None
+        self._loader.checksum(position)
 
 
 def _between_epochs(fit_loop: dict[str, Any]) -> dict[str, Any]:

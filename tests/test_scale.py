@@ -54,7 +54,7 @@ def test_a_million_samples():
     assert flow.weights.temperature == tau
     expected = np.exp(-losses.astype(np.float64) / tau)
     np.testing.assert_allclose(flow.weights.weights.numpy(), expected, rtol=1e-6)
-    np.testing.assert_allclose(flow.weights.lookup(torch.tensor(index)).numpy(), expected[index], rtol=1e-6)
+    np.testing.assert_allclose(flow.weights.of(torch.tensor(index)).numpy(), expected[index], rtol=1e-6)
     assert flow.weights.losses.nbytes + flow.weights.weights.nbytes == 8 * COUNT
     summary, size = flow.weights.summary(), expected.sum() ** 2 / (expected**2).sum()
     np.testing.assert_allclose(summary["flow/mean_weight"], expected.mean(), rtol=1e-6)

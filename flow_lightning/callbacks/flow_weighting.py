@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
-from flow_lightning.data.tracking import BatchTracker
+from flow_lightning.data.position import warn_if_it_begins_anew
+from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.interception import LOSSES
@@ -110,7 +111,7 @@ class FlowWeightingCallback(RunCallback):
         scoring.choose(self._kind(pl_module))
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
         scoring.look_at_model()
-        self._follow_training_loader(trainer)
+        watch_training_loader(trainer, self._tracker.follow)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notice a resumed fit, and take the fingerprint of the model in its checkpoint."""
@@ -148,9 +149,10 @@ class FlowWeightingCallback(RunCallback):
                 "The fit has several training loaders, so it cannot be told which samples are in a batch. Wrap the "
                 "data set to weigh in flow_lightning.IndexedDataset."
             )
+        warn_if_it_begins_anew(trainer)
         weights.lookups = 0
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
-            self._step = WeightedStep(trainer, pl_module, weights.lookup, self.loss, self.sample_losses)
+            self._step = WeightedStep(trainer, pl_module, weights.of, self.loss, self.sample_losses)
             self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,18 +207,6 @@ class FlowWeightingCallback(RunCallback):
         if state_dict:
             self.weights = (TokenWeights if "offsets" in state_dict else SampleWeights)(**state_dict)
 
-    def _follow_training_loader(self, trainer: Trainer) -> None:
-        """Follow the training loader from the moment it is made, which `configure_optimizers` may already cause."""
-        process = trainer.strategy.process_dataloader
-
-        def process_and_follow(loader: object) -> object:
-            processed = process(loader)
-            if trainer.training:
-                self._tracker.follow(processed, lambda: trainer.training)
-            return processed
-
-        vars(trainer.strategy)["process_dataloader"] = process_and_follow
-
     def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave module, loader and strategy as they were."""
         if self._step is not None:
@@ -225,7 +215,7 @@ class FlowWeightingCallback(RunCallback):
         for name in ("sample_weights", "batch_samples"):
             vars(module).pop(name, None)
         self._tracker.release()
-        vars(trainer.strategy).pop("process_dataloader", None)
+        stop_watching(trainer)
 
     def _kind(self, module: LightningModule) -> Kind:
         """Return what is to be scored of this module."""

@@ -5,9 +5,10 @@ In: the training loader of a fit. Out: the indices of each batch, in turn. Next:
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
@@ -23,8 +24,8 @@ class BatchTracker:
     """
 
     def __init__(self) -> None:
-        self._followed: list[tuple[DataLoader[Any], _Recorder]] = []
-        self._recorder: _Recorder | None = None
+        self._followed: list[Recorder] = []
+        self._recorder: Recorder | None = None  # of the loader that is trained on
 
     def follow(self, loader: Any, is_training: Callable[[], bool] = lambda: True) -> None:
         """Follow a loader where `is_training()`, unless its batches carry an index or it has no batch sampler.
@@ -32,24 +33,25 @@ class BatchTracker:
         Raises:
             ValueError: If the loader hands out its batches in any order (`in_order=False`).
         """
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or _is_indexed(loader):
-            return
-        if loader.batch_sampler is None:
+        if not can_be_followed(loader) or _is_indexed(loader):
             return
         if not getattr(loader, "in_order", True):
             raise ValueError(
                 "The training loader has in_order=False, so it cannot be told which samples are in a batch. Use "
                 "in_order=True, or wrap the data set in flow_lightning.IndexedDataset."
             )
-        self._followed.append((loader, _Recorder(loader.batch_sampler, is_training)))
-        object.__setattr__(loader, "batch_sampler", self._followed[-1][1])  # a DataLoader refuses to be given another
+        recorder = Recorder.of(loader, is_training)
+        recorder.is_noting = True
+        if recorder not in self._followed:
+            self._followed.append(recorder)
 
     def choose(self, loader: Any) -> None:
         """Take the loader that is trained on, and let go of others: a tuner may have made some."""
-        chosen = [pair for pair in self._followed if pair[0] is loader]
-        self._followed, others = chosen, [pair for pair in self._followed if pair[0] is not loader]
-        self._recorder = chosen[0][1] if chosen else None
-        _give_back(others)
+        for recorder in self._followed:
+            if recorder.loader is not loader:
+                recorder.release()
+        self._followed = [recorder for recorder in self._followed if recorder.loader is loader]
+        self._recorder = self._followed[0] if self._followed else None
 
     @property
     def is_following(self) -> bool:
@@ -83,29 +85,53 @@ class BatchTracker:
 
     def release(self) -> None:
         """Give loaders their own batch samplers back."""
-        _give_back(self._followed)
+        for recorder in self._followed:
+            recorder.release()
         self._followed, self._recorder = [], None
 
 
-def _give_back(followed: list[tuple[DataLoader[Any], "_Recorder"]]) -> None:
-    for loader, recorder in followed:
-        object.__setattr__(loader, "batch_sampler", recorder.batches)
+class Recorder(Sampler[list[int]]):
+    """Stands for the batch sampler of a training loader, for all who follow that loader.
 
+    Attributes:
+        loader: The loader.
+        batches: Its own batch sampler.
+        is_training: Tells whether an iteration that begins is one of training.
+        is_locked: Whether an epoch is under way, so that iterations that begin now do not count.
+        is_noting: Whether indices are written down.
+        lists: The indices of the epoch's batches, from the next one on.
+        order: Runs the batch sampler for an epoch, in place of `iter`.
+    """
 
-class _Recorder(Sampler[list[int]]):
-    """A batch sampler that writes down what it gives out; all else is as in the one that it stands for."""
-
-    def __init__(self, batches: Any, is_training: Callable[[], bool]) -> None:
-        self.batches, self.is_training, self.is_locked = batches, is_training, False
+    def __init__(self, loader: DataLoader[Any], is_training: Callable[[], bool]) -> None:
+        self.loader, self.batches, self.is_training = loader, cast(Any, loader.batch_sampler), is_training
+        self.is_locked, self.is_noting = False, False
         self.lists: deque[list[int]] = deque()
+        self.order: Callable[[Any], Iterator[list[int]]] | None = None
+
+    @classmethod
+    def of(cls, loader: DataLoader[Any], is_training: Callable[[], bool]) -> "Recorder":
+        """Return the recorder of a loader, which gets one if it has none."""
+        if isinstance(loader.batch_sampler, Recorder):
+            return loader.batch_sampler
+        recorder = cls(loader, is_training)
+        object.__setattr__(loader, "batch_sampler", recorder)  # a DataLoader refuses to be given another one
+        return recorder
+
+    def release(self) -> None:
+        """Give the loader its own batch sampler back."""
+        if self.loader.batch_sampler is self:
+            object.__setattr__(self.loader, "batch_sampler", self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         lists: deque[list[int]] = deque()
-        if self.is_training() and not self.is_locked:
+        counts = self.is_training() and not self.is_locked
+        if counts:
             self.lists = lists  # a new epoch: an iterator of the last one writes elsewhere
-        for indices in self.batches:
+        for indices in self.order(self.batches) if counts and self.order is not None else self.batches:
             indices = list(indices)
-            lists.append(indices)
+            if self.is_noting:
+                lists.append(indices)
             yield indices
 
     def __len__(self) -> int:
@@ -113,6 +139,33 @@ class _Recorder(Sampler[list[int]]):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batches, name)
+
+
+def can_be_followed(loader: Any) -> bool:
+    """Tell whether a loader is a DataLoader with a batch sampler of positions in a map-style data set."""
+    is_map_style = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    return is_map_style and loader.batch_sampler is not None
+
+
+def watch_training_loader(trainer: Trainer, follow: Callable[[Any, Callable[[], bool]], None]) -> None:
+    """Call a function with the training loader, and with one that tells whether the fit is training.
+
+    It is called as soon as the loader is made, which `configure_optimizers` may already cause.
+    """
+    process = trainer.strategy.process_dataloader
+
+    def process_and_follow(loader: object) -> object:
+        processed = process(loader)
+        if trainer.training:
+            follow(processed, lambda: trainer.training)
+        return processed
+
+    vars(trainer.strategy)["process_dataloader"] = process_and_follow
+
+
+def stop_watching(trainer: Trainer) -> None:
+    """Leave the strategy as it was."""
+    vars(trainer.strategy).pop("process_dataloader", None)
 
 
 def _is_indexed(loader: DataLoader[Any]) -> bool:

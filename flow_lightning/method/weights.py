@@ -4,17 +4,19 @@ In: losses and a rule. Out: the weights of a batch, and a file. Next: `objective
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from flow_lightning.files import load_tensors, save_tensors
+from flow_lightning.files import load_tensors, save_tensors, write_bytes
 from flow_lightning.method import flow
+from flow_lightning.optional import optional_import
 
 _BLOCK = 2**20
 #: Half precision is used where it moves no weight by more than this.
@@ -92,7 +94,7 @@ class SampleWeights(_Stored):
         weights: `[n]` float32, by default `exp(-losses / temperature)`.
         fingerprint: What the losses were computed from, for example `{"dataset": "...", "reference": "..."}`.
         weighting: Name of the rule from losses to weights, see `flow_lightning.method.flow.WEIGHTINGS`.
-        lookups: How often `lookup` was called: training that never looks up a weight is not weighted.
+        lookups: How often `of` was called: training that never looks up a weight is not weighted.
     """
 
     losses: Tensor
@@ -123,12 +125,76 @@ class SampleWeights(_Stored):
     def __len__(self) -> int:
         return self.weights.numel()
 
-    def lookup(self, index: Tensor) -> Tensor:
+    def of(self, index: Tensor | Sequence[int]) -> Tensor:
         """Return the weights of a batch, `[B]`, on the device of `index`; the cost does not depend on `len(self)`."""
         self.lookups += 1
+        index = index if isinstance(index, Tensor) else torch.as_tensor(index, device=self.weights.device)
         if self.weights.device != index.device:
             self.weights = self.weights.to(index.device)  # once: later batches come from the same device
         return self.weights[index]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write a table of `index`, `loss` and `flow_weight`, in the order of the data set, whose numbers are exact."""
+        rows = [f"{i},{loss!s},{weight!s}\n" for i, (loss, weight) in enumerate(zip(*self._columns()))]
+        write_bytes(path, "".join(["index,loss,flow_weight\n", *rows]).encode())
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the table of `to_csv` as a Parquet file.
+
+        Raises:
+            ImportError: If pyarrow is not installed.
+        """
+        arrow, parquet = (optional_import(name, "language", "Parquet files") for name in ("pyarrow", "pyarrow.parquet"))
+        loss, weight = self._columns()
+        buffer = arrow.BufferOutputStream()
+        parquet.write_table(arrow.table({"index": np.arange(len(self)), "loss": loss, "flow_weight": weight}), buffer)
+        write_bytes(path, buffer.getvalue().to_pybytes())
+
+    def to_dataset(self, dataset: Any) -> Any:
+        """Return a `datasets.Dataset` of Hugging Face with a further column, `flow_weight`.
+
+        Raises:
+            TypeError: If it is no such data set.
+            ValueError: If it has another number of samples.
+
+        Example:
+            The Trainer of transformers takes the weights through `compute_loss_func`::
+
+                weights = fl.score(model, DataLoader(dataset, 8, collate_fn=default_data_collator), losses_of)
+
+                def collate(samples):
+                    batch = default_data_collator(samples)
+                    batch["labels"] = {"labels": batch.pop("labels"), "weights": batch.pop("flow_weight")}
+                    return batch
+
+                def loss_of(outputs, labels, num_items_in_batch=None):
+                    losses = F.cross_entropy(outputs.logits, labels["labels"], reduction="none")
+                    return (labels["weights"] * losses).mean()
+
+                arguments = {"train_dataset": weights.to_dataset(dataset), "data_collator": collate}
+                trainer = Trainer(model, settings, compute_loss_func=loss_of, **arguments)
+                trainer.loss_is_scaled_for_ga = False  # it is the mean of a micro-batch
+                trainer.train()
+
+            Its `settings` need `remove_unused_columns=False`.
+        """
+        if not hasattr(dataset, "add_column"):
+            raise TypeError(
+                f"{type(dataset).__name__} has no columns: to_dataset takes a datasets.Dataset of Hugging Face. For "
+                "other data sets look weights up by position: weights.of(indices)."
+            )
+        if len(dataset) != len(self):
+            raise ValueError(
+                f"The data set has {len(dataset)} samples, but there are {len(self)} weights. Give the data set that "
+                "was scored, in the same order."
+            )
+        if "flow_weight" in dataset.column_names:
+            dataset = dataset.remove_columns("flow_weight")
+        return dataset.add_column("flow_weight", self._columns()[1])
+
+    def _columns(self) -> tuple[Any, Any]:
+        """Return losses and weights as arrays."""
+        return self.losses.cpu().numpy(), self.weights.cpu().numpy()
 
     def verify(self) -> None:
         """See the base class."""
@@ -195,7 +261,7 @@ class TokenWeights(_Stored):
         """Weights of all supervised tokens, `[K]` float32, computed anew at each access."""
         return flow.weighting_rule(self.weighting)(self.losses, self.temperature)
 
-    def lookup(self, index: Tensor) -> Tensor:
+    def of(self, index: Tensor) -> Tensor:
         """Return the weights of the supervised tokens of samples `index`, one sample after the other, on its device."""
         self.lookups += 1
         if self.losses.device != index.device:  # once: later batches come from the same device

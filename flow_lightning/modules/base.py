@@ -88,7 +88,7 @@ class WeightedLossModule(LightningModule):
 
     def training_weights(self, batch: Any) -> Tensor | None:
         """Look up the weight of each term of the objective, `[K]`; None without FlowWeightingCallback."""
-        return None if self.sample_weights is None else self.sample_weights.lookup(self.sample_index(batch))
+        return None if self.sample_weights is None else self.sample_weights.of(self.sample_index(batch))
 
     def sample_index(self, batch: Any) -> Tensor:
         """Return the indices of the samples in a training batch, `[B]`: its own, or those that the loader drew.
@@ -124,7 +124,7 @@ class WeightedLossModule(LightningModule):
     def _drawn_loss(self, batch: Any) -> Tensor:
         """Estimate the weighted loss from the samples of the batch that are drawn with probability `w`."""
         index = self.sample_index(batch)
-        weights = self.sample_weights.lookup(index)  # type: ignore[union-attr]
+        weights = self.sample_weights.of(index)  # type: ignore[union-attr]
         seed = torch.initial_seed() if self.run_seed is None else self.run_seed
         drawn = draw(weights, index, hash((seed, self.current_epoch)))
         share = float(drawn.numel() > 0)

@@ -157,7 +157,7 @@ class CausalLanguageModule(WeightedLossModule):
         """Look up the weight of each supervised token, `[K]`: its own, or that of its sequence."""
         if self.sample_weights is None:
             return None
-        weights = self.sample_weights.lookup(self.sample_index(batch))
+        weights = self.sample_weights.of(self.sample_index(batch))
         per_token = isinstance(self.sample_weights, TokenWeights)
         return weights if per_token else weights.repeat_interleave(supervised_counts(batch))
 

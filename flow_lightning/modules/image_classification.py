@@ -23,6 +23,7 @@ from flow_lightning.method.objective import Reduction
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import read_checkpoint
+from flow_lightning.modules.saving import save_timm
 from flow_lightning.optional import optional_import
 from flow_lightning.scoring.evaluation import batch_norms
 
@@ -137,6 +138,10 @@ class ImageClassificationModule(WeightedLossModule):
         if self.batch_norm == "frozen":
             batch_norms(self.model).eval()
         return self
+
+    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
+        """Write the model in the format of timm, see `save_timm`; there is nothing to merge."""
+        save_timm(self.model, folder)
 
     @property
     def head(self) -> nn.Linear:

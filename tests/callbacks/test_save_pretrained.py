@@ -1,4 +1,4 @@
-"""The folder of the fine-tuned model: transformers reads from it what was trained."""
+"""The folder of the fine-tuned model is there whole, or as it was."""
 
 import os
 
@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import flow_lightning as fl
-from tests.examples import RegressionData, fit
 from tests.language import language_module
 from tests.retention import language_fit
 
@@ -40,8 +39,3 @@ def test_a_folder_of_an_earlier_run_is_replaced_when_the_new_one_is_whole(monkey
     again, _ = language_fit(fl.SavePretrainedCallback(folder="saved"), max_epochs=1)
     assert_same("saved", again.causal_lm)
     assert not [name for name in os.listdir() if "unfinished" in name]
-
-
-def test_another_module_is_refused():
-    with pytest.raises(TypeError, match=r"LinearRegression has no save_pretrained\(folder\)"):
-        fit(fl.SavePretrainedCallback(), data=RegressionData())

@@ -62,11 +62,11 @@ def test_unusable_temperatures_and_quantiles_are_errors(function, value, message
         function(torch.ones(2), value)
 
 
-def test_lookup_gives_the_weights_of_the_samples():
+def test_of_gives_the_weights_of_the_samples():
     weights = SampleWeights.from_losses(torch.arange(1.0, 11.0))
-    assert torch.equal(weights.lookup(torch.tensor([9, 0])), weights.weights[[9, 0]])
+    assert torch.equal(weights.of(torch.tensor([9, 0])), weights.weights[[9, 0]])
     with pytest.raises(IndexError):
-        weights.lookup(torch.tensor([10]))
+        weights.of(torch.tensor([10]))
 
 
 def test_a_lookup_does_not_grow_with_the_data_set():
@@ -84,7 +84,7 @@ def test_a_lookup_does_not_grow_with_the_data_set():
     for n in (100, 100_000):
         weights = SampleWeights.from_losses(torch.rand(n) + 0.1)
         with Elements() as mode:
-            weights.lookup(torch.arange(8))
+            weights.of(torch.arange(8))
         made.append(mode.made)
     assert 8 <= made[0] == made[1]
 

@@ -28,11 +28,11 @@ def test_temperature_and_weights_are_numpys():
 
 
 @pytest.mark.parametrize("index", [[0], [3, 0], [1], [2, 1, 3], [1, 1], []])
-def test_lookup_joins_the_tokens_of_the_samples(index):
+def test_of_joins_the_tokens_of_the_samples(index):
     weights = TokenWeights.from_losses(losses(), OFFSETS)
     parts = [weights.weights[OFFSETS[i] : OFFSETS[i + 1]] for i in index]
     expected = torch.cat(parts) if parts else torch.zeros(0)
-    torch.testing.assert_close(weights.lookup(torch.tensor(index, dtype=torch.long)), expected)
+    torch.testing.assert_close(weights.of(torch.tensor(index, dtype=torch.long)), expected)
 
 
 def test_positions_of_any_samples():
