@@ -109,13 +109,13 @@ class WeightedStep:
         """Compare loss and gradient of a batch with weights of 1, 1/2 and 0 with those of the module itself.
 
         Returns:
-            Whether there was something to compare: not if the step gave no loss for this batch.
+            Whether there was something to compare: not if the step gave no loss for this batch, or one of 0.
 
         Raises:
             RuntimeError: If they are not what they should be; the message says what was seen.
         """
         own = self._measure(run, None)
-        if own is None:
+        if own is None or own.is_zero:
             return False
         name = f"{type(self.module).__name__}.training_step"
         one, none, half = (self._measure(run, weight * ones) for weight in (1.0, 0.0, 0.5))
@@ -162,6 +162,11 @@ class _Measured:
     loss: float
     gradients: list[Tensor]
     is_half: bool
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing can be seen: a hinge loss that no sample of the batch passes."""
+        return self.loss == 0 and not any(gradient.any() for gradient in self.gradients)
 
     def is_near(self, other: "_Measured", tolerance: tuple[float, float]) -> bool:
         """Tell whether loss and gradient are the same but for rounding."""

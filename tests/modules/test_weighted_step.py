@@ -48,3 +48,13 @@ def test_losses_and_steps_are_those_of_a_loop_by_hand(name: str) -> None:
     by_loop = by_hand(case, flow.weights.weights, dataset)
     for (name, mine), theirs in zip(module.state_dict().items(), by_loop.state_dict().values()):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_first_batch_whose_loss_is_zero_leaves_the_proof_to_the_next_one() -> None:
+    case = Case(lambda x, y: F.mse_loss(x * y, 0 * x), lambda x, y: (x * y).square().mean(1), CASES["mse"].targets)
+    dataset = data(case)
+    dataset.tensors[1][:5] = 0
+    flow, module = fl.FlowWeightingCallback(), Classifier(case.loss)
+    fit(module, dataset, flow)
+    expected = by_hand(case, flow.weights.weights, dataset)
+    torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
