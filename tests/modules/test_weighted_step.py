@@ -58,3 +58,15 @@ def test_a_first_batch_whose_loss_is_zero_leaves_the_proof_to_the_next_one() -> 
     fit(module, dataset, flow)
     expected = by_hand(case, flow.weights.weights, dataset)
     torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_views_that_are_made_in_training_alone_are_refused() -> None:
+    class TwoViews(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            if self.training:
+                x, y = torch.cat([x, x + 0.1]), torch.cat([y, y])
+            return super().training_step((x, y), batch_idx)
+
+    with pytest.raises(RuntimeError, match="2 rows for each sample in training, but of 1 in evaluation"):
+        fit(TwoViews(), data(), fl.FlowWeightingCallback())
