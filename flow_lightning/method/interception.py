@@ -115,6 +115,7 @@ class Interception(TorchFunctionMode):
         if self.is_noting:
             losses = losses.detach().requires_grad_()
             self.terms.append(Term(name, losses, counts, rows, first, target))
+            losses = losses.clone()  # the caller may change them in place
         if self.weights is None:
             return losses
         weights = self.weights.to(losses.device).repeat_interleave(rows)

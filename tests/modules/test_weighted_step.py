@@ -60,6 +60,17 @@ def test_a_first_batch_whose_loss_is_zero_leaves_the_proof_to_the_next_one() -> 
     torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_losses_may_be_masked_in_place() -> None:
+    def masked(logits: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        losses *= targets != 0
+        return losses.mean()
+
+    flow, dataset = fl.FlowWeightingCallback(), data()
+    fit(Classifier(masked), dataset, flow)
+    assert torch.equal(flow.weights.losses == 0, dataset.tensors[1] == 0)
+
+
 def test_views_that_are_made_in_training_alone_are_refused() -> None:
     class TwoViews(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
