@@ -109,7 +109,14 @@ class StepLosses(SampleLosses):
     def step(self, module: LightningModule, batch: Any, size: int) -> tuple[Tensor, Interception]:
         """Run a step inside of `context`, and return its loss and what was seen of its losses."""
         with torch.enable_grad(), Interception(size, None, self.loss, is_noting=True) as interception:
-            loss = self._loss_of(call_training_step(module, batch, 0))
+            try:
+                output = call_training_step(module, batch, 0)
+            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise RuntimeError(
+                    f"{type(module).__name__}.training_step fails in evaluation mode, in which samples are scored "
+                    f"({type(error).__name__}: {error}). {HOW_TO_GIVE_LOSSES}"
+                ) from error
+            loss = self._loss_of(output)
         if loss is None:
             raise TypeError(
                 f"{type(module).__name__}.training_step gave no loss for a batch, so its samples cannot be scored. "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Generator, Tensor, nn
 
-from tests.foreign.project import Project, loader
+from tests.foreign.project import QUIET, Project, loader
 
 IMAGE, CLASSES, WORDS, LENGTH = 32, 5, 30, 6
 
@@ -276,6 +276,31 @@ def pair_losses(module: Any, batch: Any) -> Tensor:
     return torch.where(batch[2] > 0, 1 - cosine, (cosine + 0.9).clamp_min(0))
 
 
+def other_lightning(module: Any, batches: Any, callbacks: list[Any]) -> None:
+    """Train with the classes of `pytorch_lightning`, which are others than those of `lightning`."""
+    import pytorch_lightning
+
+    datamodule = pytorch_lightning.LightningDataModule()
+    vars(datamodule)["train_dataloader"] = lambda: batches
+    pytorch_lightning.Trainer(callbacks=callbacks, **QUIET).fit(module, datamodule=datamodule)
+
+
+def other_boring() -> Any:
+    from pytorch_lightning.demos.boring_classes import BoringModel
+
+    return BoringModel()
+
+
+def only_trains() -> LightningModule:
+    """A network that makes something else in evaluation mode, as detectors do."""
+
+    def step(module: Any, batch: Any) -> Tensor:
+        out = module(batch[0])
+        return F.cross_entropy(out if module.training else {"classes": out.argmax(1)}, batch[1])
+
+    return Task(timm_network(), step)
+
+
 PROJECTS = [
     Project(
         "lightning",
@@ -283,6 +308,14 @@ PROJECTS = [
         boring,
         loader(lambda g: torch.randn(32, generator=g)),
         lambda module, x: (module(x) - 1).square().mean(1),
+    ),
+    Project(
+        "pytorch-lightning",
+        "its BoringModel, LightningDataModule and Trainer",
+        other_boring,
+        loader(lambda g: torch.randn(32, generator=g)),
+        lambda module, x: (module(x) - 1).square().mean(1),
+        fit=other_lightning,
     ),
     Project(
         "lightning",
@@ -362,6 +395,14 @@ PROJECTS = [
         loader(image),
         hard_losses,
         refused="depends on the others",
+    ),
+    Project(
+        "torch",
+        "a network with other outputs in evaluation mode",
+        only_trains,
+        loader(image),
+        hard_losses,
+        refused="fails in evaluation mode",
     ),
     Project("torch", "CosineEmbeddingLoss of pairs", pairs, loader(pair), pair_losses),
     Project(

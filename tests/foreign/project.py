@@ -63,15 +63,21 @@ class Errors:
 
 
 class FirstStep(Callback):
-    """Keeps batch, random numbers and gradient of a fit's first step."""
+    """Keeps a copy of the untrained module, and batch, random numbers and gradient of the first step."""
 
     def __init__(self) -> None:
+        self.module: Any = None
+        self.loader: Any = None
         self.batch: Any = None
         self.random: Any = None
         self.gradients: list[Tensor | None] = []
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.fitted, self.module = pl_module, copy.deepcopy(pl_module)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.batch is None:
+            self.loader = trainer.train_dataloader
             self.batch, self.random = copy.deepcopy(batch), (torch.get_rng_state(), np.random.get_state())
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -82,13 +88,12 @@ class FirstStep(Callback):
 def measure(project: Project) -> Errors:
     """Fit with FLOW weights, and compare losses and the first step with what is computed by hand."""
     torch.manual_seed(0)
-    module, loader = project.module(), project.loader()
-    frozen, twin = copy.deepcopy(module).eval(), copy.deepcopy(module).train()
-    names = set(vars(module))
+    module, batches = project.module(), project.loader()
     flow, first = fl.FlowWeightingCallback(**project.arguments), FirstStep()
     torch.manual_seed(1)
-    (project.fit or fit)(module, loader, [flow, first])
-    assert not (set(vars(module)) - names) & {"training_step", "sample_losses", "sample_weights", "log"}
+    (project.fit or fit)(module, batches, [flow, first])
+    frozen, twin, loader = copy.deepcopy(first.module).eval(), first.module.train(), first.loader
+    assert not (set(vars(first.fitted)) - set(vars(twin))) & {"training_step", "sample_losses", "sample_weights", "log"}
     with torch.no_grad():
         each = [project.losses(frozen, loader.collate_fn([loader.dataset[i]])) for i in range(len(loader.dataset))]
     order = torch.tensor(list(loader.sampler))[: loader.batch_size]
