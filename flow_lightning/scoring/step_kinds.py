@@ -111,7 +111,9 @@ class StepLosses(SampleLosses):
         with torch.enable_grad(), Interception(size, None, self.loss, is_noting=True) as interception:
             try:
                 output = call_training_step(module, batch, 0)
-            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
                 raise RuntimeError(
                     f"{type(module).__name__}.training_step fails in evaluation mode, in which samples are scored "
                     f"({type(error).__name__}: {error}). {HOW_TO_GIVE_LOSSES}"
