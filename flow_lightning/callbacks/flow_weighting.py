@@ -22,6 +22,7 @@ from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedSte
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
 from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
+from flow_lightning.scoring.samples import check_trained_data
 from flow_lightning.scoring.step_kinds import StepLosses
 from flow_lightning.scoring.store import PARTS
 
@@ -144,6 +145,11 @@ class FlowWeightingCallback(RunCallback):
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
             self._step = WeightedStep(trainer, pl_module, weights.lookup, self.loss, self.sample_losses)
             self._step.install()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a training loader, made anew perhaps, of other samples than those that were scored."""
+        if self.dataloader is None:
+            check_trained_data(trainer, pl_module, self.run.scoring.samples)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
