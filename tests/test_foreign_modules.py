@@ -2,8 +2,10 @@
 
 import pytest
 
-from tests.foreign.installed import PROJECTS
+from tests.foreign import basic, pictures
 from tests.foreign.project import Project, measure
+
+PROJECTS = [*basic.PROJECTS, *pictures.PROJECTS]
 
 
 @pytest.mark.parametrize("project", [p for p in PROJECTS if not p.refused], ids=lambda p: p.name)

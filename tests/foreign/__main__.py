@@ -6,7 +6,7 @@ import traceback
 import warnings
 from importlib.metadata import PackageNotFoundError
 
-from tests.foreign import extra, installed
+from tests.foreign import basic, extra_pictures, extra_sequences, pictures
 from tests.foreign.project import Project, measure
 
 
@@ -30,7 +30,7 @@ def main(word: str = "") -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     rows = []
-    for project in [*installed.PROJECTS, *extra.PROJECTS]:
+    for project in [p for part in (basic, pictures, extra_pictures, extra_sequences) for p in part.PROJECTS]:
         if word not in f"{project.package} {project.name}":
             continue
         try:

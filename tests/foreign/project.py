@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
 
-SIZE = 4  # samples in a batch
+SIZE, CLASSES = 4, 5  # samples in a batch
 
 
 @dataclass
@@ -60,6 +60,30 @@ class Errors:
 
     losses: float
     gradient: float
+
+
+class Task(LightningModule):
+    """A network of a package, and a training step as users write it.
+
+    Args:
+        network: The network.
+        step: Computes the loss of module and batch.
+    """
+
+    def __init__(self, network: nn.Module, step: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.network, self.step = network, step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.step(self, batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 class FirstStep(Callback):

@@ -1,40 +1,16 @@
-"""Projects that need no package beyond those of the tests: Lightning's demos, transformers, torchvision, timm."""
+"""Lightning's demos, transformers, a table and pairs: projects that need no package beyond those of the tests."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Generator, Tensor, nn
 
-from tests.foreign.project import QUIET, Project, loader
+from tests.foreign.project import CLASSES, QUIET, Project, Task, loader
 
-IMAGE, CLASSES, WORDS, LENGTH = 32, 5, 30, 6
-
-
-class Task(LightningModule):
-    """A network of a package, and a training step as users write it.
-
-    Args:
-        network: The network.
-        step: Computes the loss of module and batch.
-    """
-
-    def __init__(self, network: nn.Module, step: Callable[[Any, Any], Tensor]) -> None:
-        super().__init__()
-        self.network, self.step = network, step
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network(*args, **kwargs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.step(self, batch)
-        self.log("train_loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+WORDS, LENGTH = 30, 6
 
 
 def demo_transformer() -> LightningModule:
@@ -123,24 +99,6 @@ def token_weighted(shift: int) -> Any:
     return weighted
 
 
-def image(g: Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(3, IMAGE, IMAGE, generator=g), torch.randint(CLASSES, (), generator=g)
-
-
-def torchvision_reference() -> LightningModule:
-    import torchvision
-
-    network = torchvision.models.mobilenet_v3_small(num_classes=CLASSES)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    return Task(network, lambda module, batch: criterion(module(batch[0]), batch[1]))
-
-
-def smoothed_losses(module: Any, batch: Any) -> Tensor:
-    log_probs = module(batch[0]).log_softmax(1)
-    own = log_probs.gather(1, batch[1][:, None]).squeeze(1)
-    return -0.9 * own - 0.1 * log_probs.mean(1)
-
-
 class Table(nn.Module):
     """A network for a table: two categories, embedded, and three numbers."""
 
@@ -170,85 +128,6 @@ def table() -> LightningModule:
 def table_losses(module: Any, batch: Any) -> Tensor:
     p, y = module(batch["categories"], batch["numbers"]).sigmoid(), batch["target"]
     return -3 * y * p.log() - (1 - y) * (1 - p).log()
-
-
-def timm_network() -> nn.Module:
-    import timm
-
-    return timm.create_model("test_resnet", pretrained=False, num_classes=CLASSES)
-
-
-def mix(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix each image and its label with those of another sample."""
-    share, other = torch.rand(()), torch.randperm(len(x))
-    y = F.one_hot(y, CLASSES).float()
-    return share * x + (1 - share) * x[other], share * y + (1 - share) * y[other]
-
-
-def mixup_in_training() -> LightningModule:
-    def step(module: Any, batch: Any) -> Tensor:
-        x, y = mix(*batch) if module.training else batch
-        return F.cross_entropy(module(x), y)
-
-    return Task(timm_network(), step)
-
-
-def mixup_losses(module: Any, batch: Any) -> Tensor:
-    if not module.training:
-        return -module(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).squeeze(1)
-    x, y = mix(*batch)
-    return -(y * module(x).log_softmax(1)).sum(1)
-
-
-def mixup_always() -> LightningModule:
-    def step(module: Any, batch: Any) -> Tensor:
-        x, y = mix(*batch)
-        return F.cross_entropy(module(x), y)
-
-    return Task(timm_network(), step)
-
-
-def timm_mixup() -> Any:
-    import timm.data
-
-    return timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
-
-
-def mixed_binary_losses(module: Any, batch: Any) -> Tensor:
-    x, y = timm_mixup()(*batch) if module.training else (batch[0], F.one_hot(batch[1], CLASSES).float())
-    p = module(x).sigmoid()
-    return -(y * p.log() + (1 - y) * (1 - p).log()).mean(1)
-
-
-def timm_recipe(loss: str) -> Callable[[], LightningModule]:
-    """Return what makes a module with timm's own Mixup and one of its losses."""
-
-    def make() -> LightningModule:
-        import timm.loss
-
-        mixup = timm_mixup()
-        criterion = getattr(timm.loss, loss)()
-
-        def step(module: Any, batch: Any) -> Tensor:
-            x, y = batch
-            if module.training and len(x) % 2 == 0:
-                x, y = mixup(x.clone(), y)
-            else:
-                y = F.one_hot(y, CLASSES).float()
-            return criterion(module(x), y)
-
-        return Task(timm_network(), step)
-
-    return make
-
-
-def soft_target_losses(module: Any, batch: Any) -> Tensor:
-    x, y = batch
-    return torch.sum(-F.one_hot(y, CLASSES) * F.log_softmax(module(x), dim=-1), dim=-1)
-
-
-def hard_losses(module: Any, batch: Any) -> Tensor:
-    return F.cross_entropy(module(batch[0]), batch[1], reduction="none")
 
 
 def pair(g: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,20 +164,15 @@ def other_lightning(module: Any, batches: Any, callbacks: list[Any]) -> None:
     pytorch_lightning.Trainer(callbacks=callbacks, **QUIET).fit(module, datamodule=datamodule)
 
 
+def own_loader(module: Any, batches: Any, callbacks: list[Any]) -> None:
+    """Train on what the module itself loads: other random numbers each time."""
+    Trainer(callbacks=callbacks, **QUIET).fit(module)
+
+
 def other_boring() -> Any:
     from pytorch_lightning.demos.boring_classes import BoringModel
 
     return BoringModel()
-
-
-def only_trains() -> LightningModule:
-    """A network that makes something else in evaluation mode, as detectors do."""
-
-    def step(module: Any, batch: Any) -> Tensor:
-        out = module(batch[0])
-        return F.cross_entropy(out if module.training else {"classes": out.argmax(1)}, batch[1])
-
-    return Task(timm_network(), step)
 
 
 PROJECTS = [
@@ -308,6 +182,16 @@ PROJECTS = [
         boring,
         loader(lambda g: torch.randn(32, generator=g)),
         lambda module, x: (module(x) - 1).square().mean(1),
+    ),
+    Project(
+        "lightning",
+        "BoringModel, its own train_dataloader",
+        boring,
+        loader(lambda g: torch.randn(32, generator=g)),
+        lambda module, x: (module(x) - 1).square().mean(1),
+        refused="gives other samples than when they were scored",
+        note="the samples are drawn anew at each call",
+        fit=own_loader,
     ),
     Project(
         "pytorch-lightning",
@@ -348,62 +232,7 @@ PROJECTS = [
         token_means(0),
         token_weighted(0),
     ),
-    Project(
-        "torchvision",
-        "MobileNetV3, cross_entropy with label smoothing",
-        torchvision_reference,
-        loader(image),
-        smoothed_losses,
-    ),
     Project("torch", "a table, BCEWithLogitsLoss with pos_weight", table, loader(row), table_losses),
-    Project(
-        "timm",
-        "test_resnet, mixup in training, cross_entropy of soft targets",
-        mixup_in_training,
-        loader(image),
-        mixup_losses,
-        note="a mixed image has the weight of the sample in its row",
-    ),
-    Project(
-        "timm",
-        "test_resnet, Mixup, BinaryCrossEntropy",
-        timm_recipe("BinaryCrossEntropy"),
-        loader(image),
-        mixed_binary_losses,
-    ),
-    Project(
-        "timm",
-        "test_resnet, Mixup, SoftTargetCrossEntropy",
-        timm_recipe("SoftTargetCrossEntropy"),
-        loader(image),
-        hard_losses,
-        refused="Give the losses yourself",
-        note="the loss is written in tensor operations",
-    ),
-    Project(
-        "timm",
-        "test_resnet, SoftTargetCrossEntropy as sample_losses",
-        timm_recipe("SoftTargetCrossEntropy"),
-        loader(image),
-        hard_losses,
-        arguments={"sample_losses": soft_target_losses},
-    ),
-    Project(
-        "timm",
-        "test_resnet, mixup in evaluation, too",
-        mixup_always,
-        loader(image),
-        hard_losses,
-        refused="depends on the others",
-    ),
-    Project(
-        "torch",
-        "a network with other outputs in evaluation mode",
-        only_trains,
-        loader(image),
-        hard_losses,
-        refused="fails in evaluation mode",
-    ),
     Project("torch", "CosineEmbeddingLoss of pairs", pairs, loader(pair), pair_losses),
     Project(
         "torch",
@@ -412,5 +241,6 @@ PROJECTS = [
         loader(pair),
         pair_losses,
         refused="depends on the others",
+        note="each sample against all others of its batch",
     ),
 ]
