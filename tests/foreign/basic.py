@@ -49,7 +49,13 @@ def transformer(kind: str, **settings: Any) -> Callable[[], LightningModule]:
     return make
 
 
-BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BERT = {
+    "initializer_range": 0.3,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 def labelled_text(g: Generator) -> dict[str, Tensor]:

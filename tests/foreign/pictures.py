@@ -20,7 +20,7 @@ def image(g: Generator) -> tuple[Tensor, Tensor]:
 def torchvision_reference() -> LightningModule:
     import torchvision
 
-    network = torchvision.models.mobilenet_v3_small(num_classes=CLASSES)
+    network = torchvision.models.resnet18(num_classes=CLASSES)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     return Task(network, lambda module, batch: criterion(module(batch[0]), batch[1]))
 
@@ -155,7 +155,7 @@ def focal_parts(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
 PROJECTS = [
     Project(
         "torchvision",
-        "MobileNetV3, cross_entropy with label smoothing",
+        "ResNet-18, cross_entropy with label smoothing",
         torchvision_reference,
         loader(image),
         smoothed_losses,

@@ -122,6 +122,7 @@ def measure(project: Project) -> Errors:
         each = [project.losses(frozen, loader.collate_fn([loader.dataset[i]])) for i in range(len(loader.dataset))]
     order = torch.tensor(list(loader.sampler))[: loader.batch_size]
     weights = flow.weights.weights[order]
+    assert weights.std() > 1e-3, "equal weights prove nothing"
     torch.testing.assert_close(weights, (-flow.weights.losses[order] / flow.weights.temperature).exp())
     torch.set_rng_state(first.random[0])
     np.random.set_state(first.random[1])
