@@ -3,6 +3,7 @@
 In: module and batch. Out: losses of samples, or features and targets for a probe. Next: `scoring.py`.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,8 @@ class StepLosses(SampleLosses):
         collate: Any = samples.loader.collate_fn
 
         def losses(*items: Any) -> Tensor:
-            (batch,) = on_device(trainer, module, [collate(list(items))])
+            own = [copy.deepcopy(item) for item in items]  # a collate function may change what it gets
+            (batch,) = on_device(trainer, module, [collate(own)])
             return self._sample_losses(module, batch, len(items))
 
         with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
@@ -63,6 +65,9 @@ class StepLosses(SampleLosses):
                 whole = losses(*chosen)
             with isolate_rng():
                 part, again = losses(*chosen[:half][::-1]).flip(0), losses(*chosen)
+                # The smallest losses among themselves: what was left out beside harder samples counts now.
+                easy = [chosen[i] for i in (whole == whole.min()).nonzero().flatten().tolist()] or chosen
+                least = losses(*(easy * half)[: max(half, len(easy))]) - whole.min()
             if is_random := _differ(whole, again):
                 with isolate_rng():
                     same = losses(*chosen)
@@ -73,10 +78,11 @@ class StepLosses(SampleLosses):
                 "The losses of a sample are random in evaluation mode, too: the weights come from one random draw."
             )
         tolerance = _TOLERANCE / 10 if is_random else _TOLERANCE  # batches of the same size: bit for bit, mostly
-        if _differ(whole[:half], part, tolerance) and not (is_random and _differ(whole, same, tolerance)):
+        depends = _differ(whole[:half], part, tolerance) and not (is_random and _differ(whole, same, tolerance))
+        if depends or (not is_random and bool((least.abs() > _TOLERANCE * whole.abs().mean()).any())):
             raise ValueError(
                 f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
-                "(contrastive losses, mixup), so it has no weight of its own. "
+                "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
                 f"{HOW_TO_GIVE_LOSSES}"
             )
 

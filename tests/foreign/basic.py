@@ -181,6 +181,26 @@ def other_boring() -> Any:
     return BoringModel()
 
 
+def hardest() -> LightningModule:
+    """Online hard example mining: the mean of the larger half of the losses."""
+
+    def step(module: Any, batch: Any) -> Tensor:
+        losses = F.cosine_embedding_loss(
+            module(batch[0]), module(batch[1]), torch.ones(len(batch[0])), reduction="none"
+        )
+        return losses.topk(max(1, len(losses) // 2)).values.mean()
+
+    return Task(nn.Linear(8, 4), step)
+
+
+def time_first() -> LightningModule:
+    def step(module: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(module(x.transpose(0, 1))[0].flatten(0, 1), y.T.flatten())
+
+    return Task(nn.GRU(3, CLASSES), step)
+
+
 PROJECTS = [
     Project(
         "lightning",
@@ -240,6 +260,24 @@ PROJECTS = [
     ),
     Project("torch", "a table, BCEWithLogitsLoss with pos_weight", table, loader(row), table_losses),
     Project("torch", "CosineEmbeddingLoss of pairs", pairs, loader(pair), pair_losses),
+    Project(
+        "torch",
+        "the hardest half of a batch",
+        hardest,
+        loader(pair),
+        pair_losses,
+        refused="depends on the others",
+        note="which losses count depends on the others of the batch",
+    ),
+    Project(
+        "torch",
+        "GRU, its losses time by time",
+        time_first,
+        loader(lambda g: (torch.randn(8, 3, generator=g), torch.randint(CLASSES, (8,), generator=g))),
+        pair_losses,
+        refused="its row is not its place in the batch",
+        note="rows of losses in the order of time, not of samples",
+    ),
     Project(
         "torch",
         "contrastive cross_entropy, B x B",
