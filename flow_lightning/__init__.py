@@ -3,34 +3,14 @@
 Names are imported when they are first used: `import flow_lightning` alone loads neither torch nor Lightning.
 """
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-#: Each module below this package, with its public names.
-_PUBLIC = {
-    "callbacks.flow_weighting": ("FlowWeightingCallback",),
-    "callbacks.linear_probe": ("LinearProbeCallback",),
-    "callbacks.retention": ("RetentionCallback",),
-    "callbacks.save_pretrained": ("SavePretrainedCallback",),
-    "data.images": ("ImageDataModule",),
-    "data.indexing": ("IndexedDataset", "IndexedSample"),
-    "data.instructions": ("InstructionDataModule",),
-    "files": ("AtomicCheckpointIO",),
-    "method.flow": ("effective_sample_size", "flow_weights", "keep_below", "temperature"),
-    "method.objective": ("weighted_loss",),
-    "method.weights": ("SampleWeights", "TokenWeights"),
-    "modules.base": ("WeightedLossModule",),
-    "modules.causal_language": ("CausalLanguageModule",),
-    "modules.image_classification": ("ImageClassificationModule",),
-    "resume": ("ExactResumeCallback", "ResumableDataLoader", "ResumableSampler"),
-}
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-
-__all__ = sorted(_HOME)
-
-if TYPE_CHECKING:  # for type checkers and editors
+if TYPE_CHECKING:  # the public names: type checkers and editors see imports, and `_HOME` reads them
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
@@ -54,11 +34,16 @@ if TYPE_CHECKING:  # for type checkers and editors
     from flow_lightning.resume import ResumableDataLoader as ResumableDataLoader
     from flow_lightning.resume import ResumableSampler as ResumableSampler
 
+_IMPORTS = (node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.ImportFrom))
+#: The module of each public name.
+_HOME = {alias.name: f"{node.module}" for node in _IMPORTS for alias in node.names if alias.asname}
+__all__ = sorted(_HOME)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from flow_lightning.configurations import OptionError, method_names, nearest, shipped, with_files
+from flow_lightning.configurations import OptionError, names_of, nearest, shipped, with_files
 
 COMMANDS = ("fit", "score", "compare", "validate", "test", "predict")
 
@@ -31,9 +31,13 @@ options that matter most:
   --retention.images FOLDER       images of the pre-trained task, to measure what the model kept
   --trainer.max_epochs NUMBER     like all arguments of Lightning's Trainer
   --ckpt_path FILE                continue from a checkpoint
-  --methods "[standard, flow]" --seeds "[1, 2, 3]" --output DIR    for compare
 
-configurations: {configurations}
+for compare, or in a YAML file for --board FILE; a board that was killed makes what is missing:
+  --methods "[standard, flow]"    --seeds "[1, 2, 3]"    --rates "[0.001, 0.002, 0.004]"
+  --optimizers "[sgd, adamw]"     --jobs NUMBER of processes, one per GPU    --part 0/4    --output FOLDER
+
+configurations:
+  {configurations}
 methods: {methods}
 
 every option:        flow-lightning fit --help-all
@@ -44,8 +48,8 @@ first try:           flow-lightning compare -c quickstart
 
 def help_text() -> str:
     """Return what `--help` prints."""
-    names = [name for name in shipped() if not name.startswith("methods/")]
-    return _HELP.format(configurations="\n  ".join(["", *names]), methods=", ".join(method_names()))
+    configurations = "\n  ".join(name for name in shipped() if not name.startswith(("methods/", "optimizers/")))
+    return _HELP.format(configurations=configurations, methods=", ".join(names_of("methods")))
 
 
 def main(args: Sequence[str] | None = None) -> Any:

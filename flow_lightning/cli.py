@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.predictions import PredictionsCallback
 from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.configurations import OptionError, method_names
+from flow_lightning.configurations import OptionError, names_of
 from flow_lightning.data.images import ImageDataModule
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.image_classification import ImageClassificationModule
@@ -75,9 +75,9 @@ class FlowCLI(LightningCLI):
         if self.subcommand == "predict" and isinstance(self.model, ImageClassificationModule):
             self.trainer.callbacks.append(PredictionsCallback())  # type: ignore[attr-defined]
         if self.subcommand == "fit":
-            self._check_method(config.method)
-            plain = " (plain fine-tuning, without weights)" if config.method == "standard" else ""
             rate = config.model.init_args.get("learning_rate")
+            plain = " (plain fine-tuning, without weights)" if config.method == "standard" else ""
+            self._check_method(config.method)
             rank_zero_info(f"Method: {config.method}{plain}" + ("." if rate is None else f", learning rate {rate:g}."))
         elif self.subcommand != "score" and config.ckpt_path is None:
             rank_zero_warn(f"{self.subcommand} has no --ckpt_path, so it takes the model as it is before training.")
@@ -92,7 +92,7 @@ class FlowCLI(LightningCLI):
     def _check_method(self, method: str) -> None:
         """Check that samples are weighted if and only if a shipped method says so; one of your own may do either."""
         weighted = any(isinstance(c, FlowWeightingCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if method in method_names() and weighted != (method != "standard"):
+        if method in names_of("methods") and weighted != (method != "standard"):
             raise OptionError(
                 "The method 'standard' trains without weights: give --method flow, or take FlowWeightingCallback out."
                 if weighted
@@ -116,16 +116,13 @@ def learning_rate_of(
 
 
 def run(words: list[str]) -> FlowCLI:
-    """Run one command of the Trainer: the command and its options, with files for names.
-
-    Raises:
-        OptionError: If an option is wrong.
-    """
-    # The parser gets changed arguments, frozen BatchNorm layers are in evaluation mode on purpose, and the last warning
-    # is about Lightning's own code.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    """Run one command of the Trainer, with files for names; OptionError if an option is wrong."""
+    for message in (
+        "LightningCLI's args parameter is intended",  # the parser gets changed arguments
+        r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen BatchNorm layers
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
+    ):
+        warnings.filterwarnings("ignore", message=message)
     return FlowCLI(
         WeightedLossModule,
         LightningDataModule,

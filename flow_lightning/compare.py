@@ -1,54 +1,103 @@
-"""Several methods side by side: one fit for each method and seed, then table, picture and one JSON file.
+"""Several methods side by side: one fit for each method, optimizer, rate and seed, then tables and pictures.
 
-In: the words of a `compare` command. Out: `comparison.json`, `comparison.png`, a table.
-Next: `report/metrics.py`.
+In: the words of a `compare` command. Out: a folder for each fit, `comparison.json`, `board.csv`, pictures, tables.
+Next: `report/board.py`.
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from flow_lightning.cli import run
-from flow_lightning.configurations import find_method
+from flow_lightning.configurations import OptionError, find_method, find_optimizer
 from flow_lightning.files import write_bytes
-from flow_lightning.report.metrics import metrics_table, print_table, read_metrics
-from flow_lightning.report.pictures import plot_comparison
+from flow_lightning.report.board import report
+from flow_lightning.report.metrics import Metrics, finite, read_metrics
 from flow_lightning.run import run_directory
 
 
+class Fit(NamedTuple):
+    """One fit of a board.
+
+    Attributes:
+        name: Of its column: the method, and what is varied beside it.
+        seed: None for that of the configuration.
+        folder: Where it writes; `finished.json` there holds its command and its numbers.
+        words: Its command.
+        settings: Method, optimizer and rate.
+    """
+
+    name: str
+    seed: int | None
+    folder: Path
+    words: list[str]
+    settings: dict[str, Any]
+
+
 def compare(words: Sequence[str]) -> None:
-    """Fit one configuration by several methods and seeds, one after the other, and report them side by side.
+    """Make all fits of a board that are not finished yet, and report on all.
 
     Raises:
-        FloatingPointError: At the end, if a run diverged; the table leaves it out.
+        OptionError: If an option is wrong.
+        FloatingPointError: At the end, if a fit diverged.
     """
+    options, shared = _options(words[1:])
+    fits = list(_fits(options, shared))
+    if options.jobs > 1:
+        _share_out(words, options.jobs)
+    else:
+        number, parts = options.part
+        for fit in fits[number::parts]:
+            if _finished(fit) is None:
+                _make(fit)
+    found = [_finished(fit) for fit in fits]
+    missing = [fit.folder for fit, metrics in zip(fits, found) if metrics is None]
+    if missing:
+        rank_zero_info(f"{len(missing)} of {len(fits)} fits are not finished, such as {missing[0]}: no report yet.")
+        return
+    _report(fits, [metrics or {} for metrics in found], options.output)
+    if diverged := [f"{fit.folder}: {m['diverged']}" for fit, m in zip(fits, found) if m and "diverged" in m]:
+        raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
+
+
+def board_parser() -> argparse.ArgumentParser:
+    """Return the parser of a board's own options."""
     parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False)
+    parser.add_argument("--board", type=Path)
     parser.add_argument("--methods", type=_listed, default=["standard", "flow"])
+    parser.add_argument("--optimizers", type=_listed, default=[None])
+    parser.add_argument("--rates", type=_listed, default=[None])
     parser.add_argument("--seeds", type=_listed, default=[None])
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
-    options, shared = parser.parse_known_args(words[1:])
-    files = {Path(method).stem: find_method(method) for method in options.methods}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in files}
-    diverged: list[str] = []
-    for seed in options.seeds:
-        for name, file in files.items():
-            folder = options.output / name / ("default" if seed is None else f"seed-{seed}")
-            own = [f"--config={file}", f"--trainer.default_root_dir={folder}"]
-            own += [] if seed is None else [f"--seed_everything={seed}"]
-            try:
-                directory = run_directory(run(["fit", *shared, *own]).trainer)
-                runs[name].append(read_metrics(directory / "metrics.json") if directory else {})
-            except FloatingPointError as error:  # the other runs are worth having
-                diverged.append(f"{folder}: {error}")
-                runs[name].append({})
-    _report(runs, options.output)
-    if diverged:
-        raise FloatingPointError("\n".join(["Runs that diverged, which the table leaves out:", *diverged]))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--part", type=_part, default=(0, 1))
+    return parser
+
+
+def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take the options of a board, from a YAML file if one is given, and leave those of the fits."""
+    parser = board_parser()
+    board, rest = parser.parse_known_args(words)
+    if board.board is not None:
+        known = {action.dest for action in parser._actions} - {"board"}
+        settings = yaml.safe_load(board.board.read_text())
+        if unknown := set(settings) - known:
+            raise OptionError(f"{board.board} has {sorted(unknown)}, but a board has {', '.join(sorted(known))}.")
+        parser.set_defaults(**{name: str(value) for name, value in settings.items()})
+        board, rest = parser.parse_known_args(words)
+    if board.rates != [None] and len(set(board.rates)) < 2:
+        raise OptionError(f"--rates is {board.rates}: a board needs at least two, such as [0.001, 0.002, 0.004].")
+    return board, rest
 
 
 def _listed(text: str) -> list[Any]:
@@ -57,12 +106,71 @@ def _listed(text: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _part(text: str) -> tuple[int, int]:
+    """Read "2/4", the third of four parts."""
+    number, parts = map(int, text.split("/"))
+    return number, parts
+
+
+def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
+    """Yield all fits, seed by seed, so that a board that is not finished compares like with like."""
+    for seed, method, optimizer, rate in product(options.seeds, options.methods, options.optimizers, options.rates):
+        varied = {"method": Path(method).stem, "optimizer": optimizer and Path(optimizer).stem, "rate": rate}
+        name = " ".join(f"{value:g}" if isinstance(value, float) else value for value in varied.values() if value)
+        folder = options.output / name.replace(" ", "-") / ("default" if seed is None else f"seed-{seed}")
+        words = ["fit", *shared, f"--config={find_method(method)}"]
+        words += [f"--config={find_optimizer(optimizer)}"] if optimizer else []
+        words += [f"--trainer.default_root_dir={folder}"]
+        words += [] if rate is None else [f"--learning_rate={rate}"]
+        words += [] if seed is None else [f"--seed_everything={seed}"]
+        yield Fit(name, seed, folder, words, varied)
+
+
+def _make(fit: Fit) -> None:
+    """Make a fit, and write down that it is finished, with its numbers, or that it diverged."""
+    try:
+        directory = run_directory(run(fit.words).trainer)
+        metrics = read_metrics(directory / "metrics.json") if directory else {}
+    except FloatingPointError as error:  # the other fits are worth having
+        metrics = {"diverged": str(error)}
+    _write(fit.folder / "finished.json", {"words": fit.words, "metrics": metrics})
+
+
+def _finished(fit: Fit) -> Metrics | None:
+    """Return the numbers of a finished fit of the same command; None if there is none."""
+    file = fit.folder / "finished.json"
+    if not file.exists():
+        return None
+    content = read_metrics(file)
+    return content["metrics"] if content["words"] == fit.words else None
+
+
+def _share_out(words: Sequence[str], jobs: int) -> None:
+    """Run parts of the board in processes of their own, each with a device of its own where there are several."""
+    devices = torch.cuda.device_count()
+    own = [*words, "--jobs=1"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "flow_lightning", *own, f"--part={number}/{jobs}"],
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(number % devices)} if devices else {}),
+        )
+        for number in range(jobs)
+    ]
+    codes = [process.wait() for process in processes]  # all of them, also after one has failed
+    if any(codes):
+        raise OptionError("A process of the board failed; see its message above. The same command goes on from there.")
+
+
 @rank_zero_only  # under ddp every process goes through all runs
-def _report(runs: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
-    """Print and draw what the runs of each method measured, and write it down."""
-    write_bytes(folder / "comparison.json", (json.dumps(runs, indent=2, sort_keys=True) + "\n").encode())
-    plot_comparison(runs, folder / "comparison.png")
-    count = max(len(column) for column in runs.values())
-    spread = f", mean ± standard deviation of {count} seeds" if count > 1 else ""
-    table = metrics_table(runs, f"What each method learned and what it kept{spread}")
-    print_table(table, f"Runs, comparison.json and comparison.png: {folder.absolute()}")
+def _write(path: Path, content: Any) -> None:
+    write_bytes(path, (json.dumps(finite(content), indent=2, sort_keys=True) + "\n").encode())
+
+
+@rank_zero_only
+def _report(fits: Sequence[Fit], found: Sequence[Metrics], folder: Path) -> None:
+    """Write down, print and draw what the fits measured."""
+    runs: dict[str, list[Metrics]] = {fit.name: [] for fit in fits}
+    for fit, metrics in zip(fits, found):
+        runs[fit.name].append({} if "diverged" in metrics else metrics)
+    _write(folder / "comparison.json", runs)
+    report(runs, [fit.settings | {"seed": fit.seed or 0, "folder": str(fit.folder)} for fit in fits], found, folder)

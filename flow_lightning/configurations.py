@@ -28,9 +28,9 @@ def shipped() -> dict[str, Path]:
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
-def method_names() -> list[str]:
-    """Return the names of the shipped methods."""
-    return [name.removeprefix("methods/") for name in shipped() if name.startswith("methods/")]
+def names_of(kind: str) -> list[str]:
+    """Return the names of the shipped `methods` or `optimizers`."""
+    return [name.removeprefix(f"{kind}/") for name in shipped() if name.startswith(f"{kind}/")]
 
 
 def find_configuration(name: str) -> Path:
@@ -48,9 +48,19 @@ def find_configuration(name: str) -> Path:
 
 def find_method(name: str) -> Path:
     """Return the file of a method: a file of your own, or a shipped one."""
-    file = Path(name) if Path(name).is_file() else shipped().get(f"methods/{name}")
-    if file is None:
-        raise OptionError(f"No method {name!r}. {nearest(name, method_names())}Shipped: {', '.join(method_names())}.")
+    return _find("method", name)
+
+
+def find_optimizer(name: str) -> Path:
+    """Return the file of an optimizer: a file of your own, or a shipped one."""
+    return _find("optimizer", name)
+
+
+def _find(kind: str, name: str) -> Path:
+    file = Path(name) if Path(name).is_file() else FOLDER / f"{kind}s" / f"{name}.yaml"
+    if not file.is_file():
+        names = names_of(f"{kind}s")
+        raise OptionError(f"No {kind} {name!r}. {nearest(name, names)}Shipped: {', '.join(names)}.")
     return file
 
 
@@ -64,7 +74,7 @@ def with_files(arguments: Sequence[str]) -> list[str]:
         ['fit', 'cifar10.yaml', 'flow.yaml']
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_configuration)
+    parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_file_or_yaml)
     parser.add_argument("--method", action="append", dest="files", type=lambda name: (True, find_method(name)))
     try:
         parsed, words = parser.parse_known_args(arguments)
@@ -78,8 +88,8 @@ def with_files(arguments: Sequence[str]) -> list[str]:
     return [*words[:1], *(f"--config={file}" for _, file in files), *words[1:]]
 
 
-def _configuration(value: str) -> tuple[bool, Path | str]:
-    return False, value if "{" in value else find_configuration(value)  # jsonargparse also takes YAML in place
+def _file_or_yaml(value: str) -> tuple[bool, Path | str]:
+    return False, value if "{" in value else find_configuration(value)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -3,15 +3,14 @@
 In: Trainer, module, tensors. Out: the same on every rank. Next: `run.py`, `scoring/score.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
@@ -60,29 +59,17 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
     return trainer.global_rank, trainer.world_size
 
 
-def in_wrapper(trainer: Trainer, module: LightningModule) -> bool:
-    """Tell whether parameters are whole only in the forward of a wrapper of the module, as FSDP and DeepSpeed do."""
-    return trainer.strategy.restore_checkpoint_after_setup and trainer.strategy.model is not module
-
-
-@contextmanager
-def whole_parameters(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Make the parameters of a module in a wrapper whole, and keep what is written into them.
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which parameters are whole only in the forward of a wrapper of the module.
 
     Raises:
-        TypeError: If the strategy has no way to do so.
+        TypeError: Under FSDP of the first version and DeepSpeed; the message names the way to shards.
     """
-    wrapper = trainer.strategy.model
-    if isinstance(wrapper, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(wrapper):
-            yield
-    elif in_wrapper(trainer, module):
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise TypeError(
-            f"Under {type(trainer.strategy).__name__} a fitted head cannot be put into the model. Use ddp, "
-            "ModelParallelStrategy or FSDPStrategy, or leave LinearProbeCallback out."
+            f"{type(trainer.strategy).__name__} is not supported: its parameters are whole only in its own forward. "
+            "Use 'ddp', or ModelParallelStrategy (FSDP2) for a model larger than one device."
         )
-    else:
-        yield
 
 
 def drop_gathered(module: nn.Module) -> None:
@@ -156,20 +143,3 @@ def gather(trainer: Trainer, values: Sequence[tuple[Tensor, ...]]) -> tuple[Tens
     torch.distributed.all_gather_object(parts, mine)
     different = parts[:: trainer.world_size // data_rank(trainer)[1]]
     return tuple(map(torch.cat, zip(*(part for part in different if part))))
-
-
-def in_forward(trainer: Trainer, module: LightningModule, function: Callable[[], T]) -> T:
-    """Call a function that runs the module; where parameters are whole only in its wrapper's forward, call it there.
-
-    FSDP and DeepSpeed are such wrappers. `strategy.validation_step` is Lightning's public way through them.
-    """
-    if not in_wrapper(trainer, module):
-        return function()
-    own = vars(module).get("validation_step")
-    vars(module)["validation_step"] = function
-    try:
-        return trainer.strategy.validation_step()  # type: ignore[return-value]
-    finally:
-        del vars(module)["validation_step"]
-        if own is not None:
-            vars(module)["validation_step"] = own

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -20,21 +21,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-#: How much is written to see whether a folder takes it.
-_WRITTEN = 2**23
+
+@contextmanager
+def _replacing(path: Path, suffix: str) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`, which takes that name once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{suffix}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file atomically: into a temporary file of the same folder, flushed to disk, then renamed.
+    """Write a file atomically, in a folder that is made if need be.
 
     Raises:
         OSError: If the folder cannot be written to or the disk is full; an older file at `path` is then untouched.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another run may write the same file at the same time.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with _replacing(path, handle, temporary) as file:
+    with _replacing(Path(path), uuid4().hex) as file:  # another run may write the same file at the same time
         file.write(content)
 
 
@@ -59,25 +69,11 @@ def replace_folder(new: Path, path: Path) -> None:
     remove(before)
 
 
-@contextmanager
-def _replacing(path: Path, handle: int, temporary: str | Path) -> Iterator[BinaryIO]:
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints such that a killed run leaves the one before, or the new one, never a part.
 
-    Lightning's own goes through the system's folder of temporary files, and moving from there is a copy where that is
-    another disk. The command line uses this one; elsewhere pass `Trainer(plugins=[AtomicCheckpointIO()])`.
+    Lightning's own may copy from the system's folder of temporary files. The command line uses this one; elsewhere pass
+    `Trainer(plugins=[AtomicCheckpointIO()])`.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -85,28 +81,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A fixed name: the rerun of a killed run replaces what that left, and no part of a model stays on the disk.
-        temporary = path.with_name(f".{path.name}.part")
-        handle = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        with _replacing(path, handle, temporary) as file:
+        # A fixed suffix: the rerun of a killed run replaces what that left, and no part of a model stays on the disk.
+        with _replacing(Path(path), "part") as file:
             torch.save(checkpoint, file)
 
 
 def check_writable(folder: str | Path, size: int = 0) -> None:
-    """Write a temporary file of up to 8 MiB and remove it, so that a full disk or a read-only folder shows at once.
-
-    Raises:
-        OSError: If `folder` cannot be made or written to, or fewer than `size` bytes are free there.
-    """
+    """Raise OSError if `folder` cannot be made or written to, or has fewer than `size` bytes free."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(min(size, _WRITTEN)))
+        with tempfile.TemporaryFile(dir=folder) as file:  # a few MiB: quotas do not show in disk_usage
+            file.write(bytes(min(size, 2**23)))
             file.flush()
-            os.fsync(file.fileno())
-            free = shutil.disk_usage(folder).free + _WRITTEN
+            free = shutil.disk_usage(folder).free + 2**23
             if free < size:
                 raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free")
     except OSError as error:
@@ -129,8 +116,7 @@ def load_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor],
     """Read tensors and metadata that `save_tensors` wrote.
 
     Raises:
-        ValueError: If the file is of another format, or its content is not what was written. The message says why, not
-            which file and what to do about it.
+        ValueError: If the file is of another format, or its content is not what was written. The message names no file.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -10,16 +10,7 @@ from typing import Any
 
 
 def optional_import(module: str, extra: str, purpose: str) -> Any:
-    """Import a module that an extra installs.
-
-    Args:
-        module: Name of the module, such as "datasets" or "pyarrow.parquet".
-        extra: The extra of flow-lightning that installs it.
-        purpose: What it is needed for, as the message says it: "tasks of the evaluation harness".
-
-    Raises:
-        ImportError: If it cannot be imported. The message says how to install it.
-    """
+    """Import a module such as "pyarrow.parquet"; the error says for what `purpose` and how to install its `extra`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -33,7 +24,5 @@ def optional_import(module: str, extra: str, purpose: str) -> Any:
 
 def package_folder(package: str, extra: str, purpose: str) -> Path:
     """Return the folder of a package without importing it; otherwise as `optional_import`."""
-    spec: Any = (
-        find_spec(package) or optional_import(package, extra, purpose).__spec__
-    )  # which fails, with the pip line
+    spec: Any = find_spec(package) or optional_import(package, extra, purpose).__spec__  # fails, with the pip line
     return Path(spec.submodule_search_locations[0])

@@ -21,14 +21,12 @@ from flow_lightning.lightning_internals import end_restart, restore_loader_state
 class ResumableSampler(DistributedSampler[int]):
     """Shuffle a data set by seed and epoch alone, and start anywhere in it.
 
-    It gives each of `num_replicas` processes the same number of samples, and repeats some if need be. All processes
-    need the same `seed`.
+    Each of `num_replicas` processes gets as many samples, some twice if need be. All need the same `seed`.
     """
 
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas, rank, seed=seed)
-        self.start = 0  # samples of this process to leave out once, as they had their turn before
-        self.start_epoch: int | None = None  # in this epoch alone
+        self.start = (0, 0)  # an epoch, and how many samples of this process it leaves out once, as they had their turn
 
     def order(self) -> Tensor:
         """Return the positions of all samples, in the order of this epoch, before processes share them: `[n]`."""
@@ -39,14 +37,15 @@ class ResumableSampler(DistributedSampler[int]):
         return torch.Generator().manual_seed(self.seed + self.epoch)
 
     def __iter__(self) -> Iterator[int]:
-        order, start, self.start_epoch = self.order(), self.position(), None
+        order, start, self.start = self.order(), self.position(), (0, 0)
         # Repeated samples come last, so that the steps before are those of one process with the same batches.
         mine = torch.arange(self.rank, self.total_size, self.num_replicas)[start:] % len(order)
         return iter(order[mine].tolist())
 
     def position(self) -> int:
         """Return how many samples of this process the next iteration leaves out."""
-        return self.start if self.start_epoch == self.epoch else 0
+        epoch, count = self.start
+        return count if epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler and data set which epoch it is: random transforms may depend on it."""
@@ -76,8 +75,7 @@ class ResumableDataLoader(DataLoader[Any]):
         """Start that epoch after the batches that were served; the next one, if it was over, at its beginning."""
         self._served = state_dict["batches"]
         if isinstance(self.sampler, ResumableSampler):
-            self.sampler.start = state_dict["batches"] * (self.batch_size or 1)
-            self.sampler.start_epoch = state_dict["epoch"]
+            self.sampler.start = (state_dict["epoch"], state_dict["batches"] * (self.batch_size or 1))
 
 
 class EpochSeed:
@@ -254,8 +252,7 @@ def _between_epochs(fit_loop: dict[str, Any]) -> dict[str, Any]:
 def _before_validation(trainer: Trainer) -> dict[str, Any]:
     """Return the state of the loops after a batch such that a validation or the epoch's end, if due, comes next.
 
-    In the state that Lightning writes, they are taken for done. See also
-    https://github.com/Lightning-AI/pytorch-lightning/issues/19815.
+    Lightning takes them for done: https://github.com/Lightning-AI/pytorch-lightning/issues/19815.
     """
     state = trainer.fit_loop.state_dict()
     batches, validation = state["epoch_loop.batch_progress"], state["epoch_loop.val_loop.batch_progress"]

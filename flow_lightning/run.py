@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flow_lightning.distributed import on_rank_zero
+from flow_lightning.distributed import check_strategy, on_rank_zero
 from flow_lightning.files import check_writable
 from flow_lightning.report.metrics import read_metrics, write_metrics
 from flow_lightning.scoring.scoring import Scoring
@@ -78,8 +78,10 @@ def start_run(trainer: Trainer, module: LightningModule) -> Run:
     """Start the run of a fit and check that its directories can be written to; call it on every rank.
 
     Raises:
+        TypeError: If the strategy is not supported.
         OSError: If a directory is read-only or full: before scoring and training, not after.
     """
+    check_strategy(trainer)
     run = Run(run_directory(trainer), Scoring(trainer, module))
     checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     model = sum(tensor.nbytes for tensor in module.state_dict().values() if hasattr(tensor, "nbytes"))

@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
@@ -20,10 +20,7 @@ from flow_lightning.run import run_directory
 
 
 class FlowTrainer(Trainer):
-    """A Trainer with the command `score`.
-
-    It writes checkpoints atomically, also those of a model in shards.
-    """
+    """A Trainer with the command `score`, which writes checkpoints atomically, also those of a model in shards."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,7 +29,7 @@ class FlowTrainer(Trainer):
 
     def save_checkpoint(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint; a folder of shards gets its name when it is complete."""
-        if not isinstance(self.strategy, FSDPStrategy | ModelParallelStrategy) or "://" in str(filepath):
+        if not isinstance(self.strategy, ModelParallelStrategy) or "://" in str(filepath):
             super().save_checkpoint(filepath, *args, **kwargs)
             return
         path = Path(self.strategy.broadcast(filepath))

@@ -1,5 +1,8 @@
 """A user's own project, through public names alone: linear regression with squared errors."""
 
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -76,6 +79,15 @@ class Kill(Callback):
         if self.left == 0:
             raise SystemExit
         self.left -= 1
+
+
+def chain(fit_once: Callable[..., Any], *kills: int) -> Any:
+    """Fit, die before a batch, resume from the last checkpoint, and so on; return what the last fit leaves."""
+    shutil.rmtree("ckpt", ignore_errors=True)
+    for after in kills:
+        with suppress(SystemExit):
+            fit_once(Kill(after), ckpt_path="last")
+    return fit_once(ckpt_path="last")
 
 
 def make_trainer(*callbacks: Any, make: type[Trainer] = Trainer, **settings: Any) -> Trainer:

@@ -11,7 +11,7 @@ from flow_lightning.modules.image_classification import ImageClassificationModul
 
 
 class Pictures(Dataset[dict[str, Any]]):
-    """`n` noisy pictures `[3, size, size]`; class c has the most of colour c."""
+    """`n` noisy pictures `[3, size, size]`; class c has most of colour c."""
 
     def __init__(self, n: int = 30, size: int = 32, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

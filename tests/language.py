@@ -1,6 +1,7 @@
 """Tiny texts and a tiny tokenizer for tests of language models."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,15 +31,21 @@ TRICKY = ["", " leading", "trailing \n", "\n\nlines\r\n\t", "größer 漢字 ا�
 TRICKY += ["{x} {instruction}"]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of at most 360 tokens; `<|end|>` ends a sequence and pads."""
+@cache
+def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     settings = {"special_tokens": [END], "initial_alphabet": alphabet, "show_progress": False}
     tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=360, **settings))
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a new byte-level BPE tokenizer of at most 360 tokens; `<|end|>` ends a sequence and pads."""
     settings = {"eos_token": END, "pad_token": END, "chat_template": CHAT_TEMPLATE}
+    tokenizer = Tokenizer.from_str(_trained())
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **settings)
 
 
@@ -65,20 +72,10 @@ def write_jsonl(path: Path, records: list[dict[str, str]]) -> str:
 def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     """Make a small randomly initialised Llama."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **attention, **tokens))
 
 
 TOKENIZER = tiny_tokenizer()

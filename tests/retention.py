@@ -7,12 +7,13 @@ import timm
 import torch
 from lightning import Callback, LightningDataModule
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from flow_lightning.measures import Measure, Metric, Panel
 from tests.examples import fit
+from tests.images import Pictures
 from tests.language import SENTENCES, TOKENIZER, instructions, language_module, tiny_model, write_jsonl
 
 SIZE, CLASSES, IMAGES = 32, 12, 7
@@ -48,19 +49,6 @@ class SizeOfHead(Measure):
     def measure(self, trainer, module, when):
         self.measured.append(when)
         return {"size": module.head.weight.abs().max().item()}
-
-
-class Pictures(Dataset):
-    def __init__(self, length, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.images = torch.randn(length, 3, SIZE, SIZE, generator=generator)
-        self.targets = torch.randint(3, (length,), generator=generator).tolist()
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return {"image": self.images[index], "target": self.targets[index]}
 
 
 class TrainingOnly(LightningDataModule):
@@ -128,20 +116,17 @@ def logits(model, path):
 
 
 def text_file():
-    with open("text.txt", "w") as file:
-        file.write(TEXT)
+    Path("text.txt").write_text(TEXT)
     return "text.txt"
 
 
 def language_data(test=None, **settings):
     """Nine instructions to train on, and a test set: three others, the given records, or False for none."""
     held_out = instructions(12)[9:] if test is None else test
-    sources = [
-        write_jsonl(Path("train.jsonl"), instructions(9)),
-        held_out and write_jsonl(Path("test.jsonl"), held_out),
-    ]
+    train = write_jsonl(Path("train.jsonl"), instructions(9))
+    test = write_jsonl(Path("test.jsonl"), held_out) if held_out else None
     settings = {"template": TEMPLATE, "tokenizer": TOKENIZER, "validation_fraction": 0.0} | settings
-    return fl.InstructionDataModule(sources[0], sources[1] or None, **settings)
+    return fl.InstructionDataModule(train, test, **settings)
 
 
 def language_fit(*callbacks, module=None, data=None, **settings):

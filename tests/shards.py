@@ -22,6 +22,11 @@ def record_of(rank):
     return torch.load(f"found{rank}.pt", weights_only=True)
 
 
+def assert_same_parameters(found, expected, rtol=0.0, atol=0.0):
+    for name, value in expected["parameters"].items():
+        torch.testing.assert_close(found["parameters"][name], value, rtol=rtol, atol=atol, msg=name)
+
+
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -1,7 +1,6 @@
 """The real command line, in-process, on every shipped vision configuration: no network, tiny overrides."""
 
 import csv
-import json
 import shlex
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from yaml import safe_load
 import flow_lightning as fl
 from flow_lightning.__main__ import main
 from flow_lightning.data.catalogue import CATALOGUE
+from flow_lightning.report.metrics import read_metrics
 from tests.data.fake_datasets import CLASSES, MAKERS, accept_any_checksum, make_folder
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def settings_of(config: str) -> dict:
 
 
 def metrics_of(cli) -> dict:
-    return json.loads((Path(cli.trainer.log_dir) / "metrics.json").read_text())
+    return read_metrics(Path(cli.trainer.log_dir) / "metrics.json")
 
 
 @pytest.mark.parametrize(("config", "method"), [("cifar10", "standard"), *((config, "flow") for config in VISION)])

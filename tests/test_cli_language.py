@@ -1,6 +1,5 @@
 """Every shipped language configuration through the real command line, on a tiny model and without network."""
 
-import json
 import shlex
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from yaml import safe_load
 
 import flow_lightning as fl
 from flow_lightning.__main__ import main
-from tests.language import instructions, tiny_model, tiny_tokenizer
+from flow_lightning.report.metrics import read_metrics
+from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "language"
 PAPER = ["gemma2_2b_metamathqa", "llama32_3b_metamathqa"]
@@ -24,10 +24,9 @@ TINY = shlex.split("""
 
 @pytest.fixture(autouse=True)
 def tiny_folders():
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained("tiny")
-    tiny_model(len(tokenizer)).save_pretrained("tiny")
-    Path("train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in instructions(9)))
+    TOKENIZER.save_pretrained("tiny")
+    tiny_model(len(TOKENIZER)).save_pretrained("tiny")
+    write_jsonl(Path("train.jsonl"), instructions(9))
 
 
 def run(*arguments, method="standard", command="fit"):
@@ -35,7 +34,7 @@ def run(*arguments, method="standard", command="fit"):
 
 
 def metrics_of(cli):
-    return json.loads((Path(cli.trainer.log_dir) / "metrics.json").read_text())
+    return read_metrics(Path(cli.trainer.log_dir) / "metrics.json")
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from flow_lightning.__main__ import main
+from flow_lightning.report.metrics import write_metrics
 from tests.data.fake_datasets import make_folder
 from tests.test_cli import QUICK, error_of
 
@@ -20,7 +22,7 @@ def compare(*options) -> dict:
     return json.loads(Path("runs/x/comparison.json").read_text())
 
 
-def test_compare_puts_methods_and_seeds_side_by_side(capsys):
+def test_compare_puts_methods_and_seeds_side_by_side(capsys, rendered):
     runs = compare("--methods=[flow, standard]", "--seeds=[1,2]")
     assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
     assert Path("runs/x/comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -59,3 +61,81 @@ def test_without_seeds_each_method_runs_once_at_the_seed_of_the_configuration():
 def test_a_wrong_option_is_named_before_any_run(options, message, capsys):
     assert message in error_of(capsys, "compare", *QUICK, *options)
     assert not Path("runs").exists()
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Fits that take no time: their commands, in the order in which they were made."""
+    words_of_fits = []
+
+    def fake_run(words):
+        folder = next(word.partition("=")[2] for word in words if word.startswith("--trainer.default_root_dir"))
+        if len(words_of_fits) == made_at_most[0]:
+            raise KeyboardInterrupt
+        words_of_fits.append(words)
+        rate = float(next((w.partition("=")[2] for w in words if w.startswith("--learning_rate")), 0.1))
+        write_metrics(Path(folder) / "metrics.json", {"target/top1": rate, "retention/after/top1": 0.5})
+        return SimpleNamespace(trainer=Path(folder))
+
+    made_at_most = [100]
+    monkeypatch.setattr("flow_lightning.compare.run", fake_run)
+    monkeypatch.setattr("flow_lightning.compare.run_directory", lambda folder: folder)
+    words_of_fits.append(made_at_most)
+    yield words_of_fits
+    words_of_fits.clear()
+
+
+BOARD = ["--methods=[flow, standard]", "--rates=[0.001, 0.004]", "--optimizers=[sgd, adamw]", "--seeds=[1, 2]"]
+
+
+def test_a_board_that_was_killed_makes_what_is_missing_and_what_changed(made):
+    limit = made.pop()
+    limit[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        compare(*BOARD)
+    limit[0] = 100
+    runs = compare(*BOARD)
+    assert len(made) == 2 * 2 * 2 * 2 and len({tuple(words) for words in made}) == 16
+    assert sorted(runs) == sorted(
+        f"{m} {o} {r}" for m in ("flow", "standard") for o in ("sgd", "adamw") for r in (0.001, 0.004)
+    )
+    assert [run["target/top1"] for run in runs["flow adamw 0.004"]] == [0.004, 0.004]
+    compare(*BOARD)
+    assert len(made) == 16, "all is finished"
+    compare(*BOARD, "--trainer.max_epochs=1")
+    assert len(made) == 32, "another command is another fit"
+
+
+def test_parts_of_a_board_add_up_and_the_last_one_reports(made, caplog):
+    made.pop()
+    main(["compare", *QUICK, *BOARD, "--output=runs/x", "--part=0/2"])
+    assert len(made) == 8 and not Path("runs/x/comparison.json").exists()
+    runs = compare(*BOARD, "--part=1/2")
+    assert len(made) == 16 and len(runs) == 8
+
+
+def test_a_board_can_come_from_a_file(made):
+    made.pop()
+    Path("board.yaml").write_text("methods: [flow]\nrates: [0.5, 0.25]\nseeds: 3\n")
+    assert set(compare("--board=board.yaml")) == {"flow 0.5", "flow 0.25"}
+    assert set(compare("--board=board.yaml", "--methods=standard")) == {"standard 0.5", "standard 0.25"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("rates: [0.5]\n", "--rates is [0.5]: a board needs at least two"),
+        ("seed: 3\n", "has ['seed'], but a board has jobs, methods, optimizers"),
+        ("optimizers: [adam]\n", "No optimizer 'adam'. Did you mean adamw?"),
+    ],
+)
+def test_a_wrong_board_is_an_error_before_any_fit(content, message, capsys):
+    Path("board.yaml").write_text(content)
+    assert message in error_of(capsys, "compare", *QUICK, "--board=board.yaml")
+    assert not Path("runs").exists()
+
+
+def test_optimizers_reach_the_module():
+    compare("--methods=standard", "--optimizers=adamw", "--trainer.max_steps=1")
+    (config,) = Path("runs/x/standard-adamw/default").rglob("config.yaml")
+    assert "torch.optim.AdamW" in config.read_text()

@@ -22,7 +22,7 @@ from tests.examples import LinearRegression, RegressionData, fit, regression_dat
 from tests.images import tiny_module
 from tests.language import language_data, language_module
 from tests.processes import launch
-from tests.shards import InOrder, PicturesInOrder, Record, record_of
+from tests.shards import InOrder, PicturesInOrder, Record, assert_same_parameters, record_of
 
 
 class Regression(LinearRegression):
@@ -69,11 +69,6 @@ FILE = Path("weights/w.safetensors")
 def in_shards(function, per="sample", size=(2, 1)):
     strategy = ModelParallelStrategy(*size, save_distributed_checkpoint=False)
     function(Record(per=per, weights_file=FILE), devices=2, strategy=strategy)
-
-
-def assert_same_parameters(found, expected, rtol=0.0, atol=0.0):
-    for name, value in expected["parameters"].items():
-        torch.testing.assert_close(found["parameters"][name], value, rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -10,24 +10,18 @@ import torch
 from flow_lightning.files import AtomicCheckpointIO, check_writable, write_bytes
 
 
-def test_content_and_folders_are_made(tmp_path):
-    write_bytes(tmp_path / "new" / "file", b"content")
-    assert (tmp_path / "new" / "file").read_bytes() == b"content"
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
-
-
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    write_bytes(tmp_path / "file", b"old")
+    write_bytes(tmp_path / "new" / "file", b"old")
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_bytes(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        write_bytes(tmp_path / "new" / "file", b"new")
+    assert (tmp_path / "new" / "file").read_bytes() == b"old"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
 def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path, monkeypatch):
@@ -43,12 +37,9 @@ def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["a.ckpt"]
 
 
-def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
+def test_a_folder_that_can_be_written_to_is_left_as_it_was_and_one_that_is_none_is_named(tmp_path):
     check_writable(tmp_path / "new", 10_000_000)
     assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_a_folder_that_is_none_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run cannot take the 0 MiB.*choose another folder"):
         check_writable(tmp_path / "file" / "run")

@@ -1,5 +1,7 @@
 """Weights are those of float32 in every precision, and loss scaling does not lose small ones."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -13,20 +15,13 @@ from tests.examples import fit, make_trainer
 from tests.images import PictureData, tiny_module
 
 
-class Relabelled(PictureData):
-    """Labels that have nothing to do with the pictures: losses near log 3, as of a task that is hard."""
-
-    def __init__(self):
-        super().__init__(n=60)
-        targets = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
-        samples = [{**self.train_set[i], "target": target} for i, target in enumerate(targets)]
-        self.train_set = fl.IndexedDataset(samples)
-
-
+@cache
 def weights_in(precision: str) -> fl.SampleWeights:
-    flow = fl.FlowWeightingCallback()
-    module = tiny_module(batch_norm="frozen")
-    fit(fl.LinearProbeCallback(), flow, module=module, data=Relabelled(), precision=precision)
+    """Fit labels that have nothing to do with the pictures: losses near log 3, as of a task that is hard."""
+    flow, module, data = fl.FlowWeightingCallback(), tiny_module(batch_norm="frozen"), PictureData(n=60)
+    targets = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0))
+    data.train_set = fl.IndexedDataset([{**data.train_set[i], "target": target} for i, target in enumerate(targets)])
+    fit(fl.LinearProbeCallback(), flow, module=module, data=data, precision=precision)
     assert all(torch.isfinite(p).all() for p in module.parameters())
     return flow.weights
 

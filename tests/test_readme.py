@@ -5,15 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.__main__ import COMMANDS
-from flow_lightning.configurations import method_names, shipped, with_files
-from flow_lightning.report.metrics import metrics_markdown
+from flow_lightning.configurations import names_of, shipped, with_files
+from flow_lightning.report.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["README.md", "configs/README.md", "tests/benchmarks/README.md", ".github/CONTRIBUTING.md", "CHANGELOG.md"]
@@ -39,7 +36,7 @@ def test_every_command_names_configurations_and_commands_that_exist(command):
     assert words[0] in {*COMMANDS, "--help"}
     assert all(Path(word.partition("=")[2]).is_file() for word in with_files(words) if word.startswith("--config="))
     methods = yaml.safe_load(words[words.index("--methods") + 1]) if "--methods" in words else []
-    assert set(methods) <= {*method_names(), "tests/benchmarks/small_step.yaml"}
+    assert set(methods) <= {*names_of("methods"), "tests/benchmarks/small_step.yaml"}
 
 
 def test_the_readme_is_one_page_and_every_link_leads_to_a_file():
@@ -50,9 +47,10 @@ def test_the_readme_is_one_page_and_every_link_leads_to_a_file():
 
 
 def test_the_tables_list_every_metric_configuration_and_method():
-    """Print the metrics anew with `metrics_markdown()`."""
     text = text_of("configs/README.md")
-    assert metrics_markdown().strip() in text
+    meanings = [(m, m.name.replace("|", "\\|")) for m in METRICS]
+    rows = [f"| `{m.key}` | {meaning} | {m.unit} | {m.better} |" for m, meaning in meanings]
+    assert "\n".join(["| key | meaning | unit | better |", "|---|---|---|---|", *rows]) in text, rows
     listed = set(re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| `.*?\|", text, re.MULTILINE))))
     assert all(name in listed or name.rpartition("/")[2] in listed for name in shipped())
 
@@ -66,11 +64,17 @@ def test_the_test_command_runs_the_linters_and_ci_runs_the_test_command():
 @pytest.mark.parametrize("sign", ["+", "-"])
 def test_the_diff_of_a_project_runs_before_and_after(sign):
     diff = text_of("README.md").split("```diff\n")[1].split("```")[0]
-    head, fit = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in (" ", sign, "")).split("trainer = ")
-    example = text_of("README.md").split("<!-- example -->")[1]
-    own = re.findall(r"    def (?:__init__|configure_optimizers)\(.*\n(?:        .*\n)+", example)
-    names = {"torch": torch, "LightningModule": LightningModule, "Trainer": Trainer, "DataLoader": DataLoader, "fl": fl}
-    names["samples"] = TensorDataset(torch.randn(64, 4), torch.randn(64, 1))
-    exec("\n".join([head.rstrip(), *own, "trainer = " + fit]), names)
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in (" ", sign)]
+    example = text_of("README.md").split("<!-- example -->\n```python\n")[1].split("```")[0]
+    names = {}
+    exec(example.split("flow = ")[0], names)
+    names |= {"module": names["Classifier"](), "loader": names["DataLoader"](names["samples"], batch_size=8)}
+    exec("\n".join(lines), names)
     assert names["trainer"].global_step == 16
     assert any(isinstance(c, fl.FlowWeightingCallback) for c in names["trainer"].callbacks) == (sign == "+")
+
+
+def test_the_whole_program_of_the_readme_prints_what_it_says(capsys):
+    example = text_of("README.md").split("<!-- example -->\n```python\n")[1].split("```")[0]
+    exec(example, {})
+    assert "flow/temperature" in capsys.readouterr().out

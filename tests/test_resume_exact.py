@@ -1,7 +1,6 @@
 """ExactResumeCallback: a fit that is killed, anywhere and again, ends as the unbroken one, to the last bit."""
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
-from tests.examples import Kill, LinearRegression, RegressionData, make_trainer, regression_data
+from tests.examples import LinearRegression, RegressionData, chain, make_trainer, regression_data
 from tests.processes import launch
 
 #: Batches of an epoch: where a step takes two of them, the last step of an epoch takes one.
@@ -161,18 +160,13 @@ def test_two_kills_anywhere_change_nothing(make, every, settings):
         assert_equal_fits(found, expected)
 
 
-def chain(make, *kills, every=3, callbacks=(), **settings):
-    """Fit, die, resume from the last checkpoint, and so on; return what the last fit leaves."""
-    shutil.rmtree("ckpt", ignore_errors=True)
-    for after in kills:
-        with suppress(SystemExit):
-            tiny_fit(make, *callbacks, checkpoint_of(every), Kill(after), ckpt_path="last", **settings)
-    return tiny_fit(make, *callbacks, checkpoint_of(every), ckpt_path="last", **settings)
-
-
 def test_lightning_alone_loses_half_a_gradient_at_the_second_kill():
     """The test above can fail: a resumed fit writes a checkpoint in the middle of a step."""
-    found, expected = chain(Tiny, 7, 1), chain(Tiny)
+
+    def fit_once(*kill, **settings):
+        return tiny_fit(Tiny, checkpoint_of(3), *kill, **settings)
+
+    found, expected = chain(fit_once, 7, 1), chain(fit_once)
     assert (found[0][0]["head.weight"] - expected[0][0]["head.weight"]).norm() > 0.01
 
 
@@ -244,8 +238,11 @@ def test_averaged_weights_are_resumed(turn):
 
 def chain_on_two_processes(kills) -> None:
     settings = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    found = chain(Validated, *kills, every=1, callbacks=[fl.ExactResumeCallback()], **settings)
-    torch.save(found, f"{torch.distributed.get_rank()}.pt")
+
+    def fit_once(*kill, **more):
+        return exact_fit(Validated, checkpoint_of(1), *kill, **settings, **more)
+
+    torch.save(chain(fit_once, *kills), f"{torch.distributed.get_rank()}.pt")
 
 
 def test_two_processes_that_are_killed_again_and_again_end_as_unbroken_ones():

@@ -3,13 +3,11 @@
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from PIL import Image
 import flow_lightning as fl
 from flow_lightning.scoring import score, store
 from flow_lightning.trainer import FlowTrainer
-from tests.examples import Kill, make_trainer
+from tests.examples import chain, make_trainer
 from tests.images import tiny_module
 from tests.language import language_data, language_module
 from tests.processes import launch
@@ -74,26 +72,18 @@ def run(make, *others, ckpt_path=None, **settings):
     return callbacks[-1].weights.weights, {name: p.detach().clone() for name, p in module.state_dict().items()}
 
 
-def chain(make, *kills, **settings):
-    """Fit, die, resume, and so on."""
-    shutil.rmtree("ckpt", ignore_errors=True)
-    for after in kills:
-        with suppress(SystemExit):
-            run(make, Kill(after), ckpt_path="last", **settings)
-    return run(make, ckpt_path="last", **settings)
-
-
 def assert_equal(found, expected):
     assert torch.equal(found[0], expected[0])
     for name, value in expected[1].items():
         assert torch.equal(found[1][name], value), name
 
 
-@pytest.mark.parametrize("make", [vision, language])
-@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2, "val_check_interval": 3}])
+@pytest.mark.parametrize(
+    ("make", "settings"), [(vision, {}), (language, {"accumulate_grad_batches": 2, "val_check_interval": 3})]
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(make, settings):
     """In mid-epoch, soon after, at the end of an epoch (of 6 or 7 batches), soon after it, and in the next one."""
-    assert_equal(chain(make, 1, 1, 4, 1, 2, **settings), chain(make, **settings))
+    assert_equal(chain(partial(run, make, **settings), 1, 1, 4, 1, 2), chain(partial(run, make, **settings)))
 
 
 class LearningRates(Callback):
@@ -113,7 +103,7 @@ def test_a_run_goes_on_for_more_epochs_than_it_was_to_have():
 
 
 def in_two_processes(make, kills) -> None:
-    found = chain(make, *kills, devices=2, strategy="ddp", accumulate_grad_batches=2)
+    found = chain(partial(run, make, devices=2, strategy="ddp", accumulate_grad_batches=2), *kills)
     if os.environ["RANK"] == "0":
         torch.save(found, "done.pt")
 

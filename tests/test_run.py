@@ -6,8 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import flow_lightning as fl
+from flow_lightning import distributed
 from flow_lightning.report.metrics import read_metrics, write_metrics
 from tests.examples import LinearRegression, fit
 from tests.images import PictureData, tiny_module
@@ -74,6 +76,14 @@ def test_a_run_without_a_place_of_its_own_leaves_no_file(settings):
 def test_a_second_fit_is_another_run():
     first, second = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
     module, _ = fit(first)
-    assert module.flow_run is None
+    assert "flow_run" not in vars(module)
     fit(second, module=module, default_root_dir="other")
     assert first.run is not second.run and Path("other/metrics.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_hide_parameters_are_refused_before_anything_is_computed(strategy, monkeypatch):
+    kind = type(strategy, (SingleDeviceStrategy,), {})
+    monkeypatch.setattr(distributed, strategy, kind)
+    with pytest.raises(TypeError, match=f"{strategy} is not supported.*ModelParallelStrategy"):
+        fit(fl.FlowWeightingCallback(), strategy=kind("cpu"))

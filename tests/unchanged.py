@@ -126,9 +126,7 @@ CASES = {
         lambda x, y: F.cross_entropy(x, y, reduction="none"),
         weighted=lambda x, y, w: (w * F.cross_entropy(x, y, reduction="none")).sum(),
     ),
-    "nll": Case(
-        lambda x, y: F.nll_loss(x.log_softmax(1), y), lambda x, y: F.cross_entropy(x, y, reduction="none")
-    ),
+    "nll": Case(lambda x, y: F.nll_loss(x.log_softmax(1), y), lambda x, y: F.cross_entropy(x, y, reduction="none")),
     "bce": Case(
         lambda x, y: F.binary_cross_entropy(x.sigmoid(), y),
         lambda x, y: F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1),
@@ -147,9 +145,7 @@ CASES = {
         lambda x, y: F.kl_div(x.log_softmax(1), y.softmax(1), reduction="batchmean"),
         lambda x, y: (y.softmax(1) * (y.log_softmax(1) - x.log_softmax(1))).sum(1) / CLASSES,
         _numbers,
-        weighted=lambda x, y, w: (
-            w * (y.softmax(1) * (y.log_softmax(1) - x.log_softmax(1))).sum(1)
-        ).mean(),
+        weighted=lambda x, y, w: (w * (y.softmax(1) * (y.log_softmax(1) - x.log_softmax(1))).sum(1)).mean(),
     ),
     "tokens": Case(
         lambda x, y: F.cross_entropy(x.view(-1, CLASSES), y.flatten()),
@@ -183,7 +179,8 @@ def data(case: Case = CASES["cross_entropy"], n: int = 23) -> TensorDataset:
 
 def fit(module: LightningModule, dataset: Any, *callbacks: Callback, **settings: Any) -> Trainer:
     own = torch.Generator()  # so that the loader draws nothing from the numbers of dropout
-    loader = settings.pop("loader", None) or DataLoader(dataset, batch_size=5, generator=own)
+    loader = settings.pop("loader", DataLoader(dataset, batch_size=5, generator=own))
+    validation, path = settings.pop("val_dataloaders", None), settings.pop("ckpt_path", None)
     trainer = Trainer(
         callbacks=list(callbacks),
         **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -191,5 +188,5 @@ def fit(module: LightningModule, dataset: Any, *callbacks: Callback, **settings:
         | settings,
     )
     torch.manual_seed(2)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, validation, ckpt_path=path)
     return trainer

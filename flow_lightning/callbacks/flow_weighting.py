@@ -3,6 +3,7 @@
 In: the losses of `scoring/`. Out: `module.sample_weights`, and the run's files. Next: `modules/base.py`.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,9 @@ WEIGHTS_FILE = "flow_weights.safetensors"
 #: Where a checkpoint of a FLOW run says which reference its weights came from.
 REFERENCE_KEY = "flow_reference"
 
+#: Losses above this part of log(classes) are taken for those of a head that knows nothing.
+_CHANCE = 0.95
+
 Weights = SampleWeights | TokenWeights
 
 
@@ -51,8 +55,9 @@ class FlowWeightingCallback(RunCallback):
             `temperature` (on tokens: selective token masking); see `flow_lightning.method.flow.WEIGHTINGS`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
-        dataloader: Where the samples to score come from, instead of `scoring_dataloader()` or the training loader. Its
-            data set, in the same order, must be the one that is trained on.
+        scoring_dataset: The training samples as they are to be scored, in the same order, without augmentation, say:
+            a data set, or a DataLoader, which also gives batch size and workers. By default `scoring_dataloader()` of
+            the data module, or the data set that is trained on.
         weights_file: A `.safetensors` file. It is used if it is there and still true: data set and model have the same
             fingerprint, and a few batches, scored anew, give the same losses. Otherwise the samples are scored, block
             by block, and it is written; an interrupted scoring continues from its finished blocks.
@@ -70,7 +75,7 @@ class FlowWeightingCallback(RunCallback):
         weighting: str = "flow",
         temperature: float | None = None,
         quantile: float = 0.5,
-        dataloader: DataLoader[Any] | None = None,
+        scoring_dataset: Any = None,
         weights_file: str | Path | None = None,
         sample_losses: SampleLossFunction | None = None,
         loss: str | None = None,
@@ -86,7 +91,7 @@ class FlowWeightingCallback(RunCallback):
             raise ValueError(f"loss is {loss!r}; expected the name of a loss of torch.nn.functional, or None for all.")
         self.sample_losses, self.loss = sample_losses, loss
         self.per, self.weighting, self.temperature, self.quantile = per, weighting, temperature, quantile
-        self.dataloader = dataloader
+        self.scoring_dataset = scoring_dataset
         self.weights_file = None if weights_file is None else Path(weights_file)
         self.weights: Weights | None = None
         self._is_settled, self._seconds = False, 0.0
@@ -102,7 +107,7 @@ class FlowWeightingCallback(RunCallback):
             return
         self.weights, self._is_settled, self._of_checkpoint = None, False, {}
         scoring = self.run.scoring
-        scoring.file, scoring.loader = self.weights_file, self.dataloader
+        scoring.file, scoring.given = self.weights_file, self.scoring_dataset
         scoring.choose(self._kind(pl_module))
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
         scoring.look_at_model()
@@ -121,6 +126,7 @@ class FlowWeightingCallback(RunCallback):
         scoring, started = self.run.scoring, time.perf_counter()
         result = scoring.scored()
         _warn_if_fine_tuned(pl_module, scoring.reference)
+        _warn_if_by_chance(scoring.kind, result["losses"])
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -136,7 +142,9 @@ class FlowWeightingCallback(RunCallback):
         weights: Any = self.weights
         self._last_batch = None
         _check_length(trainer, len(weights))
-        if self._tracker.is_following and not isinstance(trainer.train_dataloader, DataLoader):
+        is_following = self._tracker.is_following
+        self._tracker.choose(trainer.train_dataloader)
+        if is_following and not isinstance(trainer.train_dataloader, DataLoader):
             raise ValueError(
                 "The fit has several training loaders, so it cannot be told which samples are in a batch. Wrap the "
                 "data set to weigh in flow_lightning.IndexedDataset."
@@ -147,8 +155,9 @@ class FlowWeightingCallback(RunCallback):
             self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a training loader, made anew perhaps, of other samples than those that were scored."""
-        if self.dataloader is None:
+        """Follow the loader of this epoch, made anew perhaps; refuse one of other samples than those scored."""
+        self._tracker.choose(trainer.train_dataloader)
+        if self.scoring_dataset is None:
             check_trained_data(trainer, pl_module, self.run.scoring.samples)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -322,6 +331,16 @@ def _warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
             "This module was loaded from a checkpoint of a FLOW run, so its parameters are fine-tuned, and a new fit "
             "takes them as its reference. To continue that run, use trainer.fit(..., ckpt_path=...); to start again "
             "from the pre-trained model, build the module anew."
+        )
+
+
+def _warn_if_by_chance(kind: Kind, losses: torch.Tensor) -> None:
+    """Tell that a new head's losses say nothing: at best those of an even guess among the classes."""
+    if isinstance(kind, StepLosses) and kind.classes and losses.mean() > _CHANCE * math.log(kind.classes):
+        rank_zero_warn(
+            f"The mean loss {losses.mean():.3g} is no better than chance among {kind.classes} classes: if the head is "
+            "new, its losses say nothing about the pre-trained model. Add flow_lightning.LinearProbeCallback(), which "
+            "solves the head first."
         )
 
 

@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.contract import module_contract
-from flow_lightning.distributed import fill, whole_parameters
+from flow_lightning.distributed import fill
 from flow_lightning.method.probe import Probe
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
@@ -55,7 +55,7 @@ class LinearProbeCallback(RunCallback):
             return
         started = time.perf_counter()
         self.probe = Probe.from_tensors(self.run.scoring.scored())
-        self._install(trainer, pl_module, self.probe, self._kind)
+        self._install(self.probe, self._kind)
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
 
@@ -68,7 +68,7 @@ class LinearProbeCallback(RunCallback):
         kind = self._features(pl_module, 0, "Head refit")
         kind.sample_weights = None if weights is None else weights.weights.cpu()
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
-        self._install(trainer, pl_module, probe, kind)
+        self._install(probe, kind)
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "refitted.ckpt", weights_only=False)
         seconds = time.perf_counter() - started
@@ -84,12 +84,11 @@ class LinearProbeCallback(RunCallback):
         kind.head, kind.new_parts = head, tuple(f"{name}." for name, part in module.named_modules() if part is head)
         return kind
 
-    def _install(self, trainer: Trainer, module: LightningModule, probe: Probe, kind: ProbeFeatures) -> None:
+    def _install(self, probe: Probe, kind: ProbeFeatures) -> None:
         """Put the probe into the module's head."""
         head: Any = kind.head
-        with whole_parameters(trainer, module):
-            fill(head.weight, probe.head.weight)
-            fill(head.bias, probe.head.bias)
+        fill(head.weight, probe.head.weight)
+        fill(head.bias, probe.head.bias)
         rank_zero_info(
             f"{kind.description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
             f"mean loss {probe.losses.mean():.4f}."

@@ -24,10 +24,8 @@ class RetentionCallback(RunCallback):
     """Measure what a fit learned and what it kept, before and after training, and report both.
 
     The numbers go into the loggers and `trainer.callback_metrics`, into `metrics.json` and `retention.png` of the run's
-    directory, and into a table on the console. It does not matter where the callback stands in the list: before
-    training it measures after every `on_fit_start`, in the end after every other callback's `on_train_end`.
-
-    A checkpoint carries what was measured before training, so a resumed fit does not measure it again.
+    directory, and into a table on the console. A checkpoint carries those from before training. The callback may stand
+    anywhere in the list: it measures after every `on_fit_start`, and after every other callback's `on_train_end`.
 
     Args:
         measures: What to measure; by default the accuracy on the test set, of a language model the loss. See
@@ -36,9 +34,6 @@ class RetentionCallback(RunCallback):
         every_n_epochs: Also measure what was kept after every so many epochs, as `retention/epoch/...`, which
             `ModelCheckpoint` and `EarlyStopping` can monitor. In a fit with validation give them
             `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
-
-    Raises:
-        ValueError: If `every_n_epochs` is below 1.
     """
 
     def __init__(
@@ -67,9 +62,10 @@ class RetentionCallback(RunCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of all measures."""
         started = time.perf_counter()
+        self._facts = {}
         with isolate_rng():
-            facts = [measure.prepare(trainer, pl_module) for measure in self._measures.values()]
-        self._facts = {key: fact for of_measure in facts for key, fact in of_measure.items()}
+            for measure in self._measures.values():
+                self._facts |= measure.prepare(trainer, pl_module)
         self._preparing = time.perf_counter() - started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,9 +79,8 @@ class RetentionCallback(RunCallback):
             _check_facts(self._facts, self.before)
         else:
             rank_zero_warn(
-                f"The checkpoint {trainer.ckpt_path} was written without RetentionCallback: its model is fine-tuned "
-                "already, so there are no numbers from before training. For them, start the fit from the pre-trained "
-                "model with RetentionCallback."
+                f"The checkpoint {trainer.ckpt_path} was written without RetentionCallback, so there are no numbers "
+                "from before training. For them, start the fit from the pre-trained model with RetentionCallback."
             )
         course = {"retention/epochs": self.epochs} if self.epochs else {}
         self.run.record(trainer, self._facts | self.before | course)
@@ -134,9 +129,7 @@ class RetentionCallback(RunCallback):
             measures.append(PretrainedImages(self.images))
         names = [type(measure).__name__ for measure in measures]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(
-                f"measures has {twice} more than once, so their numbers would have the same keys. Keep one."
-            )
+            raise ValueError(f"measures has {twice} more than once, with the same keys. Keep one of each.")
         return dict(zip(names, measures))
 
     def _measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from flow_lightning.distributed import local
 class StepDenominator(Callback):
     """Make the gradient of a step `sum of all loss terms / sum of all sizes`, as one big batch would have it.
 
-    Lightning divides by the number of micro-batches and DDP by the number of ranks, so that terms of short
-    micro-batches would count more than others. Here each backward pass adds the gradient of a sum, and right before
-    the optimizer step, before clipping, the gradient is divided once. Until then it is kept in a unit, a power of two
-    near the size of a micro-batch, so that nothing is rounded and float16 gradients are as large as those of a mean.
+    Lightning and DDP divide by the number of micro-batches and ranks, so that terms of short ones would count more.
+    Here each backward pass adds the gradient of a sum, and it is divided once, before clipping. Until then its unit is
+    a power of two near the size of a micro-batch: nothing is rounded, and float16 has gradients as large as a mean's.
 
-    `WeightedLossModule` brings it along. DeepSpeed keeps the gradients to itself, and a module that optimises manually
-    divides them itself: there each micro-batch keeps its own denominator.
+    `WeightedLossModule` brings it along. Under DeepSpeed and in manual optimisation each micro-batch keeps its own
+    denominator.
     """
 
     def __init__(self) -> None:
@@ -36,7 +35,9 @@ class StepDenominator(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Let the backward pass of a micro-batch's mean give the gradient of its sum."""
         losses = module_contract(pl_module).batch_losses
-        if losses is None or not pl_module.automatic_optimization or not _spans_batches(trainer):
+        is_one_batch = trainer.accumulate_grad_batches * trainer.world_size == 1
+        keeps_gradients = isinstance(trainer.strategy, DeepSpeedStrategy)
+        if losses is None or not pl_module.automatic_optimization or is_one_batch or keeps_gradients:
             return
         size = torch.as_tensor(losses.size, dtype=torch.float32, device=loss.device).detach()
         if self._unit is None:
@@ -62,9 +63,3 @@ def _power_of_two(size: Tensor) -> Tensor:
     """Return the power of two next above a size, exactly."""
     size = size.clamp_min(1e-30)
     return size / torch.frexp(size).mantissa
-
-
-def _spans_batches(trainer: Trainer) -> bool:
-    """Tell whether an optimizer step takes more than one batch."""
-    parts = trainer.accumulate_grad_batches * trainer.world_size
-    return parts > 1 and not isinstance(trainer.strategy, DeepSpeedStrategy)

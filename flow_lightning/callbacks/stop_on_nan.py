@@ -14,10 +14,7 @@ from torch import Tensor
 from flow_lightning.contract import BatchLosses, module_contract
 from flow_lightning.distributed import local
 
-_FIX = (
-    "Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0), or train in 32-true or bf16-mixed, not "
-    "16-mixed."
-)
+_FIX = "Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0), or train in 32-true or bf16-mixed."
 #: Batches between two checks where the Trainer logs nothing.
 _INTERVAL = 50
 
@@ -26,11 +23,7 @@ class StopOnNaN(Callback):
     """Check the losses every `log_every_n_steps` batches, when Lightning waits for the device anyway.
 
     It also checks losses and parameters before each checkpoint is written, and at the end of a validation and an epoch.
-    `WeightedLossModule` brings it along.
-
-    Raises:
-        FloatingPointError: On every rank, if a loss or a parameter is NaN or infinite on one of them. The message names
-            the first such batch and its samples.
+    A FloatingPointError on every rank names the first such batch and its samples. `WeightedLossModule` brings it along.
     """
 
     def __init__(self) -> None:

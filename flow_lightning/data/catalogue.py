@@ -5,16 +5,15 @@ To add a data set, write a function `build(root, download, split_seed) -> Splits
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset, Subset
 
 from flow_lightning.data.samplers import split_positions
 from flow_lightning.data.sources import LabelledImages, read_class_folders
@@ -23,14 +22,13 @@ from flow_lightning.optional import optional_import
 
 datasets = optional_import("torchvision.datasets", "vision", "image data sets")
 _DOWNLOAD = "Fetch it with download=True (--data.download true), or set root (--data.root) to the folder that has it."
-_CARS_TEST = "cars_test_annos_withlabels.mat"
 
 
 class Splits(NamedTuple):
     """Training set, test set and the class names in the order of their indices."""
 
-    train: Dataset[Any]
-    test: Dataset[Any]
+    train: LabelledImages
+    test: LabelledImages
     class_names: list[str]
 
 
@@ -44,10 +42,7 @@ class CatalogueEntry:
 
 
 def find_dataset(name: str) -> str:
-    """Return the catalogue's spelling of a data set name. Case, `_` and `-` do not matter.
-
-    Raises:
-        ValueError: If there is no such data set.
+    """Return the catalogue's spelling of a data set name, or raise ValueError. Case, `_` and `-` do not matter.
 
     Example:
         >>> find_dataset("stanford_cars")
@@ -57,35 +52,32 @@ def find_dataset(name: str) -> str:
     plain = name.lower().replace("_", "").replace("-", "")
     if plain in spellings:
         return spellings[plain]
-    near = [spellings[match] for match in difflib.get_close_matches(plain, spellings, n=3, cutoff=0.4)]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    near = difflib.get_close_matches(plain, spellings, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(spellings[match] for match in near)}?" if near else ""
     raise ValueError(
         f"Unknown data set {name!r}.{hint} Known are {', '.join(CATALOGUE)}. 'folder' takes your own images from "
         "<root>/train/<class>/ and <root>/test/<class>/."
     )
 
 
-def _official(
-    name: str, needed: Sequence[str], root: Path, download: bool, split_seed: int, how: str = _DOWNLOAD
-) -> Splits:
+def _official(name: str, folder: str, root: Path, download: bool, split_seed: int = 0, how: str = _DOWNLOAD) -> Splits:
     """Take the official splits, as torchvision reads them. The validation images are for training."""
     if not download:
-        for part in needed:
-            _require(root / part, name, how)
+        _require(root / folder, name, how)
     if name in ("Flowers102", "StanfordCars"):
         optional_import("scipy.io", "quickstart", f"the data set {name}")
     open_part = partial(getattr(datasets, name), root, download=download)
     try:
         if name.startswith("CIFAR"):  # its images are in memory
-            train, test = open_part(train=True), open_part(train=False)
-            return Splits(train, test, list(train.classes))
+            parts = [open_part(train=True), open_part(train=False)]
+            train, test = (LabelledImages(zip(part.data, part.targets), Image.fromarray) for part in parts)
+            return Splits(train, test, list(parts[0].classes))
         # torchvision hands each path to the loader. This one returns it, so that no image is read here.
         splits = ("train", "test") if name == "StanfordCars" else ("train", "val", "test")
         parts = [open_part(split=split, loader=str) for split in splits]
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"The files of {name} in {root.resolve()} are incomplete or damaged ({error}). Remove them and fetch them "
-            "again with download=True (--data.download true)."
+            f"The files of {name} in {root.resolve()} are incomplete or damaged ({error}). Remove {folder}. {how}"
         ) from error
     samples = [[part[position] for position in range(len(part))] for part in parts]
     return Splits(LabelledImages(chain(*samples[:-1])), LabelledImages(samples[-1]), list(parts[0].classes))
@@ -107,13 +99,12 @@ def _stanford_cars(root: Path, download: bool, split_seed: int) -> Splits:
     folder = root / "stanford_cars"
     if (folder / "train").is_dir():
         return _train_test_folders(folder)
-    files = ("devkit/cars_meta.mat", "cars_train", "cars_test", "devkit/cars_train_annos.mat", _CARS_TEST)
     how = (
         "Its official page (ai.stanford.edu/~jkrause/cars) no longer offers the files, so download does not help. "
-        f"Put a copy into {folder}: train/<class>/ and test/<class>/ folders, or cars_train/, cars_test/, {_CARS_TEST} "
-        "and devkit/."
+        f"Put a copy into {folder}: train/<class>/ and test/<class>/ folders, or cars_train/, cars_test/, "
+        "cars_test_annos_withlabels.mat and devkit/."
     )
-    return _official("StanfordCars", [f"stanford_cars/{file}" for file in files], root, False, split_seed, how)
+    return _official("StanfordCars", folder.name, root, False, how=how)
 
 
 def _stanford_dogs(root: Path, download: bool, split_seed: int) -> Splits:
@@ -126,8 +117,7 @@ def _stanford_dogs(root: Path, download: bool, split_seed: int) -> Splits:
 def _digits(root: Path, download: bool, split_seed: int) -> Splits:
     """Split scikit-learn's 1,797 handwritten digits (8x8 pixels): two thirds to train, one third to test."""
     pictures = optional_import("sklearn.datasets", "quickstart", "the data set digits").load_digits()
-    grey = np.round(pictures.images * (255 / 16)).astype(np.uint8)
-    pixels = np.repeat(grey[..., None], 3, axis=-1)
+    pixels = np.round(pictures.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=-1)
     train, test = (
         LabelledImages(zip(pixels[part], pictures.target[part]), Image.fromarray)
         for part in split_positions(len(pixels), 2 / 3, split_seed)
@@ -140,17 +130,16 @@ def _train_test_folders(
 ) -> Splits:
     """Read `folder/train/<class>/` and `folder/test/<class>/` (or `val`)."""
     val_instead = (folder / "val").is_dir() and not (folder / "test").is_dir()
-    parts = train_folder, test_folder = folder / "train", folder / ("val" if val_instead else "test")
+    parts = folder / "train", folder / ("val" if val_instead else "test")
     for part in parts:
         layout = f"Put images into {folder}/train/<class>/ and {folder}/test/<class>/ (or val/<class>/)."
         _require(part, "image folder", layout)
     (train, train_names), (test, test_names) = (read_class_folders(part, ignore) for part in parts)
     if train_names != test_names:
-        only_train = sorted(set(train_names) - set(test_names))
-        only_test = sorted(set(test_names) - set(train_names))
+        only_train, only_test = sorted({*train_names} - {*test_names}), sorted({*test_names} - {*train_names})
         raise ValueError(
-            f"The class folders of {train_folder} and {test_folder} differ: only the first has {only_train[:10]}, only "
-            f"the second {only_test[:10]}. Give both the same folders: class indices come from the sorted names."
+            f"The class folders of {parts[0]} and {parts[1]} differ: only the first has {only_train[:10]}, only the "
+            f"second {only_test[:10]}. Give both the same folders: class indices come from the sorted names."
         )
     return Splits(train, test, train_names)
 
@@ -158,7 +147,7 @@ def _train_test_folders(
 def _random_split(images: Path, name: str, how: str, split_seed: int, ignore: tuple[str, ...] = ()) -> Splits:
     _require(images, name, how)
     files, names = read_class_folders(images, ignore)
-    train, test = (Subset(files, part) for part in split_positions(len(files), 0.8, split_seed))
+    train, test = (files.part(positions) for positions in split_positions(len(files), 0.8, split_seed))
     return Splits(train, test, names)
 
 
@@ -167,14 +156,11 @@ def _require(path: Path, dataset: str, how: str) -> None:
         raise FileNotFoundError(f"{dataset} needs {path.resolve()}, which does not exist. {how}")
 
 
-_FLOWERS102_FILES = [f"flowers-102/{part}" for part in ("jpg", "imagelabels.mat", "setid.mat")]
-_DTD_FILES = [f"dtd/dtd/{part}" for part in ("images", "labels/train1.txt", "labels/val1.txt", "labels/test1.txt")]
-
 CATALOGUE: dict[str, CatalogueEntry] = {
-    "CIFAR10": CatalogueEntry(partial(_official, "CIFAR10", ["cifar-10-batches-py"]), "resize_flip", 10),
-    "CIFAR100": CatalogueEntry(partial(_official, "CIFAR100", ["cifar-100-python"]), "resize_flip", 100),
-    "Flowers102": CatalogueEntry(partial(_official, "Flowers102", _FLOWERS102_FILES), "resize_flip", 102),
-    "DTD": CatalogueEntry(partial(_official, "DTD", _DTD_FILES), "resize_flip", 47),
+    "CIFAR10": CatalogueEntry(partial(_official, "CIFAR10", "cifar-10-batches-py"), "resize_flip", 10),
+    "CIFAR100": CatalogueEntry(partial(_official, "CIFAR100", "cifar-100-python"), "resize_flip", 100),
+    "Flowers102": CatalogueEntry(partial(_official, "Flowers102", "flowers-102"), "resize_flip", 102),
+    "DTD": CatalogueEntry(partial(_official, "DTD", "dtd/dtd"), "resize_flip", 47),
     "Caltech101": CatalogueEntry(_caltech101, "random_resized_crop", 101),
     "StanfordCars": CatalogueEntry(_stanford_cars, "crop_jitter", 196),
     "StanfordDogs": CatalogueEntry(_stanford_dogs, "crop_jitter", 120),

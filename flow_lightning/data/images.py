@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.data.samplers import check_fraction, hold_out
-from flow_lightning.data.sources import class_folders, targets_of
-from flow_lightning.data.transforms import RecipeName, Transform, recipe
+from flow_lightning.data.label_noise import LabelNoise, with_noise
+from flow_lightning.data.samplers import hold_out
+from flow_lightning.data.sources import class_folders
+from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, recipe
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
 
@@ -28,8 +29,7 @@ class TransformedImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: Any, transform: Transform, seed: int | None = None) -> None:
-        self.images = images
-        self.transform = transform
+        self.images, self.transform = images, transform
         self.random = None if seed is None else EpochSeed(seed)
 
     def __len__(self) -> int:
@@ -37,11 +37,10 @@ class TransformedImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         image, target = self.images[position]
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
         with torch.random.fork_rng(devices=[], enabled=self.random is not None):
             if self.random is not None:
                 torch.manual_seed(self.random.of(position))
-            return {"image": self.transform(rgb), "target": int(target)}
+            return {"image": self.transform(image), "target": int(target)}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the random transforms of an epoch from now on."""
@@ -49,9 +48,9 @@ class TransformedImages(Dataset[dict[str, Any]]):
             self.random.epoch.fill_(epoch)
 
     @property
-    def targets(self) -> list[int] | None:
-        """Class index of each sample, or None if the images would have to be read for it."""
-        return targets_of(self.images)
+    def targets(self) -> list[int]:
+        """Class index of each sample."""
+        return list(self.images.targets)
 
 
 class ImageDataModule(LightningDataModule):
@@ -75,15 +74,14 @@ class ImageDataModule(LightningDataModule):
         mean: Mean of each colour channel (pixels from 0 to 1). By default that of the pre-trained model.
         std: Standard deviation of each colour channel. By default that of the pre-trained model.
         interpolation: How images are resized ("bilinear", "bicubic", ...). By default as the pre-trained model does.
-        transforms: "resize_flip", "crop_jitter", "random_resized_crop" or "none" (resize only). By default those of the
-            paper for this data set.
-        validation_fraction: Share of the training set to hold out for validation, in [0, 1). With 0 there is no
-            validation.
+        transforms: A recipe of `transforms.py`. By default that of the paper for this data set.
+        validation_fraction: Share of the training set to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed of the random splits (validation, Stanford Dogs, Caltech101, digits).
         download: Fetch the files if torchvision can (not Stanford Cars and Dogs).
+        label_noise: Makes some labels of the training set wrong, the held-out part too, for experiments.
 
     Raises:
-        ValueError: If the data set is unknown or a number is out of range.
+        ValueError: If the data set is unknown, or only one of `mean` and `std` is given.
     """
 
     def __init__(
@@ -96,18 +94,18 @@ class ImageDataModule(LightningDataModule):
         persistent_workers: bool = False,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        interpolation: str | None = None,
+        interpolation: Interpolation | None = None,
         transforms: RecipeName | None = None,
         validation_fraction: float = 0.1,
         split_seed: int = 42,
         download: bool = False,
+        label_noise: LabelNoise | None = None,
     ) -> None:
         super().__init__()
-        check_fraction(validation_fraction)
         if (mean is None) != (std is None):
             raise ValueError(f"Got mean={mean} and std={std}. Give both, or neither for those of the model.")
         root = str(root)  # checkpoints hold the arguments, and weights_only=True loads no Path
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="label_noise")
         self.dataset = find_dataset(dataset)
         self.root = Path(root)
         self.image_size, self.batch_size = image_size, batch_size
@@ -115,50 +113,41 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std, self.interpolation = mean, std, interpolation
         self.transforms = transforms or CATALOGUE[self.dataset].transforms
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
-        self.val_set: IndexedDataset | None = None
-        self.test_set: IndexedDataset | None = None
+        self.label_noise = label_noise
+        #: Names of the classes in the order of their indices, known after `setup`.
+        self.class_names: list[str] | None = None
         self._splits: Splits | None = None
 
     def prepare_data(self) -> None:
-        """Download the data set if `download` is set. One process per machine does this."""
+        """Download the data set, if asked for."""
         if self.download:
             CATALOGUE[self.dataset].build(self.root, True, self.split_seed)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the list of files or the arrays, and make the sets of a stage: all of them if it is None.
+        """Read the list of files or the arrays, and make all sets; images are read later.
 
         Raises:
             FileNotFoundError: If the data set is not there.
-            ValueError: If the normalisation is neither given nor known from the model.
+            ValueError: If the normalisation is not known, or no sample is left to train on or to validate.
         """
         splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
         augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())
-        if stage in ("fit", "validate", None):
-            training: Any = splits.train
-            held_out, kept = hold_out(len(training), self.validation_fraction, self.split_seed)
-            if held_out:
-                self.val_set = IndexedDataset(TransformedImages(Subset(training, held_out), plain))
-                training = Subset(training, kept)
-        if stage in ("fit", None):
-            seed = torch.initial_seed()
-            self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
-            self.train_set = IndexedDataset(TransformedImages(training, augment, self._seed))
-            self.scoring_set = IndexedDataset(TransformedImages(training, plain))
-        if stage in ("test", "predict", None):
-            self.test_set = IndexedDataset(TransformedImages(splits.test, plain))
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes in the order of their indices, known after `setup`."""
-        if self._splits is None:
-            raise RuntimeError(f"The class names of {self.dataset!r} are known after setup(). Call that first.")
-        return self._splits.class_names
+        held_out, kept = hold_out(len(splits.train), self.validation_fraction, self.split_seed)
+        given = splits.train
+        if self.label_noise is not None:
+            given = with_noise(given, self.label_noise, len(splits.class_names))
+        training, validation = given.part(kept), given.part(held_out)
+        seed = torch.initial_seed()
+        self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
+        self.class_names = splits.class_names
+        self.train_set = IndexedDataset(TransformedImages(training, augment, self._seed))
+        self.scoring_set = IndexedDataset(TransformedImages(training, plain))
+        self.val_set = IndexedDataset(TransformedImages(validation, plain))
+        self.test_set = IndexedDataset(TransformedImages(splits.test, plain))
 
     @property
     def num_classes(self) -> int:
         """Number of classes; for "folder" the folders below `train`."""
-        if self._splits is not None:
-            return len(self.class_names)
         return CATALOGUE[self.dataset].num_classes or len(class_folders(self.root / "train"))
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -173,20 +162,16 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the held-out part of the training set in order, or no loader with `validation_fraction=0`."""
-        return [] if self.val_set is None else self._loader(self.val_set)
+        return self._loader(self.val_set) if self.validation_fraction else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the test samples in order."""
-        if self.test_set is None:
-            self.setup("test")  # in a fit, whose own stage does not need it
         return self._loader(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the test samples in order, to compare the predictions with their classes."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     def _normalisation(self) -> tuple[list[float], list[float], str]:
-        """Return mean, standard deviation and interpolation: the given ones, and the model's for the others."""
+        """Return mean, standard deviation and interpolation, as given or else the model's."""
         config = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
         mean, std = self.mean or config.get("mean"), self.std or config.get("std")
         if mean is None or std is None:

@@ -14,17 +14,11 @@ from flow_lightning.resume import ResumableSampler
 
 
 def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[list[int]]:
-    """Cut a data set into batches of similar length, each of at most `budget` tokens with its padding.
-
-    The longest samples come first, so that a batch too large for the memory fails at once. A sample longer than the
-    budget is a batch of its own.
+    """Cut a data set into batches of similar length: each position `[0, N)` once, the longest samples first.
 
     Args:
         lengths: Tokens of each sample, `[N]`.
-        budget: Most tokens of a batch: its longest sample times its number of samples.
-
-    Returns:
-        Positions in the data set, each exactly once.
+        budget: Most tokens of a batch with its padding. A longer sample is a batch of its own.
 
     Example:
         >>> token_budget_batches([3, 9, 4, 1], budget=8)
@@ -45,15 +39,9 @@ def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[l
 class LengthGroupedSampler(ResumableSampler):
     """Shuffle a data set such that the samples of a batch have similar lengths.
 
-    The data set is shuffled and cut into pools. Each pool is sorted by length and cut into batches, one per process.
-    Then the batches of all pools are shuffled.
-
-    Args:
-        dataset: Any data set with a length; with `num_replicas`, `rank` and `seed` as for `ResumableSampler`.
-        lengths: Tokens of each sample, `[N]`.
-        batch_size: Samples per batch and process.
-        pool: Batches that are sorted together. Fewer give more randomness and more padding. A data set that fits into
-            one pool has nearly the same batches in each epoch.
+    The data set is shuffled and cut into pools of `pool` batches. Each pool is sorted by length and cut into batches,
+    one per process. Then the batches of all pools are shuffled. A data set that fits into one pool has nearly the same
+    batches in each epoch. `lengths` `[N]` are in tokens, and `batch_size` is that of one process.
 
     Example:
         >>> sampler = LengthGroupedSampler(range(4), [9, 1, 8, 2], batch_size=2)
@@ -72,8 +60,7 @@ class LengthGroupedSampler(ResumableSampler):
         pool: int = 50,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, seed)
-        self.lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        self.batch_size, self.pool = batch_size, pool
+        self.lengths, self.batch_size, self.pool = torch.as_tensor(lengths), batch_size, pool
 
     def order(self) -> Tensor:
         """Return the positions of all samples, `[n]`: one batch after the other, for all processes."""
@@ -91,11 +78,7 @@ class LengthGroupedSampler(ResumableSampler):
 
 
 class FixedBatches(Sampler[list[int]]):
-    """Batches that are the same in every epoch, for instance batches of similar length.
-
-    As the `batch_sampler` of a scoring loader it lets the data set be scored in another order than its own.
-    `batches` holds positions in the data set.
-    """
+    """A batch sampler of the same batches of positions in every epoch; a data set is scored in its order."""
 
     def __init__(self, batches: Sequence[Sequence[int]]) -> None:
         self.batches = batches
@@ -110,26 +93,16 @@ class FixedBatches(Sampler[list[int]]):
 def split_positions(count: int, first: float, seed: int) -> tuple[list[int], list[int]]:
     """Split `range(count)` at random into two parts, each in ascending order. `first` is the share of the first."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    border = round(first * count)
+    border = max(0, round(first * count))
     return sorted(order[:border]), sorted(order[border:])
 
 
 def hold_out(count: int, validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split training samples by `split_positions`, into a part for validation and the part to train on.
-
-    Raises:
-        ValueError: If the fraction is not 0 and leaves one of them empty.
-    """
+    """Split samples into a part for validation and the part to train on, or raise ValueError if one is empty."""
     held_out, kept = split_positions(count, validation_fraction, seed)
-    if validation_fraction > 0 and not (held_out and kept):
+    if validation_fraction and not (held_out and kept):
         raise ValueError(
             f"validation_fraction={validation_fraction} of {count} training samples leaves {len(kept)} to train and "
-            f"{len(held_out)} to validate. Choose another fraction, or 0 for no validation."
+            f"{len(held_out)} to validate. Choose a fraction between 0 and 1, or 0 for no validation."
         )
     return held_out, kept
-
-
-def check_fraction(validation_fraction: float) -> None:
-    """Raise ValueError unless the fraction is from 0 to below 1."""
-    if not 0.0 <= validation_fraction < 1.0:
-        raise ValueError(f"validation_fraction is {validation_fraction}. Give a share from 0 to below 1.")

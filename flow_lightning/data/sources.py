@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -18,11 +18,7 @@ class UnreadableImageError(OSError):
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file completely, as RGB.
-
-    Raises:
-        UnreadableImageError: If the file is absent, truncated or no image.
-    """
+    """Read an image file completely, as RGB, or raise UnreadableImageError."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -34,7 +30,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 class LabelledImages(Dataset[tuple[Image.Image, int]]):
-    """Pairs of image, by default a file, and class index; `read` makes a PIL image of it when it is asked for."""
+    """Pairs of image and class index. `read` makes a PIL image of a file, or of what is in its place."""
 
     def __init__(self, samples: Iterable[tuple[Any, int]], read: Callable[[Any], Image.Image] = read_image) -> None:
         self.samples = [(image, int(target)) for image, target in samples]
@@ -49,17 +45,12 @@ class LabelledImages(Dataset[tuple[Image.Image, int]]):
 
     @property
     def targets(self) -> list[int]:
-        """Class index of each sample."""
+        """Class index of each sample, known without reading images."""
         return [target for _, target in self.samples]
 
-
-def targets_of(dataset: Any) -> list[int] | None:
-    """Return the class index of every sample, or None if the images would have to be read for it."""
-    if isinstance(dataset, Subset):
-        inner = targets_of(dataset.dataset)
-        return None if inner is None else [inner[position] for position in dataset.indices]
-    targets = getattr(dataset, "targets", None)
-    return None if targets is None else [int(target) for target in targets]
+    def part(self, positions: Sequence[int]) -> "LabelledImages":
+        """Return the samples at some positions, in that order."""
+        return LabelledImages((self.samples[position] for position in positions), self.read)
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -75,25 +66,15 @@ def class_folders(folder: Path, ignore: Sequence[str] = ()) -> list[Path]:
 
 
 def read_class_folders(folder: Path, ignore: Sequence[str] = ()) -> tuple[LabelledImages, list[str]]:
-    """Read a folder that holds one folder of images per class: `folder/cat/1.jpg`.
+    """Read a folder that holds one folder of images per class, such as `folder/cat/1.jpg`: images and class names.
 
-    Returns:
-        The images and the class names. A class index is the position of its name in sorted order, without `ignore`.
-
-    Raises:
-        FileNotFoundError: If there is no class folder, or a class folder without images.
+    A class index is the position of its name in sorted order, without `ignore`. FileNotFoundError says what is missing.
     """
-    classes = class_folders(folder, ignore)
-    if not classes:
+    classes = {path.name: image_paths(path) for path in class_folders(folder, ignore)}
+    empty = [name for name, files in classes.items() if not files]
+    if empty or not classes:
         raise FileNotFoundError(
-            f"{folder.resolve()} holds no class folders. Make one folder of images per class, for example "
-            f"{folder.name}/cat/1.jpg and {folder.name}/dog/1.jpg."
+            f"{folder.resolve()} must hold one folder of images per class, such as cat/1.jpg and dog/1.jpg. It has "
+            f"{f'no images in {empty[:5]}' if empty else 'no folders'} (suffixes: {', '.join(IMAGE_SUFFIXES)})."
         )
-    samples = [(path, target) for target, name in enumerate(classes) for path in image_paths(name)]
-    empty = sorted(set(range(len(classes))) - {target for _, target in samples})
-    if empty:
-        raise FileNotFoundError(
-            f"No image files in {len(empty)} class folders: {', '.join(str(classes[k]) for k in empty[:5])} "
-            f"(suffixes: {', '.join(IMAGE_SUFFIXES)}). Add images or remove the folder."
-        )
-    return LabelledImages(samples), [path.name for path in classes]
+    return LabelledImages((file, k) for k, files in enumerate(classes.values()) for file in files), list(classes)

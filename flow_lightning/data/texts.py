@@ -12,34 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-_PACKAGED = "packaged"
-
 
 def read_texts(paths: Sequence[str]) -> list[str]:
-    """Read plain text files, one text for each path.
+    """Read plain UTF-8 text files, one text for each path, or raise ValueError.
 
-    Args:
-        paths: UTF-8 text files, or the word `packaged`: half a megabyte of English prose that comes with CPython, the
-            topics of `help()`. It changes a little with each version of Python, so compare within one version only.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If a file is empty or not UTF-8.
+    The word `packaged` stands for half a megabyte of English prose that comes with CPython, the topics of `help()`. It
+    changes a little with each version of Python, so compare within one version only.
     """
-    return [_read(Path(path)) for path in paths]
+    return [_read(path) for path in paths]
 
 
-def _read(path: Path) -> str:
-    if str(path) == _PACKAGED:
+def _read(path: str) -> str:
+    if path == "packaged":
         from pydoc_data.topics import topics  # half a megabyte
 
         return "\n".join(topics[name] for name in sorted(topics))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no text file {path.absolute()}. Check the path in `texts`, or use the word {_PACKAGED!r}."
-        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).absolute().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}). Expected plain text; convert it to UTF-8.") from error
     if not text.strip():
@@ -52,19 +41,13 @@ class TextWindows(Dataset[dict[str, Any]]):
 
     Windows do not overlap and do not go across texts. The first token of each is context only. If the tokenizer starts
     a text with a token of its own (BOS), each window starts with it, because some models need it. A last window of
-    fewer than 2 tokens is dropped.
-
-    Attributes:
-        lengths: Tokens of each window, int64 `[N]`.
+    fewer than 2 tokens is dropped. The attribute `lengths` has the tokens of each window, int64 `[N]`.
 
     Args:
-        texts: The texts.
+        texts: The texts. ValueError if they give no window.
         tokenizer: A tokenizer of transformers; it is not kept.
         window: Most tokens of a window, at least 2 and at most as many as the model has positions.
         limit_tokens: Take the first windows, up to so many tokens in all, at least 2.
-
-    Raises:
-        ValueError: If there is no window.
 
     Example:
         >>> def letters(texts, **_):
@@ -92,8 +75,7 @@ class TextWindows(Dataset[dict[str, Any]]):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = range(len(self))[index]
-        return {"input_ids": self.windows[position].long(), "prompt_length": 1, "index": position}
+        return {"input_ids": self.windows[index].long(), "prompt_length": 1, "index": index}
 
 
 def _windows(text: str, tokenizer: Any, window: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ class BatchTracker:
     """
 
     def __init__(self) -> None:
-        self._followed: DataLoader[Any] | None = None
+        self._followed: list[tuple[DataLoader[Any], _Recorder]] = []
         self._recorder: _Recorder | None = None
 
     def follow(self, loader: Any, is_training: Callable[[], bool] = lambda: True) -> None:
@@ -41,14 +41,20 @@ class BatchTracker:
                 "The training loader has in_order=False, so it cannot be told which samples are in a batch. Use "
                 "in_order=True, or wrap the data set in flow_lightning.IndexedDataset."
             )
-        self.release()
-        self._followed, self._recorder = loader, _Recorder(loader.batch_sampler, is_training)
-        object.__setattr__(loader, "batch_sampler", self._recorder)  # a DataLoader refuses to be given another one
+        self._followed.append((loader, _Recorder(loader.batch_sampler, is_training)))
+        object.__setattr__(loader, "batch_sampler", self._followed[-1][1])  # a DataLoader refuses to be given another
+
+    def choose(self, loader: Any) -> None:
+        """Take the loader that is trained on, and let go of others: a tuner may have made some."""
+        chosen = [pair for pair in self._followed if pair[0] is loader]
+        self._followed, others = chosen, [pair for pair in self._followed if pair[0] is not loader]
+        self._recorder = chosen[0][1] if chosen else None
+        _give_back(others)
 
     @property
     def is_following(self) -> bool:
         """Whether a loader is followed."""
-        return self._recorder is not None
+        return bool(self._followed)
 
     def next_index(self, skipped: int = 0) -> Tensor | None:
         """Return the indices of the next batch but for those skipped, `[B]` on the CPU; None if no loader is followed.
@@ -76,10 +82,14 @@ class BatchTracker:
             self._recorder.is_locked = False
 
     def release(self) -> None:
-        """Give the loader its own batch sampler back."""
-        if self._followed is not None and self._recorder is not None:
-            object.__setattr__(self._followed, "batch_sampler", self._recorder.batches)
-        self._followed = self._recorder = None
+        """Give loaders their own batch samplers back."""
+        _give_back(self._followed)
+        self._followed, self._recorder = [], None
+
+
+def _give_back(followed: list[tuple[DataLoader[Any], "_Recorder"]]) -> None:
+    for loader, recorder in followed:
+        object.__setattr__(loader, "batch_sampler", recorder.batches)
 
 
 class _Recorder(Sampler[list[int]]):

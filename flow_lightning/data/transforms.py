@@ -14,48 +14,26 @@ from flow_lightning.optional import optional_import
 v2 = optional_import("torchvision.transforms.v2", "vision", "image transforms")
 #: For CIFAR, Flowers102 and DTD; for Stanford Dogs and Cars; for Caltech101; for digits, which a flip would change.
 RecipeName = Literal["resize_flip", "crop_jitter", "random_resized_crop", "none"]
+Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 Transform = Callable[[Any], torch.Tensor]
 
 
-def interpolation_mode(name: str) -> Any:
-    """Translate timm's name of an interpolation ("bilinear", "bicubic", ...).
-
-    Raises:
-        ValueError: If torchvision has no such interpolation.
-    """
-    try:
-        return v2.InterpolationMode(name)
-    except ValueError:
-        known = ", ".join(mode.value for mode in v2.InterpolationMode)
-        raise ValueError(f"Unknown interpolation {name!r}. Use one of {known}.") from None
-
-
 def normalise(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    """Return the steps from an RGB picture to a float tensor `[3, H, W]`, pixels in `[0, 1]` before the normalisation.
-
-    Raises:
-        ValueError: If mean and std are not three numbers each, or a standard deviation is not positive.
-    """
+    """Return the steps from an RGB picture to a normalised float tensor `[3, H, W]`, or raise ValueError."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(
-            f"Got mean={list(mean)} and std={list(std)}. Give three numbers each (red, green, blue, pixels from 0 to "
-            "1), with standard deviations above 0."
-        )
+        raise ValueError(f"Got mean={list(mean)} and std={list(std)}. Give three numbers each, with std above 0.")
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
 def recipe(
     name: str, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bilinear"
 ) -> tuple[Transform, Transform]:
-    """Build the training and the evaluation transform of a recipe, one of `RecipeName`.
+    """Build the training transform of a recipe and the evaluation transform, which is deterministic.
 
-    Returns:
-        Two functions from an RGB picture to a float tensor `[3, image_size, image_size]`. The second is deterministic.
-
-    Raises:
-        ValueError: If the recipe or the interpolation does not exist, or the normalisation is invalid.
+    Both turn an RGB picture into a float tensor `[3, image_size, image_size]`. `mean` and `std` are of pixels from 0 to
+    1. ValueError names a recipe or an interpolation that does not exist.
     """
-    mode, larger = interpolation_mode(interpolation), round(image_size * 256 / 224)
+    mode, larger = v2.InterpolationMode(interpolation), round(image_size * 256 / 224)
     resize, centre = v2.Resize((image_size, image_size), mode), v2.CenterCrop(image_size)
     resize_larger = v2.Resize((larger, larger), mode)
     flip, jitter = v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)

@@ -30,12 +30,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 class Answers(TargetMeasure):
     """The fraction of test instructions to which the model generates the right final answer, greedily.
 
-    Args:
-        max_new_tokens: Most tokens of an answer.
-        batch_size: Prompts per batch.
-
-    Raises:
-        ValueError: If a number is out of range.
+    An answer has at most `max_new_tokens` tokens; a batch has `batch_size` prompts.
     """
 
     metrics = (
@@ -52,12 +47,7 @@ class Answers(TargetMeasure):
         self.references: list[str] = []
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Find the prompts of the test set and the final answers of its references.
-
-        Raises:
-            TypeError: If the test set has no records.
-            ValueError: If a reference has no final answer, or prompts and answers are too long for the model.
-        """
+        """Find prompts and reference answers; refuse a test set without them, or too long for the model."""
         check_language_model(module, "Answers")
         facts = super().prepare(trainer, module)
         self.prompts = []
@@ -135,16 +125,14 @@ def _instructions(dataset: Any) -> InstructionDataset:
 
 
 def _reference_answers(records: Sequence[dict[str, str]], field: str) -> list[str]:
-    answers = []
-    for number, record in enumerate(records):
-        answer = final_answer(record[field])
-        if answer is None:
-            raise ValueError(
-                f"The response of test sample {number} has no final answer: {record[field]!r:.200}. Expected one "
-                "after '####', after 'The answer is', or at least a number. Leave out Answers for such data."
-            )
-        answers.append(answer)
-    return answers
+    answers = [final_answer(record[field]) for record in records]
+    if None in answers:
+        number = answers.index(None)
+        raise ValueError(
+            f"The response of test sample {number} has no final answer: {records[number][field]!r:.200}. Expected one "
+            "after '####', after 'The answer is', or at least a number. Leave out Answers for such data."
+        )
+    return [answer for answer in answers if answer is not None]
 
 
 def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], max_new_tokens: int) -> list[str]:

@@ -32,9 +32,7 @@ class Panel(NamedTuple):
     """What pictures show of a measure: a panel in that of a run, groups of bars in that of a comparison.
 
     Attributes:
-        title: What is shown: "target accuracy".
-        unit: The unit of its values, see `Metric`.
-        better: `up` or `down`.
+        title: What is shown: "target accuracy"; `unit` and `better` are as in `Metric`.
         groups: Label of each group of bars in a comparison to its key; the first is the main result.
         after: Label of each bar after training to its key, for a run; by default the main result alone.
     """
@@ -78,6 +76,7 @@ class Measure(ABC):
         part: `target`: what the fit learned. `retention`: what it kept; only this is also measured after epochs.
         metrics: The keys that it writes.
         panels: What pictures show of them; those without a value are left out.
+        carried: Names of the attributes that a checkpoint carries: tensors and primitives, None before training.
 
     Example:
         >>> class NormOfWeights(Measure):
@@ -92,12 +91,10 @@ class Measure(ABC):
     part: ClassVar[Literal["target", "retention"]]
     metrics: ClassVar[tuple[Metric, ...]]
     panels: ClassVar[tuple[Panel, ...]] = ()
+    carried: ClassVar[tuple[str, ...]] = ()
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Find the data, at `on_fit_start`, and check that the module can be measured on them.
-
-        Returns facts about the data, by key of `metrics.json`: a resumed fit must find the same.
-        """
+        """Find the data, at `on_fit_start`; return facts about them by key, which a resumed fit must find again."""
         return {}
 
     @abstractmethod
@@ -105,11 +102,13 @@ class Measure(ABC):
         """Return numbers of the module as it is now, by name, the same on every rank; none if there is no data."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs: tensors and primitives."""
-        return {}
+        """Return what a resumed fit needs."""
+        return {name: getattr(self, name) for name in self.carried}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # most measures have none
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of an earlier fit; an empty one at the start of each fit."""
+        for name in self.carried:
+            setattr(self, name, state.get(name))
 
     def key(self, when: When, name: str) -> str:
         """Return the key in `metrics.json` of a number that `measure` returned."""

@@ -40,9 +40,6 @@ class HarnessTasks(Measure):
         batch_size: Sequences per forward pass.
         run_unsafe_code: Whether tasks may run code that the model wrote, as MBPP does. Some also ask for the
             environment variable HF_ALLOW_CODE_EVAL=1.
-
-    Raises:
-        ValueError: If a number is out of range, or a task is named twice.
     """
 
     part = "retention"
@@ -71,12 +68,7 @@ class HarnessTasks(Measure):
         self.index: Any = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Check the module, and that the harness knows the tasks.
-
-        Raises:
-            TypeError: If the module is no language model, or in shards on several processes.
-            ValueError: If there is no such task.
-        """
+        """Refuse a module that is no language model or in shards, and tasks that the harness does not know."""
         check_language_model(module, "HarnessTasks")
         if trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1:
             raise TypeError(

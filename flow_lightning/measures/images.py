@@ -22,13 +22,7 @@ from flow_lightning.scoring.score import BatchFunction, score_dataset
 class TargetAccuracy(TargetMeasure):
     """Top-1 accuracy on the test set, and on its samples that were hardest before training.
 
-    Batches are dicts of `image` and `target`.
-
-    Args:
-        hard_fraction: The part of the test set, by loss before training, that counts as hard.
-
-    Raises:
-        ValueError: If `hard_fraction` is outside (0, 1].
+    Batches are dicts of `image` and `target`. Of the test set, `hard_fraction` in (0, 1] counts as hard.
     """
 
     metrics = (
@@ -47,6 +41,8 @@ class TargetAccuracy(TargetMeasure):
         ),
     )
 
+    carried = ("hard",)
+
     def __init__(self, *, hard_fraction: float = 0.1) -> None:
         if not 0.0 < hard_fraction <= 1.0:
             raise ValueError(f"hard_fraction is {hard_fraction}; expected a number in (0, 1], such as 0.1.")
@@ -64,21 +60,13 @@ class TargetAccuracy(TargetMeasure):
             return {"top1": mean(correct)}
         return {"top1": mean(correct)} | ({} if self.hard is None else {"hard_top1": mean(correct[self.hard])})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the positions of the hardest samples in the test set."""
-        return {"hard": self.hard}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the hardest samples of an earlier fit."""
-        self.hard = state.get("hard")
-
 
 class PretrainedImages(Measure):
     """What is left of the pre-trained task: accuracy, or agreement with the pre-trained model if there are no labels.
 
     The original head is put back, with BatchNorm as trained and with the original BatchNorm layers. Without labels,
-    checkpoints carry 4 bytes per image and class: 200 MB for 50,000 images of 1,000 classes. Images are prepared as the
-    data module says, else as the model expects.
+    checkpoints carry 4 bytes per image and class. Images are prepared as the data module says, else as the model
+    expects.
 
     Args:
         images: A folder, a CSV file with the columns `file` and `class_index`, or the word `packaged` (see
@@ -113,6 +101,7 @@ class PretrainedImages(Measure):
         )
         for title, key in (("pre-trained task", "retention/after/top1"), ("agreement", "retention/after/agreement"))
     )
+    carried = ("reference",)
     loader: DataLoader[Any]
     labelled: bool
 
@@ -125,12 +114,7 @@ class PretrainedImages(Measure):
         self.reference: Tensor | None = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """Open the images.
-
-        Raises:
-            TypeError: If the module cannot put its original head back.
-            ValueError: If there was no original head.
-        """
+        """Open the images; refuse a module that cannot put its original head back."""
         from flow_lightning.data.retention_images import retention_images  # imports timm and torchvision
 
         contract, data, name = module_contract(module), data_contract(trainer), type(module).__name__
@@ -171,18 +155,9 @@ class PretrainedImages(Measure):
             return {}
         outcomes = {"": self._score(trainer, module, function)}
         if when != "before":
-            outcomes["_original_bn"] = (
-                self._score(trainer, module, function, True) if len(batch_norms(module)) else outcomes[""]
-            )
+            has_layers = len(batch_norms(module)) > 0
+            outcomes["_original_bn"] = self._score(trainer, module, function, True) if has_layers else outcomes[""]
         return {name + kind: mean(value) for kind in outcomes for name, value in zip(names, outcomes[kind])}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the log-probabilities of the pre-trained model, if the images have no labels."""
-        return {"reference": self.reference}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the pre-trained model's log-probabilities of an earlier fit."""
-        self.reference = state.get("reference")
 
     def _score(
         self, trainer: Trainer, module: Any, function: BatchFunction, original_batch_norm: bool = False
@@ -201,14 +176,14 @@ def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor
             f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'. Let the data set "
             "return such dicts."
         )
-    logits = _logits(module, batch)
-    return cross_entropy(logits, batch["target"]), top_k_correct(logits, batch["target"]).float()
+    logits, targets = _logits(module, batch), batch["target"]
+    return cross_entropy(logits, targets), top_k_correct(logits, targets).float()
 
 
 def top1_and_top5(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return top-1 and top-5 (0 or 1) of each sample, both `[B]`."""
-    logits = _logits(module, batch)
-    return top_k_correct(logits, batch["target"]).float(), top_k_correct(logits, batch["target"], k=5).float()
+    logits, targets = _logits(module, batch), batch["target"]
+    return top_k_correct(logits, targets).float(), top_k_correct(logits, targets, k=5).float()
 
 
 def log_probabilities(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor]:

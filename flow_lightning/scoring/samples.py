@@ -20,7 +20,7 @@ from flow_lightning.scoring.fingerprint import inspect_dataset
 
 _HOW = (
     "Give the Trainer a data module or module with `scoring_dataloader()` (the training samples, not augmented) or "
-    "`train_dataloader()`, a DataLoader in `fit(model, loader)`, or FlowWeightingCallback(dataloader=...)."
+    "`train_dataloader()`, a DataLoader in `fit(model, loader)`, or FlowWeightingCallback(scoring_dataset=...)."
 )
 
 
@@ -41,26 +41,30 @@ class Samples(NamedTuple):
         return sum(map(len, self.batches))
 
 
-def find_samples(trainer: Trainer, module: LightningModule, loader: DataLoader[Any] | None = None) -> Samples:
+def find_samples(trainer: Trainer, module: LightningModule, given: Any = None) -> Samples:
     """Find the training samples of a fit, and warn if they differ from one reading to the next.
 
     Args:
         trainer: Runs the fit.
         module: Is put into evaluation mode while samples are read: transforms may depend on it.
-        loader: By default the fit's own scoring or training loader.
+        given: A data set, or a DataLoader, in place of the fit's own scoring or training loader.
 
     Raises:
         TypeError: If there is no DataLoader, or its data set is iterable-style.
         ValueError: If the data set is empty.
     """
-    loader = training_loader(trainer) if loader is None else loader
+    loader = given if isinstance(given, DataLoader) else training_loader(trainer)
+    if given is not None and loader is not given:
+        check_map_style(given)
+        loader = loader_like(loader, _in_order(len(given), loader.batch_size), given)
     batches = cut_batches(loader)
     with evaluation(module):
         fingerprint, is_random = inspect_dataset(loader.dataset)
     if is_random:
         rank_zero_warn(
             "Two readings of a sample to score differ: its transforms are random, so the weights come from one random "
-            "draw. Define `scoring_dataloader()` on the data module: the training samples, not augmented."
+            "draw. Give FlowWeightingCallback(scoring_dataset=...) the same samples without augmentation, or the data "
+            "module a `scoring_dataloader()`."
         )
     return Samples(loader, batches, fingerprint)
 
@@ -111,7 +115,11 @@ def cut_batches(loader: DataLoader[Any]) -> Sequence[Sequence[int]]:
             "The training loader has batch_size=None: its data set makes the batches, so samples have no index. Give "
             "the DataLoader single samples and a batch_size; flow_lightning.IndexedDataset numbers any map-style data."
         )
-    size = loader.batch_size or 64
+    return _in_order(length, loader.batch_size)
+
+
+def _in_order(length: int, size: int | None) -> list[range]:
+    size = size or 64
     return [range(start, min(start + size, length)) for start in range(0, length, size)]
 
 

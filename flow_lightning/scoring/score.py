@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from flow_lightning.data.indexing import check_indices, find_index
-from flow_lightning.distributed import data_rank, drop_gathered, gather, in_forward
+from flow_lightning.distributed import data_rank, drop_gathered, gather
 from flow_lightning.method.weights import token_positions
 from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
 from flow_lightning.scoring.samples import cut_batches, loader_like
@@ -110,7 +110,7 @@ def _run(
     for order, (expected, batch) in enumerate(zip(wanted, on_device(trainer, module, loader_like(loader, wanted)))):
         vars(module)["batch_samples"] = torch.as_tensor(expected)
         with trainer.precision_plugin.forward_context():
-            values = in_forward(trainer, module, partial(_score_batch, batch, expected, function))
+            values = _score_batch(batch, expected, function)
         del vars(module)["batch_samples"]
         if order < len(mine):
             on_batch()

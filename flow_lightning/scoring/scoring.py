@@ -14,7 +14,6 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
@@ -34,7 +33,7 @@ class Scoring:
         module: The model.
         kind: What is computed.
         file: Where the result is kept for later fits, and blocks while scoring; None to keep nothing.
-        loader: Where the samples come from, if not from the fit's own loaders.
+        given: Data set or DataLoader to score, if not the fit's own.
         new_parts: Prefixes of parameters that are not pre-trained.
         is_from_file: Whether the result was read, not computed.
     """
@@ -43,7 +42,7 @@ class Scoring:
     module: LightningModule
     kind: Kind = field(default_factory=SampleLosses)
     file: Path | None = None
-    loader: DataLoader[Any] | None = None
+    given: Any = None
     new_parts: tuple[str, ...] = ()
     is_from_file: bool = False
     _is_inspected: bool = False
@@ -66,7 +65,7 @@ class Scoring:
     @cached_property
     def samples(self) -> Samples:
         """The samples to score."""
-        return find_samples(self.trainer, self.module, self.loader)
+        return find_samples(self.trainer, self.module, self.given)
 
     def look_at_model(self) -> None:
         """Take the fingerprint of the pre-trained model, once: in `setup`, before any checkpoint is restored.
@@ -104,7 +103,7 @@ class Scoring:
 
     def scored_now(self, kind: Kind) -> dict[str, Tensor]:
         """Score the same samples by the model as it is now: not frozen, not kept."""
-        now = replace(self, kind=kind, file=None, loader=self.samples.loader)
+        now = replace(self, kind=kind, file=None, given=self.samples.loader)
         kind.inspect(self.trainer, self.module, self.samples)
         return kind.collect(self.trainer, self.module, now._blocks(), len(self.samples))
 

@@ -6,13 +6,14 @@ Of the rates whose mean is within one standard error of the highest it names the
 those of the table in README.md beside it.
 """
 
-import argparse
-from itertools import product
 from statistics import mean, stdev
+
+from jsonargparse import auto_cli
 
 from flow_lightning.__main__ import main
 
 QUIET = [f"--trainer.enable_{what}=false" for what in ("progress_bar", "model_summary", "checkpointing")]
+RATES, SEEDS = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02], [11, 12, 13]
 
 
 def held_out_accuracy(method: str, rate: float, seed: int) -> float:
@@ -25,19 +26,15 @@ def held_out_accuracy(method: str, rate: float, seed: int) -> float:
     return float(cli.trainer.callback_metrics["val/top1"])
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
-    args = parser.parse_args()
-    found: dict[tuple[str, float], list[float]] = {}
-    for method, rate, seed in product(("standard", "flow"), args.rates, args.seeds):
-        found.setdefault((method, rate), []).append(held_out_accuracy(method, rate, seed))
+def choose(rates: list[float] = RATES, seeds: list[int] = SEEDS) -> None:
     for method in ("standard", "flow"):
-        best = max((values for (name, _), values in found.items() if name == method), key=mean)
-        least = mean(best) - stdev(best) / len(best) ** 0.5
-        for rate in args.rates:
-            values = found[method, rate]
+        found = {rate: [held_out_accuracy(method, rate, seed) for seed in seeds] for rate in rates}
+        for rate, values in found.items():
             print(f"{method}, {rate}: {mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})")
-        chosen = min(rate for rate in args.rates if mean(found[method, rate]) >= least)
+        best = max(found.values(), key=mean)
+        chosen = min(rate for rate in rates if mean(found[rate]) >= mean(best) - stdev(best) / len(best) ** 0.5)
         print(f"{method}: smallest within one standard error of the highest: {chosen}")
+
+
+if __name__ == "__main__":
+    auto_cli(choose, as_positional=False)

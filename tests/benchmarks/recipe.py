@@ -5,27 +5,26 @@
 The authors' procedure, after `paper`, vision protocol: SGD trains the head over the images; SGD trains the whole model,
 while the probed model looks at every augmented batch again to weigh it; SGD trains the head once more. Ours is one
 `fit`, with every image in each step (`batch`) and with images drawn by weight (`sampling`). All take the same images,
-epochs, learning rates and seeds; they alternate seed by seed, so that a slow
-minute of the machine hits both. Data and weights come with the extra `quickstart`: handwritten digits,
-EfficientNet-Lite0, agreement with the pre-trained model on photographs.
+epochs, learning rates and seeds; they alternate seed by seed. Data and weights come with the extra `quickstart`:
+handwritten digits, EfficientNet-Lite0, agreement with the pre-trained model on photographs.
 """
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from lightning import Trainer, seed_everything
+from jsonargparse import auto_cli
+from lightning import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from flow_lightning.method.objective import Reduction
+from tests.benchmarks.measure import measured, spread
+from tests.examples import make_trainer
 
 PROBE, TUNE, REFIT, BATCH = 0.005, 0.003, 0.005, 64
 
@@ -92,18 +91,8 @@ def sgd_on_head(model: nn.Module, loader: DataLoader[dict[str, Tensor]], epochs:
 def ours(data: Digits, epochs: int, reduction: Reduction = "batch") -> nn.Module:
     """One fit."""
     module = pretrained(learning_rate=TUNE, schedule="cosine", reduction=reduction)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=[fl.LinearProbeCallback(), fl.FlowWeightingCallback()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        default_root_dir="runs/benchmark_recipe",
-    )
-    trainer.fit(module, datamodule=data)
+    settings = {"max_epochs": epochs, "limit_val_batches": 0, "default_root_dir": "runs/benchmark_recipe"}
+    make_trainer(fl.LinearProbeCallback(), fl.FlowWeightingCallback(), **settings).fit(module, datamodule=data)
     return module.model
 
 
@@ -113,11 +102,9 @@ def measure(model: nn.Module, data: Digits, size: int) -> tuple[float, float]:
     model.eval()
     batches = list(DataLoader(data.test_set, 128))
     hits = torch.cat([model(batch["image"]).argmax(1) == batch["target"] for batch in batches])
-    reference = pretrained().eval()
-    tuned = pretrained().eval()
-    own = tuned.model.state_dict()
+    reference, tuned = pretrained().eval(), pretrained().eval()
     body = {name: value for name, value in model.state_dict().items() if not name.startswith("classifier")}
-    tuned.model.load_state_dict(own | body)
+    tuned.model.load_state_dict(tuned.model.state_dict() | body)
     views = DataLoader(retention_images("packaged", size, [0.5] * 3, [0.5] * 3), 128)
     same = []
     with tuned.pretrained_task(original_batch_norm=True), reference.pretrained_task():
@@ -126,44 +113,26 @@ def measure(model: nn.Module, data: Digits, size: int) -> tuple[float, float]:
     return hits.float().mean().item(), torch.cat(same).float().mean().item()
 
 
-def timed(
-    procedure: Callable[[Digits, int], nn.Module], seed: int, data: Digits, epochs: int
-) -> tuple[nn.Module, float]:
-    seed_everything(seed, verbose=False)
-    started = time.perf_counter()
-    model = procedure(data, epochs)
-    return model, time.perf_counter() - started
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--samples", type=int, default=1198, help="training images, at most 1198")
-    parser.add_argument("--size", type=int, default=64, help="pixels")
-    arguments = parser.parse_args()
+def main(epochs: int = 20, seeds: list[int] = [1, 2, 3], samples: int = 1198, size: int = 64) -> None:  # noqa: B006
+    """Run each procedure with each seed, on at most 1198 images of `size` pixels."""
     procedures = {"authors": authors, "ours": ours, "sampling": partial(ours, reduction="sampling")}
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in procedures}
-    for seed in arguments.seeds:
+    for seed in seeds:
         for name, procedure in procedures.items():
-            data = Digits(arguments.samples, arguments.size)
+            data = Digits(samples, size)
             data.prepare_data()
             data.setup("fit")
-            model, seconds = timed(procedure, seed, data, arguments.epochs)
-            rows[name].append((seconds, *measure(model, data, arguments.size)))
-            print(
-                f"seed {seed} {name:8} {seconds:7.1f} s  "
-                f"target {rows[name][-1][1]:.3f}  agreement {rows[name][-1][2]:.3f}",
-                flush=True,
-            )
+            data.setup("test")
+            seed_everything(seed, verbose=False)
+            model, seconds, _ = measured(procedure, data, epochs)
+            target, agreement = measure(model, data, size)
+            rows[name].append((seconds, target, agreement))
+            print(f"seed {seed} {name:8} {seconds:7.1f} s  target {target:.3f}  agreement {agreement:.3f}", flush=True)
     for name, column in rows.items():
-        ratios = [slow[0] / fast[0] for slow, fast in zip(rows["authors"], column)]
-        print(
-            f"{name:8} faster by {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})  "
-            f"target {statistics.mean(r[1] for r in column):.3f}  "
-            f"agreement {statistics.mean(r[2] for r in column):.3f}"
-        )
+        faster = spread([slow[0] / fast[0] for slow, fast in zip(rows["authors"], column)])
+        target, agreement = (statistics.mean(row[i] for row in column) for i in (1, 2))
+        print(f"{name:8} faster by {faster}  target {target:.3f}  agreement {agreement:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)

@@ -5,75 +5,63 @@
     python tests/benchmarks/scale.py order --samples 100000000
     python tests/benchmarks/scale.py workers
 
-`weights` gathers losses that are there already, in blocks as scoring does, and then computes temperature and weights;
-it prints seconds and the memory of rank 0 above what it had before. `resume` compares the start of a resumed fit, from
-its beginning to its first batch, with and without the callback, in alternation. `order` computes, as one of 64
-processes, median, weights and the order of an epoch; `workers` compares the first batch of a loader with one worker for
-many samples and for a thousand.
+It prints seconds, and the memory of a process above what it had before.
 """
 
-import argparse
-import json
 import os
-import sys
 import tempfile
 import time
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
+from jsonargparse import auto_cli
 from lightning import Callback, LightningModule
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-import flow_lightning as fl  # noqa: E402
-from flow_lightning.distributed import gather as gather_values  # noqa: E402
-from flow_lightning.resume import ResumableSampler  # noqa: E402
-from flow_lightning.run import RunCallback  # noqa: E402
-from tests.examples import make_trainer  # noqa: E402
-from tests.processes import launch  # noqa: E402
-
-
-def memory(name: str) -> float:
-    """Return VmRSS or VmHWM of this process, in MB of a million bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024 / 1e6
+import flow_lightning as fl
+from flow_lightning.distributed import gather
+from flow_lightning.resume import ResumableSampler
+from flow_lightning.run import RunCallback
+from tests.benchmarks.measure import in_turn, measured, spread
+from tests.examples import make_trainer
+from tests.processes import launch
 
 
 class Gather(Callback):
     """Gathers what each rank has, block by block, and makes weights of it."""
 
-    def __init__(self, count: int, block: int) -> None:
-        self.count, self.block = count, block
+    def __init__(self, samples: int, block: int) -> None:
+        self.samples, self.block = samples, block
 
     def on_fit_start(self, trainer, pl_module: LightningModule) -> None:
-        rank, world = trainer.global_rank, trainer.world_size
-        mine = torch.rand(self.count // world, generator=torch.Generator().manual_seed(rank))
-        gather_values(trainer, [(torch.zeros(1, dtype=torch.long), torch.zeros(1))])  # connect
-        Path("/proc/self/clear_refs").write_text("5")
-        before, started = memory("VmRSS"), time.perf_counter()
-        losses = torch.zeros(self.count)
-        for start in range(0, len(mine), self.block):
-            index = torch.arange(start, min(start + self.block, len(mine))) * world + rank
-            index, values = gather_values(trainer, [(index, mine[start : start + self.block])])
-            losses[index] = values
-        gathered = time.perf_counter() - started
-        weights = fl.SampleWeights.from_losses(losses)
-        seconds = time.perf_counter() - started
+        mine = torch.rand(self.samples // trainer.world_size)
+        gather(trainer, [(torch.zeros(1, dtype=torch.long), torch.zeros(1))])  # connect
+        (gathered, weights), seconds, peak = measured(self.weigh, trainer, mine)
         if trainer.is_global_zero:
-            used = memory("VmHWM") - before
-            kept = (losses.nbytes + weights.weights.nbytes) / 1e6
+            kept = (weights.losses.nbytes + weights.weights.nbytes) / 1e6
             print(
-                f"{self.count:,} samples, {world} processes: gather {gathered:.2f} s, median and weights "
-                f"{seconds - gathered:.2f} s, in all {seconds:.2f} s; peak {used:.0f} MB, of which {kept:.0f} MB stay"
+                f"{self.samples:,} samples, {trainer.world_size} processes: gather {gathered:.2f} s, in all "
+                f"{seconds:.2f} s; peak {peak:.0f} MB, of which {kept:.0f} MB stay"
             )
 
+    def weigh(self, trainer, mine: torch.Tensor) -> tuple[float, fl.SampleWeights]:
+        """Return the seconds of gathering, and the weights."""
+        started, losses = time.perf_counter(), torch.zeros(self.samples)
+        for start in range(0, len(mine), self.block):
+            index = torch.arange(start, min(start + self.block, len(mine))) * trainer.world_size + trainer.global_rank
+            index, values = gather(trainer, [(index, mine[start : start + self.block])])
+            losses[index] = values
+        return time.perf_counter() - started, fl.SampleWeights.from_losses(losses)
 
-def gather(count: int, block: int) -> None:
-    torch.set_num_threads(1)
-    make_trainer(Gather(count, block), devices=2, strategy="ddp", max_epochs=0).fit(Tiny(1000))
+
+def gather_on_each(samples: int, block: int) -> None:
+    make_trainer(Gather(samples, block), devices=2, strategy="ddp", max_epochs=0).fit(Tiny(1000))
+
+
+def weights(samples: int = 10_000_000, block: int = 100_000) -> None:
+    """Gather losses that are there already, in blocks per rank as scoring does, and compute temperature and weights."""
+    launch(gather_on_each, samples, block)
 
 
 class Tiny(fl.WeightedLossModule):
@@ -120,78 +108,54 @@ class FirstBatch(Callback):
         trainer.should_stop = True
 
 
-def start_of_fit(callbacks: list[Callback], checkpoint: str | None, samples: int, limit: int) -> float:
+def start_of_fit(callbacks: list[Callback], checkpoint: str, samples: int) -> float:
     first = FirstBatch()
-    trainer = make_trainer(
-        *callbacks, first, enable_checkpointing=False, max_epochs=-1, limit_train_batches=limit, min_steps=0
-    )
+    trainer = make_trainer(*callbacks, first, max_epochs=-1, limit_train_batches=2, min_steps=0)
     first.started = time.perf_counter()
     trainer.fit(Tiny(samples), ckpt_path=checkpoint)
     return first.seconds
 
 
-def resume(samples: int, rounds: int) -> None:
+def resume(samples: int = 10_000_000, rounds: int = 4) -> None:
+    """Time a resumed fit from its beginning to its first batch, with and without the callback, in alternation."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        losses = torch.rand(samples)
-        for name, flow in (("plain", []), ("flow", [GivenLosses(losses), fl.FlowWeightingCallback()])):
+        for name, flow in (("plain", []), ("flow", [GivenLosses(torch.rand(samples)), fl.FlowWeightingCallback()])):
             trainer = make_trainer(*flow, max_steps=1, limit_train_batches=1)
             trainer.fit(Tiny(samples))
             trainer.save_checkpoint(f"{name}.ckpt")
             print(f"{name}: checkpoint of {Path(f'{name}.ckpt').stat().st_size / 1e6:.1f} MB")
-        found: dict[str, list[float]] = {"plain": [], "flow": []}
-        for i in range(rounds):
-            for name in ("plain", "flow") if i % 2 else ("flow", "plain"):
-                callbacks = [fl.FlowWeightingCallback()] if name == "flow" else []
-                found[name].append(start_of_fit(callbacks, f"{name}.ckpt", samples, 2))
-        later = [flow - plain for flow, plain in zip(found["flow"], found["plain"])]
-        print(json.dumps({name: [round(value, 3) for value in values] for name, values in found.items()}))
-        print(f"{samples:,} samples: a resumed fit starts later by {sorted(later)[len(later) // 2]:.2f} s "
-              f"({min(later):.2f} to {max(later):.2f})")  # fmt: skip
+        later = []
+        for names in in_turn("plain", "flow", rounds):
+            callbacks = {"plain": [], "flow": [fl.FlowWeightingCallback()]}
+            seconds = {name: start_of_fit(callbacks[name], f"{name}.ckpt", samples) for name in names}
+            later.append(seconds["flow"] - seconds["plain"])
+        print(f"{samples:,} samples: a resumed fit starts later by {spread(later)} s")
 
 
-def alone(count: int, processes: int = 64) -> None:
-    """What each rank does by itself, once it has all losses."""
+def order(samples: int = 100_000_000, processes: int = 64) -> None:
+    """Compute, as one of many processes that has all losses, median, weights and the order of an epoch."""
     torch.set_num_threads(1)
-    losses = torch.rand(count)
+    losses = torch.rand(samples)
     for what, function in (
         ("median and weights", lambda: fl.SampleWeights.from_losses(losses)),
-        ("order of an epoch", lambda: list(ResumableSampler(range(count), processes))),
+        ("order of an epoch", lambda: list(ResumableSampler(range(samples), processes))),
     ):
-        Path("/proc/self/clear_refs").write_text("5")
-        before, started = memory("VmRSS"), time.perf_counter()
-        kept = function()
-        seconds = time.perf_counter() - started
-        print(f"{count:,} samples, {what}: {seconds:.2f} s, peak {memory('VmHWM') - before:.0f} MB", flush=True)
-        del kept
+        _, seconds, peak = measured(function)
+        print(f"{samples:,} samples, {what}: {seconds:.2f} s, peak {peak:.0f} MB", flush=True)
 
 
-def workers(count: int, rounds: int) -> None:
-    found: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
-        for method, samples in product(("fork", "spawn"), (1000, count)):
-            dataset = fl.IndexedDataset(Samples(samples))
-            loader = DataLoader(dataset, batch_size=32, num_workers=1, multiprocessing_context=method)
-            started = time.perf_counter()
-            next(iter(loader))
-            found.setdefault((method, samples), []).append(time.perf_counter() - started)
-    for (method, samples), seconds in found.items():
-        print(f"{method}, {samples:,} samples: first batch after {median(seconds):.2f} s "
-              f"({min(seconds):.2f} to {max(seconds):.2f})")  # fmt: skip
+def first_batch(samples: int, method: str) -> None:
+    dataset = fl.IndexedDataset(Samples(samples))
+    next(iter(DataLoader(dataset, batch_size=32, num_workers=1, multiprocessing_context=method)))
+
+
+def workers(samples: int = 10_000_000, rounds: int = 4) -> None:
+    """Time the first batch of a loader with one worker, for many samples and for a thousand."""
+    for method, count in product(("fork", "spawn"), (1000, samples)):
+        seconds = [measured(first_batch, count, method)[1] for _ in range(rounds)]
+        print(f"{method}, {count:,} samples: first batch after {spread(seconds)} s")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["weights", "resume", "order", "workers"])
-    parser.add_argument("--samples", type=int, default=10_000_000)
-    parser.add_argument("--block", type=int, default=100_000, help="samples per rank and block")
-    parser.add_argument("--rounds", type=int, default=4)
-    args = parser.parse_args()
-    if args.what == "weights":
-        launch(gather, args.samples, args.block)
-    elif args.what == "resume":
-        resume(args.samples, args.rounds)
-    elif args.what == "order":
-        alone(args.samples)
-    else:
-        workers(args.samples, args.rounds)
+    auto_cli([weights, resume, order, workers], as_positional=False)

@@ -6,7 +6,6 @@ Weighted and plain steps alternate within one fit, so that a slow minute of the 
 random: only time is measured.
 """
 
-import argparse
 import random
 import statistics
 import time
@@ -14,11 +13,13 @@ import timeit
 from typing import Any
 
 import torch
-from lightning import Callback, LightningDataModule, Trainer, seed_everything
+from jsonargparse import auto_cli
+from lightning import Callback, LightningDataModule, seed_everything
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
 from flow_lightning.report.metrics import read_metrics
+from tests.examples import make_trainer
 
 
 class RandomImages(Dataset[dict[str, Any]]):
@@ -90,26 +91,16 @@ def interval(steps: list[tuple[float, float]], draws: int = 2000) -> tuple[float
     return ratios[round(0.025 * draws)], ratios[round(0.975 * draws)]
 
 
-def fit(a: argparse.Namespace) -> tuple[list[tuple[float, float]], float, float]:
-    """Return the times of the steps, forward passes and seconds of scoring per sample."""
+def fit(
+    model: str, size: int, batch: int, steps: int, workers: int, **settings: str
+) -> tuple[list[tuple[float, float]], float, float]:
+    """Return the times of the steps, and forward passes and seconds of scoring per sample."""
     seed_everything(0, verbose=False)
-    module = fl.ImageClassificationModule(a.model, 10, pretrained=False, learning_rate=1e-4)
-    weighting = fl.FlowWeightingCallback()
+    module = fl.ImageClassificationModule(model, 10, pretrained=False, learning_rate=1e-4)
+    weighting, n = fl.FlowWeightingCallback(), batch * steps
     times, counter = Alternate(weighting), CountForwards()
-    trainer = Trainer(
-        accelerator=a.accelerator,
-        devices=1,
-        precision=a.precision,
-        max_epochs=1,
-        callbacks=[weighting, times, counter],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir="runs/benchmark_step",
-    )
-    trainer.fit(module, datamodule=Data(a.batch * a.steps, a.size, a.batch, a.workers))
-    n = a.batch * a.steps
+    trainer = make_trainer(weighting, times, counter, default_root_dir="runs/benchmark_step", **settings)
+    trainer.fit(module, datamodule=Data(n, size, batch, workers))
     scoring = read_metrics("runs/benchmark_step/metrics.json")["time/scoring_s"]
     return times.steps(), counter.before_training / n, scoring / n
 
@@ -128,24 +119,23 @@ def added_microseconds() -> float:
     return medians[1] - medians[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--precision", default="32-true")
-    a = parser.parse_args()
-    steps, forwards, scoring = fit(a)
-    for name, column in zip(("weighted", "plain"), zip(*steps)):
-        print(f"{name}: {a.batch / statistics.median(column):.1f} images/s (median of {len(steps)} steps)")
+def main(
+    model: str = "resnet18",
+    size: int = 64,
+    batch: int = 32,
+    steps: int = 300,
+    workers: int = 0,
+    accelerator: str = "cpu",
+    precision: str = "32-true",
+) -> None:
+    times, forwards, scoring = fit(model, size, batch, steps, workers, accelerator=accelerator, precision=precision)
+    for name, column in zip(("weighted", "plain"), zip(*times)):
+        print(f"{name}: {batch / statistics.median(column):.1f} images/s (median of {len(times)} steps)")
     print(f"scoring: {1 / scoring:.1f} images/s, {forwards:.2f} forward passes per sample")
-    low, high = interval(steps)
-    print(f"weighted / plain step: {ratio(steps):.4f} (95 % interval {low:.4f} to {high:.4f})")
+    low, high = interval(times)
+    print(f"weighted / plain step: {ratio(times):.4f} (95 % interval {low:.4f} to {high:.4f})")
     print(f"look-up and weighting alone: {added_microseconds():.0f} microseconds a step")
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)

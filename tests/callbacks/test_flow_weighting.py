@@ -58,7 +58,7 @@ class NoDropout(LinearRegression):
         self.body[2].p = 0.0
 
 
-def test_files_of_the_run(tmp_path):
+def test_files_of_the_run(tmp_path, rendered):
     flow = fl.FlowWeightingCallback()
     _, trainer = fit(flow, logger=CSVLogger("logs"))
     folder = tmp_path / trainer.log_dir
@@ -131,7 +131,7 @@ LOADER = RegressionData().train_dataloader()
 )
 def test_a_bare_loader_works(module, scored, trained):
     """The module's own, or one that is given to `fit`, or also to the callback."""
-    flow = fl.FlowWeightingCallback(dataloader=scored)
+    flow = fl.FlowWeightingCallback(scoring_dataset=scored)
     make_trainer(flow).fit(module(), trained)
     np.testing.assert_allclose(flow.weights.losses.numpy(), expected_losses(regression_data()), rtol=1e-5)
 

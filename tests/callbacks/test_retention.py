@@ -42,24 +42,19 @@ def own(every_n_epochs=None):
     return fl.RetentionCallback(measures=[SizeOfHead()], every_n_epochs=every_n_epochs)
 
 
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_it_does_not_matter_where_the_callback_stands(position):
+def test_it_does_not_matter_where_the_callback_stands():
     """Before training it finds the probe's head, in the end what every other callback left."""
-    last = AtTrainEnd(lambda module: torch.nn.init.constant_(module.head.weight, 5.0))
-    probe, measure = fl.LinearProbeCallback(refit=True), SizeOfHead()
-    callbacks = [probe, last]
-    callbacks.insert(position, fl.RetentionCallback(measures=[measure]))
-    fit(*callbacks, module=tiny_module(), data=PictureData())
-    metrics = read_metrics("run/metrics.json")
-    assert metrics["retention/before/size"] == probe_weight().abs().max().item()
-    assert metrics["retention/after/size"] == 5 and measure.measured == ["before", "after"]
-    assert metrics["time/fit_s"] > metrics["time/refit_s"]
-
-
-def probe_weight():
-    probe = fl.LinearProbeCallback()
-    fit(probe, module=tiny_module(), data=PictureData(), default_root_dir="probe", max_epochs=0)
-    return probe.probe.head.weight
+    alone = fl.LinearProbeCallback()
+    fit(alone, module=tiny_module(), data=PictureData(), default_root_dir="probe", max_epochs=0)
+    for position in (0, 2):
+        last = AtTrainEnd(lambda module: torch.nn.init.constant_(module.head.weight, 5.0))
+        measure, callbacks = SizeOfHead(), [fl.LinearProbeCallback(refit=True), last]
+        callbacks.insert(position, fl.RetentionCallback(measures=[measure]))
+        fit(*callbacks, module=tiny_module(), data=PictureData())
+        metrics = read_metrics("run/metrics.json")
+        assert metrics["retention/before/size"] == alone.probe.head.weight.abs().max().item()
+        assert metrics["retention/after/size"] == 5 and measure.measured == ["before", "after"]
+        assert metrics["time/fit_s"] > metrics["time/refit_s"]
 
 
 def test_missing_data_are_found_before_anything_is_scored():
@@ -120,7 +115,7 @@ def test_all_numbers_are_in_the_metrics_of_the_trainer():
     assert values["retention/epoch/size"] == pytest.approx(metrics["retention/epochs"][-1]["size"])
 
 
-def test_the_table_is_narrow_and_its_last_line_names_the_files(tmp_path, capsys):
+def test_the_table_is_narrow_and_its_last_line_names_the_files(tmp_path, capsys, rendered):
     image_fit(fl.RetentionCallback(images=labelled_images(tmp_path)), max_epochs=1)
     *table, last = capsys.readouterr().out.strip().splitlines()
     table = table[table.index(next(line for line in table if "What was learned" in line)) :]
@@ -207,11 +202,11 @@ def test_a_checkpoint_without_measurement_is_named(tmp_path):
 
 
 def test_a_second_fit_of_the_same_callback_measures_anew():
-    callback = own()
-    regression_fit(callback)
-    first = callback.before
-    regression_fit(callback, module=LinearRegression(seed=1))
-    assert callback.before["retention/before/size"] != first["retention/before/size"]
+    callback, before = own(), []
+    for seed in (0, 1):
+        regression_fit(callback, module=LinearRegression(seed=seed))
+        before.append(callback.before["retention/before/size"])
+    assert before[0] != before[1]
 
 
 def test_by_default_what_the_module_learned_is_measured():
@@ -224,16 +219,18 @@ def test_by_default_what_the_module_learned_is_measured():
 def test_a_configuration_can_give_the_measures():
     parser = ArgumentParser()
     parser.add_class_arguments(fl.RetentionCallback, "retention")
-    names = {"images": PretrainedImages, "texts": GeneralText, "tasks": HarnessTasks, "max_new_tokens": Answers}
-    settings = {"images": "packaged", "texts": ["packaged"], "tasks": ["mmlu:5"], "max_new_tokens": 64}
-    measures = [
-        {"class_path": f"flow_lightning.measures.{kind.__name__}", "init_args": {name: settings[name]}}
-        for name, kind in names.items()
-    ]
-    measures.append({"class_path": "flow_lightning.measures.TargetLoss"})
+    kinds = {
+        PretrainedImages: {"images": "packaged"},
+        GeneralText: {"texts": ["packaged"]},
+        HarnessTasks: {"tasks": ["mmlu:5"]},
+        Answers: {"max_new_tokens": 64},
+        TargetLoss: {},
+    }
+    paths = {kind: f"flow_lightning.measures.{kind.__name__}" for kind in kinds}
+    measures = [{"class_path": paths[kind], "init_args": arguments} for kind, arguments in kinds.items()]
     config = parser.parse_object({"retention": {"measures": measures, "images": "packaged"}})
-    callback = parser.instantiate_classes(config).retention
-    assert [type(measure) for measure in callback.measures] == [*names.values(), TargetLoss]
+    callback = parser.instantiate(config).retention
+    assert [type(measure) for measure in callback.measures] == [*kinds]
     assert callback.images == "packaged" and callback.measures[1].texts == ["packaged"]
 
 

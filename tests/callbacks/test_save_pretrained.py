@@ -42,15 +42,6 @@ def test_a_folder_of_an_earlier_run_is_replaced_when_the_new_one_is_whole(monkey
     assert not [name for name in os.listdir() if "unfinished" in name]
 
 
-def test_merged_adapters_are_part_of_the_model():
-    module = language_module(tune="lora", lora_r=4, lora_alpha=8)
-    language_fit(fl.SavePretrainedCallback(folder="saved", merge=True), module=module)
-    merged = AutoModelForCausalLM.from_pretrained("saved").eval()
-    ids = torch.arange(1, 9)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, module.eval()(ids), atol=1e-4, rtol=1e-4)
-
-
 def test_another_module_is_refused():
     with pytest.raises(TypeError, match=r"LinearRegression has no save_pretrained\(folder\)"):
         fit(fl.SavePretrainedCallback(), data=RegressionData())

@@ -47,57 +47,64 @@ def make_folder(root: Path) -> None:
 
 def make_cifar10(root: Path) -> None:
     parts = {f"data_batch_{batch + 1}": range(batch * 10, batch * 10 + 10) for batch in range(5)}
-    _write_cifar(root / "cifar-10-batches-py", parts | {"test_batch": range(50, 50 + TEST)}, "labels", 10)
-    _write_names(root / "cifar-10-batches-py" / "batches.meta", "label_names", 10)
+    parts["test_batch"] = range(50, 50 + TEST)
+    _write_cifar(root / "cifar-10-batches-py", parts, "labels", "batches.meta", "label_names", 10)
 
 
 def make_cifar100(root: Path) -> None:
     parts = {"train": range(50), "test": range(50, 50 + TEST)}
-    _write_cifar(root / "cifar-100-python", parts, "fine_labels", 100)
-    _write_names(root / "cifar-100-python" / "meta", "fine_label_names", 100)
+    _write_cifar(root / "cifar-100-python", parts, "fine_labels", "meta", "fine_label_names", 100)
+
+
+def _write_cifar(folder: Path, parts: dict[str, range], key: str, meta: str, names: str, classes: int) -> None:
+    folder.mkdir(parents=True)
+    for name, numbers in parts.items():
+        labels = [number % 10 * (classes // 10) for number in numbers]
+        pixels = [np.asarray(picture(number, label, (32, 32))) for number, label in zip(numbers, labels)]
+        flat = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(labels), -1)
+        (folder / name).write_bytes(pickle.dumps({"data": flat, key: labels}))
+    (folder / meta).write_bytes(pickle.dumps({names: [f"kind {target}" for target in range(classes)]}))
 
 
 def make_flowers102(root: Path) -> None:
     folder = root / "flowers-102"
     numbers = np.arange(1, TRAIN + TEST + 1)
     labels = (numbers % 3 + 1).astype(np.uint8)
-    for number, label in zip(numbers, labels, strict=True):
-        save_picture(folder / "jpg" / f"image_{number:05d}.jpg", int(number), int(label) - 1)
+    for number, label in zip(numbers.tolist(), labels.tolist()):
+        save_picture(folder / "jpg" / f"image_{number:05d}.jpg", number, label - 1)
     savemat(folder / "imagelabels.mat", {"labels": labels})
-    first, second = numbers[: TRAIN // 2], numbers[TRAIN // 2 : TRAIN]
-    savemat(folder / "setid.mat", {"trnid": second, "valid": first, "tstid": numbers[TRAIN:]})
+    valid, train, test = np.split(numbers, [TRAIN // 2, TRAIN])
+    savemat(folder / "setid.mat", {"trnid": train, "valid": valid, "tstid": test})
 
 
 def make_dtd(root: Path) -> None:
     folder = root / "dtd" / "dtd"
     (folder / "labels").mkdir(parents=True)
     for offset, (part, count) in enumerate((("train", TRAIN // 2), ("val", TRAIN // 2), ("test", TEST))):
-        lines = []
-        for number in range(count):
-            name = CLASSES[number % 3]
-            lines.append(f"{name}/{name}_{offset}{number:03d}.jpg")
-            save_picture(folder / "images" / lines[-1], 100 * offset + number, number % 3)
+        lines = [f"{CLASSES[n % 3]}/{CLASSES[n % 3]}_{offset}{n:03d}.jpg" for n in range(count)]
+        for number, line in enumerate(lines):
+            save_picture(folder / "images" / line, 100 * offset + number, number % 3)
         (folder / "labels" / f"{part}1.txt").write_text("\n".join(lines) + "\n")
 
 
 def make_caltech101(root: Path) -> None:
     """Write the original folder of classes, with the one that is no class."""
-    folder = root / "caltech101" / "101_ObjectCategories"
     for target, name in enumerate(("BACKGROUND_Google", *CLASSES)):
-        for number in range(10):
-            save_picture(folder / name / f"image_{number + 1:04d}.jpg", 100 * target + number, target)
+        for number in range(1, 11):
+            path = root / "caltech101" / "101_ObjectCategories" / name / f"image_{number:04d}.jpg"
+            save_picture(path, 100 * target + number, target)
 
 
 def make_stanford_cars(root: Path) -> None:
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
-    lists = {"cars_train": "devkit/cars_train_annos.mat", "cars_test": "cars_test_annos_withlabels.mat"}
-    for (images, annotations), count in zip(lists.items(), (TRAIN, TEST), strict=True):
+    parts = ("cars_train", "devkit/cars_train_annos", TRAIN), ("cars_test", "cars_test_annos_withlabels", TEST)
+    for images, annotations, count in parts:
         rows = np.zeros(count, dtype=[("class", object), ("fname", object)])
         for number in range(count):
             rows[number] = (np.uint8(number % 3 + 1), f"{number + 1:05d}.jpg")
             save_picture(folder / images / rows[number]["fname"], number + len(images), number % 3)
-        savemat(folder / annotations, {"annotations": rows})
+        savemat(folder / f"{annotations}.mat", {"annotations": rows})
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array(CLASSES, dtype=object)})
 
 
@@ -112,16 +119,3 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "digits": lambda root: None,  # they come with scikit-learn
     "folder": make_folder,
 }
-
-
-def _write_cifar(folder: Path, parts: dict[str, range], key: str, classes: int) -> None:
-    folder.mkdir(parents=True)
-    for name, numbers in parts.items():
-        labels = [number % 10 * (classes // 10) for number in numbers]
-        pixels = [np.asarray(picture(k, label, (32, 32))) for k, label in zip(numbers, labels, strict=True)]
-        flat = np.stack(pixels).transpose(0, 3, 1, 2).reshape(len(labels), -1)
-        (folder / name).write_bytes(pickle.dumps({"data": flat, key: labels}))
-
-
-def _write_names(path: Path, key: str, classes: int) -> None:
-    path.write_bytes(pickle.dumps({key: [f"kind {target}" for target in range(classes)]}))

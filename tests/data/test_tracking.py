@@ -212,7 +212,7 @@ def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
 def test_several_training_loaders_are_refused():
     loaders = {"new": DataLoader(DATA, 4, True), "old": DataLoader(DATA, 4, True)}
     with pytest.raises(ValueError, match=r"several training loaders.*IndexedDataset"):
-        make_trainer(fl.FlowWeightingCallback(dataloader=loaders["new"])).fit(Plain(), loaders)
+        make_trainer(fl.FlowWeightingCallback(scoring_dataset=loaders["new"])).fit(Plain(), loaders)
 
 
 def skip_some(samples):
@@ -221,7 +221,7 @@ def skip_some(samples):
 
 def test_a_batch_that_is_none_is_counted():
     module = Plain()
-    flow = fl.FlowWeightingCallback(dataloader=DataLoader(DATA, 4))
+    flow = fl.FlowWeightingCallback(scoring_dataset=DataLoader(DATA, 4))
     make_trainer(flow, max_epochs=3).fit(module, DataLoader(DATA, 4, True, collate_fn=skip_some))
     assert 0 < module.checked < 69
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from flow_lightning.measures import MEASURES
-from flow_lightning.measures.base import check_at_least
+from flow_lightning.measures import MEASURES, Answers, GeneralText, HarnessTasks, TargetAccuracy
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -24,7 +23,23 @@ def test_keys_say_what_was_measured_and_when():
     assert [kept.key(when, "x") for when in times] == [f"retention/{when}/x" for when in times]
 
 
-def test_numbers_that_are_too_small_are_refused():
-    check_at_least(2, window=2, limit=None)
-    with pytest.raises(ValueError, match="window is 1; expected at least 2"):
-        check_at_least(2, window=1)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TargetAccuracy(hard_fraction=0.0), "hard_fraction"),
+        (lambda: TargetAccuracy(hard_fraction=1.5), "hard_fraction"),
+        (lambda: Answers(max_new_tokens=0), "max_new_tokens"),
+        (lambda: Answers(batch_size=0), "batch_size"),
+        (lambda: GeneralText(["packaged"], window=1), "window is 1; expected at least 2"),
+        (lambda: GeneralText(["packaged"], limit_tokens=1), "limit_tokens"),
+        (lambda: GeneralText(["packaged"], batch_size=0), "batch_size"),
+        (lambda: HarnessTasks(["mmlu", "mmlu:5"]), "more than once"),
+        (lambda: HarnessTasks(["mmlu"], limit=0), "limit is 0"),
+        (lambda: HarnessTasks(["mmlu"], batch_size=0), "batch_size"),
+        (lambda: HarnessTasks([""]), "expected the name of a task"),
+        (lambda: HarnessTasks([":5"]), "expected the name of a task"),
+    ],
+)
+def test_unusable_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

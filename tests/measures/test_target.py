@@ -32,11 +32,6 @@ class Data(LightningDataModule):
         return self.loaders
 
 
-class Faulty(Data):
-    def test_dataloader(self):
-        return {}["testset"]
-
-
 class NeverSetUp(LightningDataModule):
     def test_dataloader(self):
         return self.test_sett
@@ -67,7 +62,6 @@ def test_batches_of_similar_length_stay_together():
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        (Faulty(None), KeyError, "testset"),
         (Data(None, late=True, missing="test.csv"), FileNotFoundError, "test.csv"),
         (NeverSetUp(), AttributeError, "test_sett"),
         (Data([]), TypeError, "returned a list; expected one DataLoader"),

@@ -95,9 +95,3 @@ def test_without_test_set_there_is_no_loss():
 def test_another_module_is_refused():
     with pytest.raises(TypeError, match="LinearRegression has no token_losses"):
         fit(fl.RetentionCallback(measures=[TargetLoss()]), module=LinearRegression(), data=RegressionData())
-
-
-@pytest.mark.parametrize("setting", [{"window": 1}, {"limit_tokens": 1}, {"batch_size": 0}])
-def test_numbers_out_of_range_are_refused(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        GeneralText(["packaged"], **setting)

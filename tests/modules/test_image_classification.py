@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lightning import Callback
 from torch import nn
 
 import flow_lightning as fl
@@ -41,11 +42,9 @@ def test_the_head_sees_the_features_and_the_pretrained_task_is_the_pretrained_mo
 def test_fit_with_probe_and_flow(name, kwargs):
     """One pass serves probe and weights; the weights are those of the probed model's own losses."""
     module = tiny_module(name, model_kwargs=kwargs)
-    flow = fl.FlowWeightingCallback()
-    data = PictureData()
-    probed = {}
+    flow, data, probed = fl.FlowWeightingCallback(), PictureData(), {}
 
-    class Look(fl.FlowWeightingCallback):
+    class Score(Callback):
         """After the probe: score the probed model itself, a second time."""
 
         def on_fit_start(self, trainer, pl_module):
@@ -54,10 +53,7 @@ def test_fit_with_probe_and_flow(name, kwargs):
                 probed["losses"] = pl_module.eval().sample_losses(batch)
             pl_module.train()
 
-        def on_train_start(self, *_):
-            pass
-
-    make_trainer(fl.LinearProbeCallback(), flow, Look()).fit(module, datamodule=data)
+    make_trainer(fl.LinearProbeCallback(), flow, Score()).fit(module, datamodule=data)
     torch.testing.assert_close(flow.weights.losses, probed["losses"], rtol=1e-4, atol=1e-5)
     w = np.exp(-flow.weights.losses.numpy() / np.median(flow.weights.losses.numpy()))
     np.testing.assert_allclose(flow.weights.weights.numpy(), w, rtol=1e-4)

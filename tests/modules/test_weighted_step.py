@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 import flow_lightning as fl
 from tests.unchanged import CASES, Case, Classifier, data, fit
@@ -48,6 +46,205 @@ def test_losses_and_steps_are_those_of_a_loop_by_hand(name: str) -> None:
     by_loop = by_hand(case, flow.weights.weights, dataset)
     for (name, mine), theirs in zip(module.state_dict().items(), by_loop.state_dict().values()):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class Manual(Classifier):
+    """Manual optimisation with a closure-free step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self.net(x), y))
+        optimizer.step()
+
+
+class Dictionary(Classifier):
+    """A step with one argument that returns a dict."""
+
+    def training_step(self, batch: Any) -> dict[str, Tensor]:
+        return {"loss": self.loss(self.net(batch[0]), batch[1]), "other": torch.zeros(())}
+
+
+class Method(Classifier):
+    """The two-line way: a home-made loss in a method that training_step calls."""
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        return -self.net(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).squeeze(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.sample_losses(batch).mean()
+
+
+class Unreduced(Classifier):
+    """A step that averages by itself."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none").sum() / len(batch[1])
+
+
+class Skipping(Classifier):
+    """The first batch of the fit has no loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if self.training and self.trainer.global_step == 0 and not self.seen:
+            self.seen.append(0.0)
+            return None
+        return self.loss(self.net(batch[0]), batch[1])
+
+
+def losses_by_hand(module: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(Manual, {}), (Dictionary, {}), (Method, {}), (Unreduced, {}), (Classifier, {"sample_losses": losses_by_hand})],
+)
+def test_steps_of_other_forms_are_weighted_alike(kind: Any, settings: Any) -> None:
+    dataset, module, flow = data(), kind(), fl.FlowWeightingCallback(**settings)
+    fit(module, dataset, flow)
+    by_loop = by_hand(CASES["cross_entropy"], flow.weights.weights, dataset)
+    for mine, theirs in zip(module.state_dict().values(), by_loop.state_dict().values()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_without_a_loss_is_skipped() -> None:
+    flow = fl.FlowWeightingCallback()
+    trainer = fit(Skipping(), data(), flow)
+    assert trainer.global_step == flow.weights.lookups == 2 * 5
+
+
+def test_a_module_is_after_the_fit_what_it_would_be_without_the_callback() -> None:
+    class Ones(fl.FlowWeightingCallback):
+        def _weights_from(self, *args: Any) -> Any:
+            weights = super()._weights_from(*args)
+            weights.weights.fill_(1.0)
+            return weights
+
+    plain, weighted = Classifier(), Classifier()
+    fit(plain, data())
+    trainer = fit(weighted, data(), Ones())
+    assert vars(weighted).keys() == vars(plain).keys()
+    assert weighted.training_step.__func__ is Classifier.training_step
+    assert weighted.seen == pytest.approx(plain.seen, rel=1e-5), "scoring and proof leave nothing in its list"
+    for mine, theirs in zip(weighted.state_dict().values(), plain.state_dict().values()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert trainer.strategy.process_dataloader.__func__ is type(trainer.strategy).process_dataloader
+
+
+class Focal(Classifier):
+    """A loss in plain tensor operations."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logs = self.net(batch[0]).log_softmax(1).gather(1, batch[1][:, None])
+        return -((1 - logs.exp()) ** 2 * logs).mean()
+
+
+class NonLinear(Classifier):
+    """A focal loss on top of torch's own cross-entropy: linear in nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+        return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+class Contrastive(Classifier):
+    """Each sample against all others of its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out = self.net(batch[0])
+        return F.cross_entropy(out @ out.T, torch.arange(len(out)))
+
+
+class TimeFirst(Classifier):
+    """Tokens in the order of time, then samples: the first dimension is no multiple of samples in order."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        return F.cross_entropy(torch.cat([logits, 2 * logits]), torch.cat([batch[1], batch[1]]))
+
+
+class Teacher(Classifier):
+    """Moves parameters in its step, as averaged teachers do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.net[0].bias.mul_(0.9)
+        return super().training_step(batch, batch_idx)
+
+
+class Unbatched(Classifier):
+    """Leaves out a sample."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0])[1:], batch[1][1:])
+
+
+class Stirring(Classifier):
+    """Draws noise from a generator of its own, which nobody can put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        noise = torch.rand(len(batch[0]), 4, generator=self.generator) if self.training else 0
+        return F.cross_entropy(self.net(batch[0] + noise), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (Focal, ValueError, r"losses that were seen \(none\).*sample_losses=lambda"),
+        (NonLinear, RuntimeError, r"with weights of 1, .* with 0 and .* with 1/2: its loss is no weighted mean"),
+        (Contrastive, ValueError, "depends on the others in its batch"),
+        (TimeFirst, ValueError, "depends on the others in its batch"),
+        (Teacher, RuntimeError, r"changes parameters by itself \(net.0.bias\)"),
+        (Unbatched, ValueError, r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"),
+        (Stirring, RuntimeError, "with weights of 1, but .* without"),
+    ],
+)
+def test_what_cannot_be_weighted_is_refused_by_name_and_nothing_trained(kind: Any, error: Any, message: str) -> None:
+    module = kind()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(error, match=message):
+        fit(module, data(), fl.FlowWeightingCallback())
+    if kind is not Teacher:
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
+class Penalised(Classifier):
+    """A second loss of samples, and a penalty that has no samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out = self.net(batch[0])
+        penalty = 0.1 * self.net[0].weight.square().sum()
+        return F.cross_entropy(out, batch[1]) + F.mse_loss(out, torch.zeros_like(out)) + penalty
+
+
+def test_a_penalty_is_left_alone_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    module = Penalised()
+    fit(module, data(), fl.FlowWeightingCallback())
+    penalty = 0.1 * Classifier().net[0].weight.square().sum().item()
+    said = [record.message for record in caplog.records if "has no loss per sample" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith(f"FLOW: {penalty:.3g} of the first batch's loss")
+
+
+def test_one_loss_can_be_named() -> None:
+    flow, module, dataset = fl.FlowWeightingCallback(loss="mse_loss"), Penalised(), data()
+    with torch.no_grad():
+        expected = copy.deepcopy(module).eval().net(dataset.tensors[0]).square().mean(1)
+    fit(module, dataset, flow)
+    torch.testing.assert_close(flow.weights.losses, expected)
+    with pytest.raises(ValueError, match=r"name of a loss of torch\.nn\.functional"):
+        fl.FlowWeightingCallback(loss="crossentropy")
 
 
 def test_a_first_batch_whose_loss_is_zero_leaves_the_proof_to_the_next_one() -> None:

@@ -1,3 +1,4 @@
+import operator
 import re
 
 from flow_lightning.data.instructions.records import read_records
@@ -9,17 +10,14 @@ def test_every_calculation_is_right():
         steps = re.findall(r"(\d+) ([*+/-]) (\d+) = (\d+)", record["response"])
         assert len(steps) == 2
         for left, sign, right, result in steps:
-            left, right = int(left), int(right)
-            expected = {"*": left * right, "+": left + right, "-": left - right, "/": left / right}[sign]
-            assert expected == int(result)
+            calculate = {"*": operator.mul, "+": operator.add, "-": operator.sub, "/": operator.truediv}[sign]
+            assert calculate(int(left), int(right)) == int(result)
         assert record["response"].endswith(f"#### {steps[1][3]}")
         numbers = re.findall(r"\d+", record["query"])
         assert steps[0][0] in numbers and steps[0][2] in numbers
 
 
 def test_splits_differ_and_stay():
-    train, test = (
-        read_records("generated:arithmetic:200", split, ["query", "response"]) for split in ("train", "test")
-    )
-    assert train == read_records("generated:arithmetic:200", "train", ["query", "response"])
-    assert train[:20] != test[:20] and len({record["query"] for record in train}) > 190
+    splits = ("train", "test", "train")
+    train, test, again = (read_records("generated:arithmetic:200", split, ["query", "response"]) for split in splits)
+    assert train == again and train[:20] != test[:20] and len({record["query"] for record in train}) > 190

@@ -25,7 +25,7 @@ TEXT_COURSE = [{"epoch": e, "step": e, "perplexity": 17.0 + e, "accuracy": 0.5 -
 
 
 @pytest.fixture(autouse=True)
-def drawn(monkeypatch):
+def drawn(monkeypatch, rendered):
     """The figures that a test saves; each letter must be large enough to read."""
     figures, savefig = [], Figure.savefig
 
@@ -60,7 +60,7 @@ def test_weights_picture(losses):
     assert is_picture("weights.png")
 
 
-@pytest.mark.parametrize("metrics", [RUN, UNLABELLED, {"target/top1": 0.5}, TEXT, LOSS_ONLY, {}])
+@pytest.mark.parametrize("metrics", [UNLABELLED, {"target/top1": 0.5}, LOSS_ONLY, {}])
 def test_retention_picture(metrics):
     plot_retention(metrics, "retention.png")
     assert is_picture("retention.png")
@@ -68,6 +68,7 @@ def test_retention_picture(metrics):
 
 def test_a_run_shows_what_was_measured_before_and_after(drawn):
     plot_retention(RUN | {"retention/epochs": COURSE}, "retention.png")
+    assert is_picture("retention.png")
     assert titles(drawn[0]) == ["Learned: target accuracy", "Kept: pre-trained task", "Kept, by epoch"]
     assert heights(drawn[0].axes[0]) == [60, 80, 30] and heights(drawn[0].axes[1]) == [50, 40, 42]
     legend = [label.get_text() for label in drawn[0].axes[2].get_legend().get_texts()]
@@ -86,13 +87,10 @@ def test_a_language_run_shows_the_course_of_each_thing_that_it_kept(drawn):
 @pytest.mark.parametrize(
     "runs",
     [
-        {"plain": [RUN], "flow": [RUN]},
         {"plain": [RUN, RUN | {"target/top1": 0.7}, RUN], "flow": [RUN]},
         {"plain": [UNLABELLED], "flow": [UNLABELLED, UNLABELLED]},
         {"plain": [{"target/top1": 0.5}], "diverged": [RUN | {"retention/after/top1": None, "average": None}]},
         {str(i): [RUN] for i in range(9)},
-        {"plain": [TEXT], "flow": [TEXT, TEXT | {"target/exact_match": 0.5}]},
-        {"plain": [LOSS_ONLY], "flow": [LOSS_ONLY, LOSS_ONLY | {"target/loss": 0.2}]},
         {"plain": [TEXT], "diverged": [LOSS_ONLY | {"target/loss": None, "retention/after/perplexity": None}]},
         {"plain": [{"target/loss": 0.3}]},
         {"plain": [{}]},
@@ -105,6 +103,7 @@ def test_comparison_picture(runs):
 
 def test_a_comparison_shows_means_in_percent_and_other_units_apart(drawn):
     plot_comparison({"plain": [TEXT], "flow": [TEXT, TEXT | {"target/exact_match": 0.5}]}, "comparison.png")
+    assert is_picture("comparison.png")
     plane, percent, loss, perplexity = drawn[0].axes
     assert plane.get_xlabel() == "learned: right final answers (%)"
     assert plane.get_ylabel() == "kept: accuracy on general tasks (%)"

@@ -16,8 +16,6 @@ from flow_lightning.data.instructions.prompts import encode, prompt_splitter
 from flow_lightning.data.instructions.records import Record
 from flow_lightning.method.losses import IGNORED
 
-_TEXTS = 1000  # texts that a fast tokenizer gets at once, to share them between its threads
-
 
 class InstructionDataset(Dataset[dict[str, Any]]):
     """Hold the tokens of instructions and responses: `{"input_ids": int64 [T], "prompt_length": int}`.
@@ -34,17 +32,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         excluded: Number of records without a supervised token.
         records: The records of the samples with `keep_records`, otherwise None.
 
-    Args:
-        records: Dicts that hold the two fields.
-        tokenizer: A tokenizer of transformers. The data set does not keep it.
-        instruction_field: Field of the instruction.
-        response_field: Field of the response.
-        template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
-        max_length: Most tokens of a sample.
-        keep_records: Keep the texts as well.
-
-    Raises:
-        ValueError: If no sample is left, the template does not fit, or the tokenizer has no end-of-sequence token.
+    The arguments are those of `InstructionDataModule`; the tokenizer is not kept. ValueError says why no sample is
+    left, why the template does not fit, or that the tokenizer has no end-of-sequence token.
     """
 
     def __init__(
@@ -57,27 +46,20 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         max_length: int = 1024,
         keep_records: bool = False,
     ) -> None:
-        if max_length < 2:
-            raise ValueError(f"max_length is {max_length}. Give at least 2 tokens: one of prompt, one of response.")
         split = prompt_splitter(template, tokenizer)
+        texts = (split(record[instruction_field], record[response_field]) for record in records)
+        encoded = tqdm(encode(texts, tokenizer, template == "chat"), "Tokenizing", len(records), unit=" samples")
         # One flat tensor: hundreds of thousands of small ones cost more memory than their tokens.
         tokens, ends, prompt_lengths = array("i"), [0], array("q")
         self.kept: list[int] = []
         self.truncated = 0
-        bar = tqdm(total=len(records), desc="Tokenizing", unit=" samples")
-        for first in range(0, len(records), _TEXTS):
-            batch = records[first : first + _TEXTS]
-            texts = [split(record[instruction_field], record[response_field]) for record in batch]
-            for position, (ids, prompt_length) in enumerate(encode(texts, tokenizer, template == "chat"), first):
-                if prompt_length >= max_length:
-                    continue
+        for position, (ids, prompt_length) in enumerate(encoded):
+            if prompt_length < max_length:
                 self.truncated += len(ids) > max_length
                 tokens.extend(ids[:max_length])
                 ends.append(len(tokens))
                 prompt_lengths.append(prompt_length)
                 self.kept.append(position)
-            bar.update(len(batch))
-        bar.close()
         if not self.kept:
             raise ValueError(
                 f"None of the {len(records)} records has a prompt of less than max_length={max_length} tokens, so no "
@@ -101,17 +83,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Make a batch of samples, padded on the right.
+    """Make a batch of samples, padded on the right: `input_ids` and `labels` `[B, T]`, `index` `[B]`, all int64.
 
     Labels are not shifted: the label of a supervised token is the token itself, that of any other is -100. Padding is
     known by its position, so the end-of-sequence token is supervised even if it is also the padding token.
-
-    Args:
-        samples: Samples of `IndexedDataset(InstructionDataset(...))`.
-        pad_id: Token to pad with.
-
-    Returns:
-        `input_ids` int64 `[B, T]`, `labels` int64 `[B, T]` and `index` int64 `[B]`.
 
     Example:
         >>> sample = {"input_ids": torch.tensor([5, 6, 2]), "prompt_length": 1, "index": 7}

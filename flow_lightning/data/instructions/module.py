@@ -16,13 +16,7 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate
 from flow_lightning.data.instructions.prompts import end_of_sequence
 from flow_lightning.data.instructions.records import read_records
-from flow_lightning.data.samplers import (
-    FixedBatches,
-    LengthGroupedSampler,
-    check_fraction,
-    hold_out,
-    token_budget_batches,
-)
+from flow_lightning.data.samplers import FixedBatches, LengthGroupedSampler, hold_out, token_budget_batches
 from flow_lightning.distributed import data_rank, from_rank_zero
 from flow_lightning.resume import ResumableDataLoader
 
@@ -50,16 +44,11 @@ class InstructionDataModule(LightningDataModule):
         test_split: Split of a Hugging Face data set to test on.
         limit_train: Number of training records to use, from the first. None for all.
         limit_test: Number of test records to use, from the first. None for all.
-        num_workers: Loader processes. The tokens are in memory, so 0 is usually fastest.
         tokens_per_batch: Most tokens, padding included, of a batch in scoring and evaluation.
         tokenizer: A tokenizer of transformers. By default that of the module being trained.
         seed: Seed of the training order.
-        validation_fraction: Share of the training records to hold out for validation, in [0, 1). With 0 there is no
-            validation.
+        validation_fraction: Share of the training records to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed that chooses the records held out.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -75,7 +64,6 @@ class InstructionDataModule(LightningDataModule):
         test_split: str = "test",
         limit_train: int | None = None,
         limit_test: int | None = None,
-        num_workers: int = 0,
         tokens_per_batch: int = 8192,
         tokenizer: Any | None = None,
         seed: int = 0,
@@ -83,10 +71,6 @@ class InstructionDataModule(LightningDataModule):
         split_seed: int = 42,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}. Give at least 1.")
-        check_fraction(validation_fraction)
         self.save_hyperparameters(ignore="tokenizer")
         self.prepare_data_per_node = False  # rank 0 sends its tokens to the other nodes as well
         self.train, self.test = train, test
@@ -94,26 +78,21 @@ class InstructionDataModule(LightningDataModule):
         self.template, self.max_length, self.batch_size = template, max_length, batch_size
         self.train_split, self.test_split = train_split, test_split
         self.limit_train, self.limit_test = limit_train, limit_test
-        self.num_workers, self.tokens_per_batch, self.seed = num_workers, tokens_per_batch, seed
-        self.tokenizer = tokenizer
+        self.tokens_per_batch, self.tokenizer, self.seed = tokens_per_batch, tokenizer, seed
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
-        self.train_set: IndexedDataset | None = None
-        self.val_set: IndexedDataset | None = None
-        self.test_set: IndexedDataset | None = None
+        self.train_set: Any = None
+        self.val_set: Any = None
+        self.test_set: Any = None
         self._prepared: dict[str, InstructionDataset] = {}
 
     def prepare_data(self) -> None:
         """Read and tokenise what the trainer is about to use. In a fit callbacks may ask for the test set as well."""
         stage = None if self.trainer is None else self.trainer.state.fn
         for name in self._missing(stage) + (self._missing("test") if stage == "fit" else []):
-            self._prepared[name] = self._prepared.get(name) or self._build(name)
+            self._prepared[name] = self._take(name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Take the sets of a stage from rank 0, which reads them now if `prepare_data` did not.
-
-        Raises:
-            ValueError: If the data cannot be used.
-        """
+        """Take the sets of a stage from rank 0, which reads them now if `prepare_data` did not."""
         for name in self._missing(stage):
             take = partial(self._take, name)
             dataset = take() if self.trainer is None else from_rank_zero(self.trainer, take)
@@ -128,17 +107,20 @@ class InstructionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled, with samples of similar length in a batch."""
+        self.setup("fit")
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
-        dataset = _ready(self.train_set)
-        sampler = LengthGroupedSampler(dataset, dataset.dataset.lengths, self.batch_size, world, rank, self.seed)
-        return self._loader(dataset, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler)
+        lengths = self.train_set.dataset.lengths
+        sampler = LengthGroupedSampler(self.train_set, lengths, self.batch_size, world, rank, self.seed)
+        return self._loader(self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, the longest first, with the `index` they have in training."""
+        self.setup("fit")
         return self._budget_loader(self.train_set)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the held-out part of the training samples, or no loader with `validation_fraction=0`."""
+        self.setup("validate")
         return self._evaluation_loader(self.val_set) if self.validation_fraction else []
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -149,7 +131,7 @@ class InstructionDataModule(LightningDataModule):
         return self._evaluation_loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Refuse, with NotImplementedError: a fine-tuned language model writes with transformers."""
+        """Refuse: a fine-tuned language model writes with transformers."""
         raise NotImplementedError(
             "`predict` is for classifiers. To generate text, load the run's folder model/ with transformers: "
             "pipeline('text-generation', model='.../model')."
@@ -161,7 +143,7 @@ class InstructionDataModule(LightningDataModule):
         return [name for name in _SETS[stage] if name not in absent and getattr(self, f"{name}_set") is None]
 
     def _take(self, name: str) -> InstructionDataset:
-        return self._prepared.pop(name) if name in self._prepared else self._build(name)
+        return self._prepared.pop(name, None) or self._build(name)
 
     def _build(self, name: str) -> InstructionDataset:
         fields, is_test = (self.instruction_field, self.response_field), name == "test"
@@ -180,42 +162,29 @@ class InstructionDataModule(LightningDataModule):
         return dataset
 
     def _tokenizer(self) -> Any:
-        tokenizer = self.tokenizer
-        if tokenizer is None and self.trainer is not None:
-            tokenizer = module_contract(self.trainer.lightning_module).tokenizer
+        if self.tokenizer is not None:
+            return self.tokenizer
+        tokenizer = None if self.trainer is None else module_contract(self.trainer.lightning_module).tokenizer
         if tokenizer is None:
-            raise ValueError(
-                "The tokenizer is not known: none was given, and the module has none. Give "
-                "InstructionDataModule(tokenizer=...)."
-            )
+            raise ValueError("The tokenizer is not known. Give InstructionDataModule(tokenizer=...).")
         return tokenizer
 
-    def _evaluation_loader(self, dataset: IndexedDataset | None) -> DataLoader[Any]:
+    def _evaluation_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
         if self.trainer is not None and self.trainer.world_size > 1:
             # Lightning shares the samples between processes by a sampler of its own, which excludes a batch sampler.
-            return self._loader(_ready(dataset), batch_size=self.batch_size)
+            return self._loader(dataset, batch_size=self.batch_size)
         return self._budget_loader(dataset)
 
-    def _budget_loader(self, dataset: IndexedDataset | None) -> DataLoader[Any]:
-        batches = token_budget_batches(_ready(dataset).dataset.lengths, self.tokens_per_batch)
-        return self._loader(_ready(dataset), batch_sampler=FixedBatches(batches))
+    def _budget_loader(self, dataset: IndexedDataset) -> DataLoader[Any]:
+        batches = token_budget_batches(dataset.dataset.lengths, self.tokens_per_batch)
+        return self._loader(dataset, batch_sampler=FixedBatches(batches))
 
-    def _loader(
-        self, dataset: IndexedDataset, kind: type[DataLoader[Any]] = DataLoader, **batching: Any
-    ) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, **batching: Any) -> DataLoader[Any]:
         tokenizer = self._tokenizer()
         pad_id = tokenizer.pad_token_id
         return kind(
             dataset,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             collate_fn=partial(collate, pad_id=end_of_sequence(tokenizer) if pad_id is None else pad_id),
             pin_memory=torch.cuda.is_available(),
             **batching,
         )
-
-
-def _ready(dataset: IndexedDataset | None) -> IndexedDataset:
-    if dataset is None:
-        raise RuntimeError("This set is not there yet. Call setup() of the data module first.")
-    return dataset

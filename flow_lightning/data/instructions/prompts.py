@@ -3,27 +3,27 @@
 In: texts and a tokenizer. Out: token ids, and how many of them are the prompt's. Next: `dataset.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-"""The prompt of Alpaca for an instruction without input."""
 
 Split = Callable[[str, str], tuple[str, str]]
 _PLACEHOLDER = "{instruction}"
 _PROBE = "flow-lightning-response"
+_TEXTS = 1000  # texts that a fast tokenizer gets at once, to share them between its threads
 
 
 def prompt_splitter(template: str, tokenizer: Any) -> Split:
     """Return the function that turns instruction and response into the prompt and the supervised text.
 
-    A template is "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
-
-    Raises:
-        ValueError: If the template has no `{instruction}`, or the tokenizer no usable chat template.
+    A template is "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`. ValueError
+    says why it cannot be used.
 
     Example:
         >>> prompt_splitter("Q: {instruction} A:", None)("1 + 1?", "2")
@@ -34,20 +34,13 @@ def prompt_splitter(template: str, tokenizer: Any) -> Split:
     text = ALPACA if template == "alpaca" else template
     if _PLACEHOLDER not in text:
         raise ValueError(
-            f"The template {template!r} does not contain {_PLACEHOLDER}. Use 'alpaca', 'chat' or a text with "
-            f"{_PLACEHOLDER} in the place of the instruction."
+            f"The template {template!r} does not contain {_PLACEHOLDER}. Use 'alpaca', 'chat' or a text with it."
         )
     # Not str.format: braces are common in templates with code or formulas.
     return lambda instruction, response: (text.replace(_PLACEHOLDER, instruction), response)
 
 
 def _chat_splitter(tokenizer: Any) -> Split:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "template='chat' needs a tokenizer with a chat template. This one has none. Use template='alpaca', or set "
-            "tokenizer.chat_template."
-        )
-
     def render(instruction: str, response: str) -> tuple[str, str]:
         """Return the text of the prompt, and what the conversation with the response adds to it."""
         user, assistant = {"role": "user", "content": instruction}, {"role": "assistant", "content": response}
@@ -69,36 +62,27 @@ def _chat_splitter(tokenizer: Any) -> Split:
     return render
 
 
-def encode(texts: Sequence[tuple[str, str]], tokenizer: Any, chat: bool = False) -> Iterator[tuple[list[int], int]]:
+def encode(texts: Iterable[tuple[str, str]], tokenizer: Any, chat: bool = False) -> Iterator[tuple[list[int], int]]:
     """Tokenise prompts and responses, each text on its own, so that the boundary between them is exact.
 
-    Args:
-        texts: Pairs of prompt and response. A response gets the end-of-sequence token, unless it ends with it.
-        tokenizer: A tokenizer of transformers.
-        chat: Whether the texts come from a chat template. They then hold their special tokens already, and what follows
-            the last end-of-sequence token is cut off.
+    A response gets the end-of-sequence token, unless it ends with it. Texts from a chat template (`chat`) hold their
+    special tokens already, and what follows the last end-of-sequence token is cut off.
 
     Yields:
         The token ids of prompt and response, and how many of them are the prompt's.
-
-    Raises:
-        ValueError: If the tokenizer has no end-of-sequence token.
     """
-    end = end_of_sequence(tokenizer)
-    prompts = _tokenise([prompt for prompt, _ in texts], tokenizer, special=not chat)
-    responses = _tokenise([response for _, response in texts], tokenizer, special=False)
-    for prompt, response in zip(prompts, responses):
-        if not chat and prompt[-1:] == [end]:  # some tokenizers end every text
-            prompt = prompt[:-1]
-        if chat and end in response:
-            response = response[: len(response) - response[::-1].index(end)]
-        yield prompt + (response if response[-1:] == [end] else [*response, end]), len(prompt)
-
-
-def _tokenise(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
+    end, pairs = end_of_sequence(tokenizer), iter(texts)
     # Not verbose: it would warn of texts longer than the model, which are cut to max_length later.
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids
+    tokenise = partial(tokenizer, verbose=False)
+    while chunk := list(islice(pairs, _TEXTS)):
+        prompts = tokenise([prompt for prompt, _ in chunk], add_special_tokens=not chat)["input_ids"]
+        responses = tokenise([response for _, response in chunk], add_special_tokens=False)["input_ids"]
+        for prompt, response in zip(prompts, responses):
+            if not chat and prompt[-1:] == [end]:  # some tokenizers end every text
+                prompt = prompt[:-1]
+            if chat and end in response:
+                response = response[: len(response) - response[::-1].index(end)]
+            yield prompt + (response if response[-1:] == [end] else [*response, end]), len(prompt)
 
 
 def end_of_sequence(tokenizer: Any) -> int:

@@ -20,42 +20,29 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, such as a
 
 
 def read_records(source: str | Path, split: str, fields: Sequence[str], limit: int | None = None) -> list[Record]:
-    """Read the text fields of a data set: a dict for each record.
+    """Read the text fields of the first `limit` records: a dict for each. Files have no splits.
 
-    Args:
-        source: A `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a Hugging Face
-            data set, optionally with its configuration as `name:config`, or `generated:arithmetic:COUNT` for word
-            problems made by a program.
-        split: Split of the data set. Files have none.
-        fields: Names of the fields to read.
-        limit: Number of records to read, from the first. None for all.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ImportError: If a package of the extra `language` is needed and missing.
-        ValueError: If the source cannot be read, is empty, or lacks a field.
+    `source` is what `InstructionDataModule` takes as `train`. ValueError and FileNotFoundError name the file, the line
+    and the field that cannot be read.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"The limit of records is {limit}. Give at least 1, or None for all.")
-    rows = islice(_rows(str(source), split, fields), limit)
-    shown = tqdm(rows, desc=f"Reading {source}", unit=" records", delay=2)
-    records = [{field: _text(row[field], field, where) for field in fields} for where, row in shown]
+    rows = tqdm(islice(_rows(str(source), split), limit), desc=f"Reading {source}", unit=" records", delay=2)
+    records = [_texts(row, fields, where) for where, row in rows]
     if not records:
-        raise ValueError(f"{source} is empty. Give at least one record with the fields {', '.join(fields)}.")
+        raise ValueError(f"{source} is empty (limit: {limit}). Give a record with the fields {', '.join(fields)}.")
     return records
 
 
-def _rows(source: str, split: str, fields: Sequence[str]) -> Rows:
+def _rows(source: str, split: str) -> Rows:
     if source.startswith("generated:"):
         return _generated_rows(source, split)
-    path = Path(source)
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        if path.is_file():
-            raise ValueError(f"{path} is a {path.suffix or 'file without suffix'}. Give a .jsonl, .json or .parquet.")
-        return _hub_rows(source, split, fields)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path.absolute()}. Check the path in `train` and `test`.")
-    return _parquet_rows(path, fields) if path.suffix == ".parquet" else _json_rows(path, fields)
+    path = Path(source).absolute()
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    if path.suffix in (".jsonl", ".json"):
+        return _json_rows(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a {path.suffix or 'file without suffix'}. Give a .jsonl, .json or .parquet.")
+    return _hub_rows(source, split)
 
 
 def _generated_rows(source: str, split: str) -> Rows:
@@ -63,43 +50,31 @@ def _generated_rows(source: str, split: str) -> Rows:
     if name != "arithmetic" or not count.isdecimal():
         raise ValueError(f"There is no data set {source!r}. Use generated:arithmetic:COUNT.")
     # Each split has a seed of its own. Unlike hash(), crc32 is the same in every process.
-    records = word_problems(int(count), seed=crc32(split.encode()))
-    return ((f"{source}, record {number}", record) for number, record in enumerate(records, start=1))
+    return ((source, record) for record in word_problems(int(count), seed=crc32(split.encode())))
 
 
-def _table_rows(tables: Iterable[Any], where: str) -> Rows:
-    rows = (row for table in tables for row in table.to_pylist())
-    return ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _json_rows(path: Path, fields: Sequence[str]) -> Rows:
+def _json_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}). Write one JSON object per line.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: got a {type(row).__name__}. Write one JSON object per line.")
-            _check_fields(row, fields, where)
-            yield where, row
+                if line.strip():
+                    yield where, {**json.loads(line)}
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{where}: not a JSON object ({error}). Write one JSON object per line.") from error
 
 
-def _parquet_rows(path: Path, fields: Sequence[str]) -> Rows:
-    parquet, pyarrow = (optional_import(name, "language", "language data") for name in ("pyarrow.parquet", "pyarrow"))
+def _parquet_rows(path: Path) -> Rows:
+    parquet = optional_import("pyarrow.parquet", "language", "language data")
     try:
         file = parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as Parquet ({error}). Write the file again.") from error
     with file:
-        _check_fields(file.schema_arrow.names, fields, str(path))
-        yield from _table_rows(file.iter_batches(columns=list(fields)), str(path))
+        yield from _table_rows(file.iter_batches(), str(path))
 
 
-def _hub_rows(source: str, split: str, fields: Sequence[str]) -> Rows:
+def _hub_rows(source: str, split: str) -> Rows:
     datasets = optional_import("datasets", "language", "language data")
     name, _, config = source.partition(":")
     try:
@@ -110,24 +85,20 @@ def _hub_rows(source: str, split: str, fields: Sequence[str]) -> Rows:
             f"failed with {type(error).__name__}: {error}. Check name and split. Without network, download it first or "
             "give a local .jsonl or .parquet file."
         ) from error
-    where = f"{source}, split {split!r}"
-    _check_fields(dataset.column_names, fields, where)
-    return _table_rows(dataset.select_columns(list(fields)).with_format("arrow").iter(1000), where)
+    return _table_rows(dataset.with_format("arrow").iter(1000), f"{source}, split {split!r}")
 
 
-def _check_fields(names: Any, fields: Sequence[str], where: str) -> None:
-    missing = [field for field in fields if field not in names]
-    if missing:
+def _table_rows(tables: Iterable[Any], where: str) -> Rows:
+    rows = (row for table in tables for row in table.to_pylist())
+    return ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _texts(row: Mapping[str, Any], fields: Sequence[str], where: str) -> Record:
+    wrong = [field for field in fields if not isinstance(row.get(field), str)]
+    if wrong:
+        types = {name: type(value).__name__ for name, value in row.items()}
         raise ValueError(
-            f"{where}: no field {', '.join(map(repr, missing))}; there are {', '.join(map(repr, names)) or 'none'}. "
-            "Set instruction_field and response_field to the fields of the instruction and of the response."
+            f"{where}: no text in {', '.join(map(repr, wrong))}; the record has {types}. Set instruction_field and "
+            "response_field to fields that hold text."
         )
-
-
-def _text(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{where}: the field {field!r} is {value!r:.80}, a {type(value).__name__}, not text. Convert it, or set "
-            "instruction_field or response_field to another field."
-        )
-    return value
+    return {field: row[field] for field in fields}

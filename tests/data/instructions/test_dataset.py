@@ -1,25 +1,27 @@
 import pickle
+import re
 
 import pytest
 import torch
 
 from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.data.instructions import dataset as module
+from flow_lightning.data.instructions import prompts
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate
 from flow_lightning.data.instructions.prompts import ALPACA
 from flow_lightning.scoring.fingerprint import inspect_dataset
-from tests.language import END, encode_one, instructions, tiny_tokenizer
+from tests.language import END, TOKENIZER, encode_one, instructions
 
 
 def build(records, **settings):
-    return InstructionDataset(records, tiny_tokenizer(), **settings)
+    return InstructionDataset(records, TOKENIZER, **settings)
 
 
-def test_the_data_set_holds_what_encode_gives(monkeypatch):
-    monkeypatch.setattr(module, "_TEXTS", 3)
-    tokenizer, records = tiny_tokenizer(), instructions(8)
+def test_the_data_set_holds_what_encode_gives_and_shows_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(prompts, "_TEXTS", 3)
+    records = instructions(8)
     dataset = build(records, instruction_field="query", template="Q {instruction} A ", keep_records=True)
-    expected = [encode_one(f"Q {record['query']} A ", record["response"], tokenizer) for record in records]
+    assert re.search("Tokenizing.*8/8", capsys.readouterr().err)
+    expected = [encode_one(f"Q {record['query']} A ", record["response"], TOKENIZER) for record in records]
     assert [(s["input_ids"].tolist(), s["prompt_length"]) for s in dataset] == expected
     assert dataset[-1]["input_ids"].tolist() == expected[-1][0] and dataset[0]["input_ids"].dtype == torch.int64
     assert dataset.lengths.tolist() == [len(ids) for ids, _ in expected]
@@ -34,26 +36,18 @@ def test_truncation_and_exclusion_are_counted():
     records = [
         {"query": "a" * q, "response": "b" * r} for q, r in ((5, 3), (5, 4), (5, 9), (9, 9), (10, 1), (20, 20), (1, 1))
     ]
-    tokenizer = tiny_tokenizer()
-    assert len(encode_one("a" * 5, "b" * 4, tokenizer)[0]) == 10, "a letter is a token here"
+    assert len(encode_one("a" * 5, "b" * 4, TOKENIZER)[0]) == 10, "a letter is a token here"
     dataset = build(records, template="{instruction}", max_length=10, keep_records=True)
     assert dataset.kept == [0, 1, 2, 3, 6] and dataset.records == [records[i] for i in dataset.kept]
     assert (dataset.truncated, dataset.excluded) == (2, 2)
     assert dataset.lengths.tolist() == [9, 10, 10, 10, 3] and dataset.supervised.tolist() == [4, 5, 5, 1, 2]
-    responses = [tokenizer.decode(sample["input_ids"][sample["prompt_length"] :]) for sample in dataset]
+    responses = [TOKENIZER.decode(sample["input_ids"][sample["prompt_length"] :]) for sample in dataset]
     assert responses == [f"bbb{END}", f"bbbb{END}", "bbbbb", "b", f"b{END}"]
 
 
-@pytest.mark.parametrize(
-    ("count", "max_length", "message"),
-    [
-        (3, 4, r"None of the 3 records has a prompt of less than max_length=4 tokens.*Raise max_length"),
-        (3, 1, r"max_length is 1\. Give at least 2"),
-    ],
-)
-def test_nothing_to_train_on_is_refused(count, max_length, message):
-    with pytest.raises(ValueError, match=message):
-        build(instructions(count), max_length=max_length)
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(ValueError, match=r"None of the 3 records .* less than max_length=4 tokens.*Raise max_length"):
+        build(instructions(3), max_length=4)
 
 
 def test_the_fingerprint_follows_the_texts():
@@ -63,26 +57,20 @@ def test_the_fingerprint_follows_the_texts():
     assert first == again != other
 
 
-def test_tokenising_shows_a_bar(capsys):
-    build(instructions(3))
-    shown = capsys.readouterr().err
-    assert "Tokenizing" in shown and "3/3" in shown
-
-
 def test_labels_are_the_response_and_its_end_though_the_end_is_also_padding():
-    tokenizer, records = tiny_tokenizer(), instructions(6)
+    tokenizer, records = TOKENIZER, instructions(6)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     dataset = IndexedDataset(build(records))
     batch = collate([dataset[i] for i in (4, 0, 2)], tokenizer.pad_token_id)
+    ids, labels = batch["input_ids"], batch["labels"]
     assert batch["index"].tolist() == [4, 0, 2]
-    assert batch["input_ids"].shape == batch["labels"].shape == (3, int(dataset.dataset.lengths[[4, 0, 2]].max()))
-    assert batch["input_ids"].dtype == batch["labels"].dtype == batch["index"].dtype == torch.int64
-    supervised = batch["labels"] != -100
-    assert torch.equal(batch["labels"][supervised], batch["input_ids"][supervised])
+    assert ids.shape == labels.shape == (3, int(dataset.dataset.lengths[[4, 0, 2]].max()))
+    assert ids.dtype == labels.dtype == batch["index"].dtype == torch.int64
+    supervised = labels != -100
+    assert torch.equal(labels[supervised], ids[supervised])
     for row, i in enumerate((4, 0, 2)):
-        assert tokenizer.decode(batch["labels"][row][supervised[row]]) == records[i]["response"] + END
+        assert tokenizer.decode(labels[row][supervised[row]]) == records[i]["response"] + END
         length = int(dataset.dataset.lengths[i])
-        prompt = batch["input_ids"][row, :length][~supervised[row, :length]]
+        prompt = ids[row, :length][~supervised[row, :length]]
         assert tokenizer.decode(prompt) == ALPACA.replace("{instruction}", records[i]["query"])
-        assert (batch["input_ids"][row, length:] == tokenizer.pad_token_id).all()
-        assert not supervised[row, length:].any()
+        assert (ids[row, length:] == tokenizer.pad_token_id).all() and not supervised[row, length:].any()

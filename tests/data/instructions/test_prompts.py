@@ -1,8 +1,9 @@
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from flow_lightning.data.instructions.dataset import InstructionDataset
 from flow_lightning.data.instructions.prompts import ALPACA, prompt_splitter
-from tests.language import END, TRICKY, encode_one, tiny_tokenizer
+from tests.language import END, TOKENIZER, TRICKY, encode_one, tiny_tokenizer
 
 NO_GENERATION_PROMPT = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
 
@@ -10,22 +11,15 @@ NO_GENERATION_PROMPT = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['conten
 @pytest.mark.parametrize("response", TRICKY)
 @pytest.mark.parametrize("instruction", TRICKY)
 def test_decoding_gives_prompt_and_response_back(instruction, response):
-    tokenizer = tiny_tokenizer()
-    prompt, answer = prompt_splitter("alpaca", tokenizer)(instruction, response)
-    ids, length = encode_one(prompt, answer, tokenizer)
-    assert tokenizer.decode(ids[:length]) == ALPACA.replace("{instruction}", instruction)
-    assert tokenizer.decode(ids[length:]) == response + END
-    assert ids.count(tokenizer.eos_token_id) == 1
-
-
-def test_a_response_that_ends_already_is_not_ended_twice():
-    tokenizer = tiny_tokenizer()
-    assert encode_one("Q", f"A{END}", tokenizer) == encode_one("Q", "A", tokenizer)
+    prompt, answer = prompt_splitter("alpaca", TOKENIZER)(instruction, response)
+    ids, length = encode_one(prompt, answer, TOKENIZER)
+    assert TOKENIZER.decode(ids[:length]) == ALPACA.replace("{instruction}", instruction)
+    assert TOKENIZER.decode(ids[length:]) == response + END
+    assert ids.count(TOKENIZER.eos_token_id) == 1
+    assert encode_one(prompt, f"{answer}{END}", TOKENIZER) == (ids, length), "not ended twice"
 
 
 def test_the_beginning_is_marked_once_and_the_prompt_not_ended():
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
     marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|begin|>", END)]
@@ -63,7 +57,7 @@ def test_chat_moves_what_precedes_every_response_to_the_prompt():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, r"needs a tokenizer with a chat template.*template='alpaca'"),
+        (None, "chat_template is not set"),
         ("{{ messages | length }} {% for m in messages %}{{ m['content'] }}{% endfor %}", "does not start with"),
         ("{{ messages[0]['content'] }}", "leaves the response out"),
         (

@@ -1,0 +1,98 @@
+"""Wrong labels on purpose, to see what a method does with them.
+
+In: right labels. Out: labels of which a share is wrong. Next: `images.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flow_lightning.data.sources import LabelledImages
+from flow_lightning.method.probe import fit_probe
+
+NoiseKind = Literal["uniform", "class", "instance"]
+_THUMBNAIL = 8
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """Make a share of the labels wrong: exactly `round(rate * n)` of them, the same ones in each run.
+
+    Args:
+        rate: The share, in [0, 1).
+        kind: `uniform`: any samples, to any other class alike. `class`: any samples, to the next class, as where two
+            classes are often taken for one another. `instance`: the samples that a weak model most takes for another
+            class, to that class (Chen et al., "Beyond class-conditional assumption", AAAI 2021, arXiv 2012.05458).
+        seed: Of the random choices.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> LabelNoise(0.5, "class")(torch.tensor([0, 0, 1, 2]), 3).ne(torch.tensor([0, 0, 1, 2])).sum()
+        tensor(2)
+    """
+
+    rate: float
+    kind: NoiseKind = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"The rate of label noise is {self.rate}; expected a share from 0 to below 1.")
+        if self.kind not in get_args(NoiseKind):
+            raise ValueError(
+                f"The kind of label noise is {self.kind!r}; expected one of {', '.join(get_args(NoiseKind))}."
+            )
+
+    def __call__(self, targets: Tensor, classes: int, weak_model: Callable[[], Tensor] | None = None) -> Tensor:
+        """Return the labels with wrong ones among them, `[n]`.
+
+        Args:
+            targets: Class indices, `[n]`.
+            classes: Their number, at least 2.
+            weak_model: Gives log-probabilities `[n, C]`, for `instance`.
+        """
+        generator, count = torch.Generator().manual_seed(self.seed), round(self.rate * len(targets))
+        chosen = torch.randperm(len(targets), generator=generator)[:count]
+        others = (targets + torch.randint(1, classes, targets.shape, generator=generator)) % classes
+        if self.kind == "class":
+            others = (targets + 1) % classes
+        elif self.kind == "instance":
+            if weak_model is None:
+                raise ValueError("Label noise of the kind 'instance' needs a weak model's log-probabilities.")
+            scores = weak_model()
+            own = scores.gather(1, targets[:, None]).squeeze(1)
+            best, others = scores.scatter(1, targets[:, None], -torch.inf).max(1)
+            chosen = (best - own).argsort(descending=True, stable=True)[:count]
+        return targets.index_put((chosen,), others[chosen])
+
+
+def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> LabelledImages:
+    """Return the images with labels of which some are wrong.
+
+    The weak model of `instance` is a linear classifier of grey thumbnails, asked about samples it was not fitted on.
+    """
+    targets = torch.tensor(images.targets)
+
+    def weak_model() -> Tensor:
+        thumbnails = [image.convert("L").resize((_THUMBNAIL, _THUMBNAIL)) for image, _ in images]  # type: ignore[attr-defined]
+        features = torch.tensor(np.stack([np.asarray(each, dtype=np.float32).ravel() / 255 for each in thumbnails]))
+        return out_of_fold_log_probabilities(features, targets, classes)
+
+    wrong = noise(targets, classes, weak_model).tolist()
+    return LabelledImages(((image, label) for (image, _), label in zip(images.samples, wrong)), images.read)
+
+
+def out_of_fold_log_probabilities(features: Tensor, targets: Tensor, classes: int, folds: int = 5) -> Tensor:
+    """Return log-probabilities `[n, C]` of linear classifiers, each for the samples that it was not fitted on."""
+    parts = torch.arange(len(targets)) % folds
+    result = torch.empty(len(targets), classes)
+    for fold in range(folds):
+        fitted = fit_probe(features[parts != fold], targets[parts != fold], classes, strengths=(0.01,))
+        result[parts == fold] = fitted.head(features[parts == fold]).log_softmax(1)
+    return result

@@ -1,0 +1,122 @@
+"""What a board of fits shows: a row for each model, the frontier of each method, and how methods compare.
+
+In: the numbers of all fits. Out: `comparison.png` or `frontier.png`, `board.csv`, `board.md`, a table.
+Next: `frontier.py`.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flow_lightning.files import write_bytes
+from flow_lightning.report.frontier import Interval, Point, compare_methods
+from flow_lightning.report.metrics import metrics_table, print_table
+
+Settings = Mapping[str, Any]
+#: Columns of `board.csv`.
+COLUMNS = (
+    *("method", "optimizer", "rate", "seed", "alpha", "target", "retention", "target_choosing", "retention_choosing"),
+    "folder",
+)
+_SHARES = ("target@0.95", "target@0.98", "target@0.99", "retention@0.9", "retention@0.95", "retention@0.99")
+
+
+def report(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Sequence[Settings],
+    found: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    """Print and draw what fits measured.
+
+    Args:
+        runs: Numbers of the fits by column, for the plain comparison.
+        settings: Method, optimizer, rate, seed and folder of each fit.
+        found: The numbers of each fit. Those with `path/points` (see RetentionBudgetCallback) are on the frontier.
+        folder: Where the files go.
+    """
+    from flow_lightning.report.frontier_picture import plot_frontier  # matplotlib is slow to import
+    from flow_lightning.report.pictures import plot_comparison
+
+    count = max(len(column) for column in runs.values())
+    spread = f", mean ± standard deviation of {count} seeds" if count > 1 else ""
+    if len({setting["rate"] for setting in settings}) == 1:
+        plot_comparison(runs, folder / "comparison.png")
+        table = metrics_table(runs, f"What each method learned and what it kept{spread}")
+        print_table(table, f"Runs, comparison.json and comparison.png: {folder.absolute()}")
+    rows = [row for setting, metrics in zip(settings, found) for row in _rows(setting, metrics)]
+    if not rows:
+        return
+    points = [point_of(row) for row in rows]
+    write_bytes(folder / "board.csv", _csv(rows).encode())
+    comparison = compare_methods(points, points[0].method)
+    write_bytes(folder / "board.md", _markdown(comparison).encode())
+    plot_frontier(points, folder / "frontier.png")
+    print_table(_table(comparison), f"board.csv, board.md and frontier.png: {folder.absolute()}")
+
+
+def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each point on the path of a fit."""
+    for point in metrics.get("path/points", ()):
+        if point.get("test") is not None:
+            yield dict(settings) | {
+                "alpha": point["alpha"],
+                "target": point["test"],
+                "retention": point["kept_other_half"],
+                "target_choosing": point["target"],
+                "retention_choosing": point["kept"],
+            }
+
+
+def point_of(row: Mapping[str, Any]) -> Point:
+    """Return the point of a row; a method with another optimizer is another method."""
+    method = " ".join(name for name in (row["method"], row["optimizer"]) if name)
+    chosen_by = (row["target_choosing"], row["retention_choosing"])
+    return Point(method, row["seed"], row["rate"] or 0.0, row["alpha"], row["target"], row["retention"], chosen_by)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _cells(numbers: Mapping[str, Interval]) -> list[str]:
+    """Write the numbers of one method: means, and differences with their intervals."""
+    cells = [f"{100 * numbers[name][0]:.1f}" for name in _SHARES]
+    for name in ("gain@0.98", "area"):
+        mean, low, high = (100 * value for value in numbers.get(name, (float("nan"),) * 3))
+        cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if name in numbers else "")
+    return cells
+
+
+_HEADER = [
+    "",
+    *(f"target at {share.partition('@')[2]}" for share in _SHARES[:3]),
+    *(f"kept at {share.partition('@')[2]}" for share in _SHARES[3:]),
+    "gain at 0.98",
+    "area",
+]
+
+
+def _table(comparison: Mapping[str, Mapping[str, Interval]]) -> Table:
+    table = Table(title="Target under a budget, and share kept at a share of the best gain, in %")
+    table.add_column("")
+    for method in comparison:
+        table.add_column(method, justify="right")
+    for name, *cells in zip(_HEADER[1:], *map(_cells, comparison.values())):
+        table.add_row(name, *cells)
+    return table
+
+
+def _markdown(comparison: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Write a Markdown table; differences are to the first method, with 95 % intervals over seeds."""
+    lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)]]
+    lines += [[method, *_cells(numbers)] for method, numbers in comparison.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

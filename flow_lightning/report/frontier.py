@@ -1,0 +1,172 @@
+"""The trade between learning and forgetting: what a set of runs reaches, and how two methods compare.
+
+In: points (one for each fit and place on its path). Out: curves, targets under a budget, areas between curves.
+Next: `pictures.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+Interval = tuple[float, float, float]  #: mean, lower and upper end
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: a fit of a method, at one place of its path.
+
+    Attributes:
+        method: Its name.
+        seed: The seed; methods are compared seed by seed.
+        rate: Learning rate.
+        alpha: Place on the path from the pre-trained weights (0) to the fine-tuned ones (1).
+        target: Target accuracy on the test set, a fraction.
+        retention: Share of what the pre-trained model could that is kept, 1 for all of it.
+        chosen_by: The same two numbers on data for choosing: a split of the training set, a half of the retention set.
+    """
+
+    method: str
+    seed: int
+    rate: float
+    alpha: float
+    target: float
+    retention: float
+    chosen_by: tuple[float, float]
+
+
+def frontier(points: Sequence[Point]) -> Curve:
+    """Return the upper concave hull of points: the best target at each retention, by mixing neighbours.
+
+    Returns:
+        Retentions, ascending, and targets, descending: `[k]` each. Points that are worse in both are not on it.
+
+    Example:
+        >>> at = lambda r, t: Point("flow", 0, 0.1, 1.0, t, r, (t, r))
+        >>> frontier([at(1.0, 0.5), at(0.9, 0.8), at(0.95, 0.5)])
+        (array([0.9, 1. ]), array([0.8, 0.5]))
+    """
+    hull: list[tuple[float, float]] = []
+    for retention, target in sorted({(point.retention, point.target) for point in points}):
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], (retention, target)):
+            hull.pop()
+        hull.append((retention, target))
+    best = max(range(len(hull)), key=lambda i: (hull[i][1], hull[i][0]))
+    kept = np.array(hull[best:], dtype=np.float64)
+    return kept[:, 0], kept[:, 1]
+
+
+def target_at(points: Sequence[Point], keep: float) -> float:
+    """Return the test accuracy of the point that is chosen under a budget.
+
+    Of the points that keep at least `keep` on the data for choosing, the one with the best target there is taken.
+
+    Returns:
+        A fraction; NaN if no point keeps that much.
+    """
+    return _value_of_best(points, lambda p: p.chosen_by[1] >= keep, lambda p: p.chosen_by[0], lambda p: p.target)
+
+
+def retention_at(points: Sequence[Point], target: float) -> float:
+    """Return the retention of the point that keeps most among those that reach a target, chosen like `target_at`."""
+    return _value_of_best(points, lambda p: p.chosen_by[0] >= target, lambda p: p.chosen_by[1], lambda p: p.retention)
+
+
+def area_between(ours: Curve, theirs: Curve) -> float:
+    """Return by how much more the first curve keeps, on average over the targets that both reach.
+
+    It is the difference of the areas under both as functions of the target, as BD-rate has it (Bjontegaard,
+    "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001), with lines in place of polynomials.
+
+    Returns:
+        A difference of retentions; NaN if no target is reached by both.
+
+    Example:
+        >>> better, worse = np.array([0.9, 1.0]), np.array([0.8, 0.9])
+        >>> round(area_between((better, np.array([0.8, 0.5])), (worse, np.array([0.8, 0.5]))), 6)
+        0.1
+    """
+    low, high = max(ours[1].min(), theirs[1].min()), min(ours[1].max(), theirs[1].max())
+    if not low < high:
+        return float("nan")
+    targets = np.unique(np.concatenate([ours[1], theirs[1], [low, high]]).clip(low, high))
+    # Targets descend along a curve; `interp` wants them ascending.
+    gaps = np.interp(targets, ours[1][::-1], ours[0][::-1]) - np.interp(targets, theirs[1][::-1], theirs[0][::-1])
+    return float(((gaps[1:] + gaps[:-1]) / 2 * np.diff(targets)).sum() / (high - low))
+
+
+def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Return the mean of paired differences, and its percentile bootstrap interval.
+
+    Args:
+        values: One difference for each seed; NaN are left out.
+        confidence: Of the interval.
+        seed: Of the resampling.
+
+    Returns:
+        Mean, lower and upper end; NaN for each without a value. With three values the interval is hardly narrower than
+        from the smallest to the largest: it tells no more than the seeds do.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if len(known) == 0:
+        return (float("nan"),) * 3
+    drawn = np.random.default_rng(seed).choice(known, size=(_RESAMPLES, len(known))).mean(axis=1)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(known.mean()), float(low), float(high)
+
+
+def compare_methods(points: Sequence[Point], baseline: str) -> dict[str, dict[str, Interval]]:
+    """Compare each method with a baseline, seed by seed.
+
+    Returns:
+        By method: `target@0.95`, `@0.98`, `@0.99` (test accuracy under these budgets), `retention@0.9`, `@0.95`,
+        `@0.99` (at these shares of the best gain of any method over the safest point), and for all but the baseline
+        `area` (see `area_between`) and `gain@...` (difference of targets). Each is mean, lower and upper end.
+    """
+    methods = list(dict.fromkeys(point.method for point in points))
+    seeds = sorted({point.seed for point in points})
+    of = {(m, s): [p for p in points if (p.method, p.seed) == (m, s)] for m in methods for s in seeds}
+    goals = {seed: _goals([p for p in points if p.seed == seed]) for seed in seeds}
+    result: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        mine = [of[method, seed] for seed in seeds if of[method, seed] and of[baseline, seed]]
+        base = [of[baseline, seed] for seed in seeds if of[method, seed] and of[baseline, seed]]
+        numbers: dict[str, Any] = {}
+        for keep in (0.95, 0.98, 0.99):
+            ours, theirs = ([target_at(each, keep) for each in group] for group in (mine, base))
+            numbers[f"target@{keep}"] = bootstrap(ours)
+            if method != baseline:
+                numbers[f"gain@{keep}"] = bootstrap([a - b for a, b in zip(ours, theirs)])
+        for share in (0.9, 0.95, 0.99):
+            numbers[f"retention@{share}"] = bootstrap([retention_at(p, goals[p[0].seed](share)) for p in mine])
+        if method != baseline:
+            numbers["area"] = bootstrap([area_between(frontier(a), frontier(b)) for a, b in zip(mine, base)])
+        result[method] = numbers
+    return result
+
+
+def _goals(points: Sequence[Point]) -> Callable[[float], float]:
+    """Return the target that is a share of the best gain over the safest points, those that keep most."""
+    targets = [point.chosen_by[0] for point in points]
+    safest = max(points, key=lambda point: (point.chosen_by[1], -point.alpha)).chosen_by[0]
+    return lambda share: safest + share * (max(targets) - safest)
+
+
+def _value_of_best(
+    points: Sequence[Point],
+    is_allowed: Callable[[Point], bool],
+    by: Callable[[Point], float],
+    value: Callable[[Point], float],
+) -> float:
+    allowed = [point for point in points if is_allowed(point)]
+    return value(max(allowed, key=by)) if allowed else float("nan")
+
+
+def _turns_up(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
+    """Tell whether the middle point lies on or below the line from the first to the last."""
+    return (middle[0] - first[0]) * (last[1] - first[1]) >= (middle[1] - first[1]) * (last[0] - first[0])
