@@ -24,6 +24,7 @@ from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedSte
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
 from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
+from flow_lightning.scoring.samples import check_trained_data
 from flow_lightning.scoring.step_kinds import StepLosses
 from flow_lightning.scoring.store import PARTS
 
@@ -156,8 +157,10 @@ class FlowWeightingCallback(RunCallback):
             self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the loader of this epoch: Lightning may have made it anew."""
+        """Follow the loader of this epoch, made anew perhaps; refuse one of other samples than those scored."""
         self._tracker.choose(trainer.train_dataloader)
+        if self.scoring_dataset is None:
+            check_trained_data(trainer, pl_module, self.run.scoring.samples)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""

@@ -74,6 +74,7 @@ class Interception(TorchFunctionMode):
         self.size, self.weights, self.name, self.is_noting = size, weights, name, is_noting
         self.terms: list[Term] = []
         self.weighed = 0  #: losses that were weighed
+        self.rows: dict[str, set[int]] = {}  #: how many rows of each of them belong to one sample
         self.left_alone: dict[str, tuple[int, ...]] = {}  #: shapes of losses without the batch's dimension
         self.is_paused = False  #: whether all losses are left as they are
 
@@ -110,9 +111,11 @@ class Interception(TorchFunctionMode):
     def _weigh(self, name: str, losses: Tensor, counts: Tensor, first: Any, target: Any) -> Tensor:
         self.weighed += 1
         rows = losses.shape[0] // self.size
+        self.rows.setdefault(name, set()).add(rows)
         if self.is_noting:
             losses = losses.detach().requires_grad_()
             self.terms.append(Term(name, losses, counts, rows, first, target))
+            losses = losses.clone()  # the caller may change them in place
         if self.weights is None:
             return losses
         weights = self.weights.to(losses.device).repeat_interleave(rows)
@@ -158,8 +161,8 @@ def describe(interception: Interception) -> str:
     if interception.left_alone:
         shapes = ", ".join(f"{name} of shape {list(shape)}" for name, shape in interception.left_alone.items())
         return f"The batch has {interception.size} samples, but its losses are {shapes}, which is no multiple of that."
-    seen = sorted({term.name for term in interception.terms})
-    return f"Of the losses that were seen ({', '.join(seen) or 'none'}), none is part of the loss of the batch."
+    seen = ", ".join(sorted(interception.rows)) or "none"
+    return f"Of the losses that were seen ({seen}), none is part of the loss of the batch."
 
 
 def _reduction(arguments: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from flow_lightning.contract import module_contract
 from flow_lightning.data.indexing import batch_index, find_index
 from flow_lightning.method.interception import Interception, describe
 from flow_lightning.method.objective import weighted_loss
+from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
 from flow_lightning.scoring.own_step import unnoticed
 from flow_lightning.scoring.step_kinds import HOW_TO_GIVE_LOSSES
 
@@ -109,13 +110,13 @@ class WeightedStep:
         """Compare loss and gradient of a batch with weights of 1, 1/2 and 0 with those of the module itself.
 
         Returns:
-            Whether there was something to compare: not if the step gave no loss for this batch.
+            Whether there was something to compare: not if the step gave no loss for this batch, or one of 0.
 
         Raises:
             RuntimeError: If they are not what they should be; the message says what was seen.
         """
         own = self._measure(run, None)
-        if own is None:
+        if own is None or own.is_zero:
             return False
         name = f"{type(self.module).__name__}.training_step"
         one, none, half = (self._measure(run, weight * ones) for weight in (1.0, 0.0, 0.5))
@@ -131,6 +132,7 @@ class WeightedStep:
                 f"{name} gives {one} with weights of 1, {none} with 0 and {half} with 1/2: its loss is no weighted "
                 f"mean of the samples' losses. {HOW_TO_GIVE_LOSSES}"
             )
+        self._check_rows(run, ones, self._seen.rows)
         if none.is_near(one, tolerance):
             raise RuntimeError(f"{name} cannot be weighted: {describe(self._seen)} {HOW_TO_GIVE_LOSSES}")
         if abs(none.loss) > tolerance[0] * abs(one.loss):
@@ -139,6 +141,19 @@ class WeightedStep:
                 "auxiliary loss), so it is not weighted."
             )
         return True
+
+    def _check_rows(self, run: Callable[[Tensor | None], Any], ones: Tensor, rows: dict[str, set[int]]) -> None:
+        """Refuse a step that makes more views of a sample in training than in evaluation mode, where it was scored."""
+        with evaluation(self.module), evaluation_stage(self.trainer):
+            self._measure(run, ones)
+        assert self._seen is not None
+        for loss, numbers in rows.items():
+            if not numbers <= (scored := self._seen.rows.get(loss, numbers)):
+                raise RuntimeError(
+                    f"{type(self.module).__name__}.training_step has {loss} of {max(numbers)} rows for each sample in "
+                    f"training, but of {max(scored)} in evaluation mode: whose they are is not known. "
+                    f"{HOW_TO_GIVE_LOSSES}"
+                )
 
     def _measure(self, run: Callable[[Tensor | None], Any], weights: Tensor | None) -> "_Measured | None":
         """Run a step and its backward pass without a trace; None if it gives no loss."""
@@ -162,6 +177,11 @@ class _Measured:
     loss: float
     gradients: list[Tensor]
     is_half: bool
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing can be seen: a hinge loss that no sample of the batch passes."""
+        return self.loss == 0 and not any(gradient.any() for gradient in self.gradients)
 
     def is_near(self, other: "_Measured", tolerance: tuple[float, float]) -> bool:
         """Tell whether loss and gradient are the same but for rounding."""

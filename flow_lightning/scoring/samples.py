@@ -69,6 +69,26 @@ def find_samples(trainer: Trainer, module: LightningModule, given: Any = None) -
     return Samples(loader, batches, fingerprint)
 
 
+def check_trained_data(trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+    """Check that the fit trains on the data set that was scored, where both come from `train_dataloader()`.
+
+    Raises:
+        ValueError: If that gave other samples than before: of a random split without a seed, say.
+    """
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if dataset is None or dataset is samples.loader.dataset or data_contract(trainer).scoring_dataloader is not None:
+        return
+    with evaluation(module):
+        trained = inspect_dataset(dataset)[0]
+        # A data set with random numbers of its own never reads the same: nothing is known of it.
+        is_other = trained != samples.fingerprint and trained == inspect_dataset(dataset)[0]
+    if is_other:
+        raise ValueError(
+            "train_dataloader() gives other samples than when they were scored, so the weights are not theirs. Make "
+            "the data set once, in setup() or __init__, or give a random split its own seeded generator."
+        )
+
+
 def training_loader(trainer: Trainer) -> DataLoader[Any]:
     """Return `scoring_dataloader()` of data module or module, else the loader that the fit trains on."""
     scoring_dataloader = data_contract(trainer).scoring_dataloader

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -152,7 +153,8 @@ def on_device(trainer: Trainer, module: LightningModule, loader: Iterable[Any]) 
     """Yield batches as the Trainer would: through the transfer hooks, on the device."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     hook = "on_before_batch_transfer"
-    owner = datamodule if datamodule is not None and is_overridden(hook, datamodule) else module
+    is_own = datamodule is not None and is_overridden(hook, datamodule, DataHooks)  # one of pytorch_lightning, too
+    owner = datamodule if is_own else module
     for batch in loader:
         batch = trainer.precision_plugin.convert_input(batch)
         yield trainer.strategy.batch_to_device(owner.on_before_batch_transfer(batch, 0))

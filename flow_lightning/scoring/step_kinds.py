@@ -3,6 +3,7 @@
 In: module and batch. Out: losses of samples, or features and targets for a probe. Next: `scoring.py`.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from flow_lightning.method.interception import Interception, Term, describe, sample_losses
@@ -52,22 +54,35 @@ class StepLosses(SampleLosses):
         chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
         half = len(chosen) // 2 + len(chosen) % 2
         collate: Any = samples.loader.collate_fn
-        batches = [collate(chosen), collate(chosen), collate(chosen[:half][::-1])]
-        sizes = [len(chosen), len(chosen), half]
+
+        def losses(*items: Any) -> Tensor:
+            own = [copy.deepcopy(item) for item in items]  # a collate function may change what it gets
+            (batch,) = on_device(trainer, module, [collate(own)])
+            return self._sample_losses(module, batch, len(items))
+
         with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
-            whole, again, part = (
-                self._sample_losses(module, batch, size)
-                for batch, size in zip(on_device(trainer, module, batches), sizes)
-            )
-        if _differ(whole, again):
+            with isolate_rng():
+                whole = losses(*chosen)
+            with isolate_rng():
+                part, again = losses(*chosen[:half][::-1]).flip(0), losses(*chosen)
+                # The smallest losses among themselves: what was left out beside harder samples counts now.
+                easy = [chosen[i] for i in (whole == whole.min()).nonzero().flatten().tolist()] or chosen
+                least = losses(*(easy * half)[: max(half, len(easy))]) - whole.min()
+            if is_random := _differ(whole, again):
+                with isolate_rng():
+                    same = losses(*chosen)
+                with isolate_rng():  # the same random numbers, in other company
+                    part = losses(*chosen[:half], *chosen[: len(chosen) - half])[:half]
+        if is_random:
             rank_zero_warn(
-                "The losses of a sample are random in evaluation mode, too, so the weights come from one random draw, "
-                "and it was not checked that they do not depend on the other samples of the batch."
+                "The losses of a sample are random in evaluation mode, too: the weights come from one random draw."
             )
-        elif _differ(whole[:half], part.flip(0)):
+        tolerance = _TOLERANCE / 10 if is_random else _TOLERANCE  # batches of the same size: bit for bit, mostly
+        depends = _differ(whole[:half], part, tolerance) and not (is_random and _differ(whole, same, tolerance))
+        if depends or (not is_random and bool((least.abs() > _TOLERANCE * whole.abs().mean()).any())):
             raise ValueError(
                 f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
-                "(contrastive losses, mixup, random augmentation on the device), so it has no weight of its own. "
+                "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
                 f"{HOW_TO_GIVE_LOSSES}"
             )
 
@@ -100,7 +115,16 @@ class StepLosses(SampleLosses):
     def step(self, module: LightningModule, batch: Any, size: int) -> tuple[Tensor, Interception]:
         """Run a step inside of `context`, and return its loss and what was seen of its losses."""
         with torch.enable_grad(), Interception(size, None, self.loss, is_noting=True) as interception:
-            loss = self._loss_of(call_training_step(module, batch, 0))
+            try:
+                output = call_training_step(module, batch, 0)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"{type(module).__name__}.training_step fails in evaluation mode, in which samples are scored "
+                    f"({type(error).__name__}: {error}). {HOW_TO_GIVE_LOSSES}"
+                ) from error
+            loss = self._loss_of(output)
         if loss is None:
             raise TypeError(
                 f"{type(module).__name__}.training_step gave no loss for a batch, so its samples cannot be scored. "
@@ -112,8 +136,8 @@ class StepLosses(SampleLosses):
         return loss, interception
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
-    bound = _TOLERANCE * (one.abs() + one.abs().median())
+def _differ(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    bound = tolerance * (one.abs() + one.abs().median())
     return bool(((one - other).abs() > bound).any())
 
 

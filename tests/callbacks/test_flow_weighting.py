@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, random_split
 
 import flow_lightning as fl
 from tests.examples import Kill, LinearRegression, RegressionData, expected_losses, fit, make_trainer, regression_data
+from tests.unchanged import Classifier, data
 
 # -- what it computes ------------------------------------------------------------------------------------------------
 
@@ -167,6 +169,7 @@ class Two(RegressionData):
     ("module", "data", "error", "message"),
     [
         (LinearRegression, lambda: DataLoader(Stream(), 4), TypeError, r"map-style data set.*IndexedDataset"),
+        (BoringModel, lambda: None, ValueError, r"train_dataloader\(\) gives other samples"),  # drawn anew each time
         (Forgetful, RegressionData, RuntimeError, "did not look up a weight"),
         (Reduced, RegressionData, ValueError, r"one loss per sample, \[B\]"),
         (LinearRegression, broken_data, ValueError, "2 of 23 losses are NaN or infinite: samples 2, 17"),
@@ -178,6 +181,22 @@ class Two(RegressionData):
 def test_what_cannot_be_weighed_is_an_error_that_names_the_fix(module, data, error, message):
     with pytest.raises(error, match=message):
         make_trainer(fl.FlowWeightingCallback()).fit(module(), data())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_hook_that_gives_other_samples_each_time_is_refused(first):
+    class Split(Classifier):
+        calls = 0
+
+        def train_dataloader(self):
+            self.calls += 1
+            seed = max(self.calls - 1, first)  # the second call, which is trained on, or the third, of the next epoch
+            part, _ = torch.utils.data.random_split(whole, [20, 3], torch.Generator().manual_seed(seed))
+            return DataLoader(part, 4)
+
+    whole = data()
+    with pytest.raises(ValueError, match=r"other samples than when they were scored.*setup"):
+        make_trainer(fl.FlowWeightingCallback(), max_epochs=2, reload_dataloaders_every_n_epochs=1).fit(Split())
 
 
 def test_random_transforms_are_warned_of():

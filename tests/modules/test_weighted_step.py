@@ -245,3 +245,36 @@ def test_one_loss_can_be_named() -> None:
     torch.testing.assert_close(flow.weights.losses, expected)
     with pytest.raises(ValueError, match=r"name of a loss of torch\.nn\.functional"):
         fl.FlowWeightingCallback(loss="crossentropy")
+
+
+def test_a_first_batch_whose_loss_is_zero_leaves_the_proof_to_the_next_one() -> None:
+    case = Case(lambda x, y: F.mse_loss(x * y, 0 * x), lambda x, y: (x * y).square().mean(1), CASES["mse"].targets)
+    dataset = data(case)
+    dataset.tensors[1][:5] = 0
+    flow, module = fl.FlowWeightingCallback(), Classifier(case.loss)
+    fit(module, dataset, flow)
+    expected = by_hand(case, flow.weights.weights, dataset)
+    torch.testing.assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_losses_may_be_masked_in_place() -> None:
+    def masked(logits: Tensor, targets: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        losses *= targets != 0
+        return losses.mean()
+
+    flow, dataset = fl.FlowWeightingCallback(), data()
+    fit(Classifier(masked), dataset, flow)
+    assert torch.equal(flow.weights.losses == 0, dataset.tensors[1] == 0)
+
+
+def test_views_that_are_made_in_training_alone_are_refused() -> None:
+    class TwoViews(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            if self.training:
+                x, y = torch.cat([x, x + 0.1]), torch.cat([y, y])
+            return super().training_step((x, y), batch_idx)
+
+    with pytest.raises(RuntimeError, match="2 rows for each sample in training, but of 1 in evaluation"):
+        fit(TwoViews(), data(), fl.FlowWeightingCallback())

@@ -1,0 +1,21 @@
+"""Modules and losses of other packages, unchanged: their weights and steps are those of loops written by hand."""
+
+import pytest
+
+from tests.foreign import basic, pictures
+from tests.foreign.project import Project, measure
+
+PROJECTS = [*basic.PROJECTS, *pictures.PROJECTS]
+
+
+@pytest.mark.parametrize("project", [p for p in PROJECTS if not p.refused], ids=lambda p: p.name)
+def test_losses_and_first_gradient_are_those_written_by_hand(project: Project) -> None:
+    errors = measure(project)
+    assert errors.losses < 1e-5
+    assert errors.gradient < 1e-5
+
+
+@pytest.mark.parametrize("project", [p for p in PROJECTS if p.refused], ids=lambda p: p.name)
+def test_what_has_no_loss_per_sample_is_refused(project: Project) -> None:
+    with pytest.raises((ValueError, RuntimeError, TypeError), match=project.refused):
+        measure(project)
