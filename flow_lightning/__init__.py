@@ -13,6 +13,7 @@ _PUBLIC = {
     "callbacks.flow_weighting": ("FlowWeightingCallback",),
     "callbacks.linear_probe": ("LinearProbeCallback",),
     "callbacks.retention": ("RetentionCallback",),
+    "callbacks.retention_budget": ("RetentionBudgetCallback",),
     "callbacks.save_pretrained": ("SavePretrainedCallback",),
     "data.images": ("ImageDataModule",),
     "data.indexing": ("IndexedDataset", "IndexedSample"),
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
+    from flow_lightning.callbacks.retention_budget import RetentionBudgetCallback as RetentionBudgetCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
     from flow_lightning.data.images import ImageDataModule as ImageDataModule
     from flow_lightning.data.indexing import IndexedDataset as IndexedDataset
