@@ -266,8 +266,8 @@ class RetentionBudgetCallback(RunCallback):
         )
         if self.alpha == 0:
             rank_zero_warn(
-                f"No point of the path surely keeps {self.keep:.1%} of the {self.of} (confidence {self.confidence:.0%}):"
-                f" the body is the pre-trained one again. More retention samples may show that a point does. {cost}"
+                f"No point of the path surely keeps {self.keep:.1%} of the {self.of} (confidence "
+                f"{self.confidence:.0%}): the body is the pre-trained one again. More retention samples may show that a point does. {cost}"
             )
             return
         rank_zero_info(
