@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import drop_gathered, fill, in_wrapper, on_rank_zero
+from flow_lightning.measures.base import Measure
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, halves, watched
 from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
 from flow_lightning.method.path import Shape, check_path, check_shape, point
@@ -48,7 +49,8 @@ class RetentionBudgetCallback(RunCallback):
         of: What is kept. `accuracy` on labelled images, with the pre-trained head, gains counted. `agreement` of the
             answers with those of the pre-trained model: stricter, but without labels. `perplexity` of text: that of the
             pre-trained model, divided by that of the point.
-        data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`. None, for
+        data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`; or such a measure
+            itself, with its settings. None, for
             `agreement`: the inputs of the training, with the pre-trained head if the module has one, else with the
             logits in its own `training_step` and, if a probe was fitted, the head from before training.
         alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
@@ -65,7 +67,7 @@ class RetentionBudgetCallback(RunCallback):
         keep: float = 0.98,
         confidence: float = 0.95,
         of: Literal["accuracy", "agreement", "perplexity"] = "accuracy",
-        data: str | Sequence[str] | None = None,
+        data: str | Sequence[str] | Measure | None = None,
         alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
         shape: Shape = "even",
         samples: int = 1000,
@@ -97,13 +99,12 @@ class RetentionBudgetCallback(RunCallback):
     # -- before training -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep the pre-trained weights of a fit that resumes: its checkpoint is loaded after this."""
+        """Keep the pre-trained weights: the checkpoint of a fit that resumes is loaded after this."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         self._reset()
-        if trainer.ckpt_path is not None:
-            self._pretrained = _tensors(trainer, pl_module)
+        self._pretrained = _tensors(trainer, pl_module)
         # First, so that missing data are found before hours of scoring.
         trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
 
@@ -165,7 +166,8 @@ class RetentionBudgetCallback(RunCallback):
                 "pre-trained model did is not known. Start the fit from the pre-trained model with it."
             )
         self._pretrained |= self._head
-        if changed := [name for name, value in self._of_body().items() if self._fingerprints.get(name) != value]:
+        now = self._of_body()
+        if changed := [name for name, value in self._fingerprints.items() if now.get(name) != value]:
             raise ValueError(
                 f"The module is not the pre-trained one that the fit started from: {changed[0]} differs. Build it from "
                 "the same weights (random parts need the same seed)."
@@ -267,7 +269,8 @@ class RetentionBudgetCallback(RunCallback):
         if self.alpha == 0:
             rank_zero_warn(
                 f"No point of the path surely keeps {self.keep:.1%} of the {self.of} (confidence "
-                f"{self.confidence:.0%}): the body is the pre-trained one again. More retention samples may show that a point does. {cost}"
+                f"{self.confidence:.0%}): the body is the pre-trained one again. More retention samples may show that "
+                f"a point does. {cost}"
             )
             return
         rank_zero_info(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.measures.base import Measure
 from flow_lightning.measures.images import PretrainedImages, target_outcomes
 from flow_lightning.measures.metrics import top_k_correct
 from flow_lightning.measures.text import GeneralText, token_sums_and_counts
@@ -24,6 +25,8 @@ from flow_lightning.scoring.samples import Samples, cut_batches, loader_like
 from flow_lightning.scoring.score import BatchFunction, by_index, score_blocks
 from flow_lightning.scoring.step_kinds import StepLosses
 
+#: Tokens of a window of text: short ones, so that there are many.
+_WINDOW = 256
 #: Samples on which the target is measured at most.
 _TARGET_SAMPLES = 250
 #: Samples that are read once stay in memory up to so many bytes.
@@ -78,11 +81,11 @@ class ImageOutcomes(Outcomes):
 
     Args:
         of: `accuracy`, which needs labels, or `agreement`.
-        images: As for `PretrainedImages`; None for the inputs of the training.
+        source: The images; None for the inputs of the training.
     """
 
-    def __init__(self, of: str, images: str | None) -> None:
-        self.of, self.images = of, images
+    def __init__(self, of: str, source: PretrainedImages | None) -> None:
+        self.of, self.source = of, source
 
     def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
         """Open the images.
@@ -90,14 +93,14 @@ class ImageOutcomes(Outcomes):
         Raises:
             ValueError: If accuracy is asked for and they have no labels.
         """
-        source = PretrainedImages(self.images or "packaged")
-        if self.images is None:
+        source = self.source
+        if source is None:
             self.take(samples.loader)
             return
         source.prepare(trainer, module)
         if self.of == "accuracy" and not source.labelled:
             raise ValueError(
-                f"The images {self.images} have no labels, so a budget cannot be on accuracy. Set of='agreement'."
+                f"The images {source.images} have no labels, so a budget cannot be on accuracy. Set of='agreement'."
             )
         views: Any = source.loader.dataset
         self.take(source.loader, groups=[view.file for view in views.views])
@@ -117,14 +120,13 @@ class ImageOutcomes(Outcomes):
 class TextOutcomes(Outcomes):
     """Sum of the token losses and number of tokens of each window of text: `[B]` and `[B]`."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = list(texts)
+    def __init__(self, source: GeneralText) -> None:
+        self.source = source
 
     def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
         """Read the texts and cut them into windows."""
-        source = GeneralText(self.texts, window=256)
-        source.prepare(trainer, module)
-        self.take(source.loader)
+        self.source.prepare(trainer, module)
+        self.take(self.source.loader)
 
     def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """See the class."""
@@ -187,7 +189,8 @@ class TargetOutcomes(Outcomes):
             self.take(validation, IndexedDataset(validation.dataset))
         else:
             self.take(samples.loader)
-        self.positions = halves(self.groups, _TARGET_SAMPLES)[0]
+        one, other = halves(self.groups, _TARGET_SAMPLES // 2)
+        self.positions = sorted(one + other)
 
     def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
         """Let steps of an unchanged module run without a trace."""
@@ -210,12 +213,23 @@ class TargetOutcomes(Outcomes):
         return dict(zip(("target_loss", "target_top1"), means))
 
 
-def watched(of: str, data: str | Sequence[str] | None, module: LightningModule) -> Outcomes:
-    """Return what a budget watches: see `RetentionBudgetCallback`."""
-    if of == "perplexity":
-        return TextOutcomes([data] if isinstance(data, str) else data or [])
+def watched(of: str, data: str | Sequence[str] | Measure | None, module: LightningModule) -> Outcomes:
+    """Return what a budget watches: see `RetentionBudgetCallback`.
+
+    Raises:
+        TypeError: If the data are of another kind than what is to be kept.
+    """
+    if of == "perplexity" and data is not None and not isinstance(data, Measure):
+        data = GeneralText([data] if isinstance(data, str) else list(data), window=_WINDOW)
+    elif isinstance(data, str):
+        data = PretrainedImages(data)
+    kind = GeneralText if of == "perplexity" else PretrainedImages
+    if data is not None and not isinstance(data, kind):
+        raise TypeError(f"of={of!r} takes data for {kind.__name__}, but data is {data!r}.")
+    if isinstance(data, GeneralText):
+        return TextOutcomes(data)
     if data is not None or module_contract(module).pretrained_head is not None:
-        return ImageOutcomes(of, data)  # type: ignore[arg-type]
+        return ImageOutcomes(of, data)
     return StepOutcomes()
 
 
