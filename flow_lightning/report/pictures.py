@@ -177,13 +177,12 @@ def plot_path(points: Sequence[Mapping[str, float]], alpha: float, keep: float, 
         left.plot(alphas, kept, color=GREEN, marker="o", label="kept")
         left.axhline(100 * keep, color="black", linestyle="--", linewidth=1, label="budget")
         left.set(ylabel=f"{of} kept (%)", title="Kept")
-        left.legend(frameon=False, loc="lower left")
         right.plot(alphas, [scale * point[learned] for point in points], color=BLUE, marker="o")
         right.set(ylabel=label, title="Learned")
         for place in (left, right):
-            place.axvline(alpha, color=RED, linewidth=1)
-            place.text(alpha, 0.97, " chosen", color=RED, transform=place.get_xaxis_transform(), va="top")
+            place.axvline(alpha, color=RED, linewidth=1, label="chosen")
             place.set(xticks=alphas, xlabel="alpha (0: pre-trained, 1: fine-tuned)")
+        left.legend(frameon=False, loc="lower left")
 
 
 def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED) -> None:

@@ -6,14 +6,17 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 import flow_lightning as fl
+from flow_lightning.distributed import fill
 from flow_lightning.measures import GeneralText, PretrainedImages
 from flow_lightning.measures.outcomes import halves
 from flow_lightning.method.budget import accuracy_kept, agreement_kept
 from flow_lightning.method.path import point
 from flow_lightning.report.metrics import METRICS, read_metrics
 from tests import unchanged
+from tests.processes import launch
 from tests.retention import (
     IMAGES,
     SIZE,
@@ -28,9 +31,9 @@ from tests.retention import (
     text_file,
     unlabelled_images,
 )
+from tests.shards import full
 
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
-TWO = {"devices": 2, "strategy": "ddp_fork"}
 
 
 class Train(Callback):
@@ -44,8 +47,9 @@ class Train(Callback):
         with torch.no_grad():
             for name, value in pl_module.named_parameters():
                 if value.requires_grad and self.only in name:
-                    size = self.size * value.abs().mean() if value.any() else 0.01
-                    value.add_(size * torch.randn(value.shape, generator=generator))
+                    whole = full(value.detach())
+                    size = self.size * whole.abs().mean() if whole.any() else 0.01
+                    fill(value, whole + size * torch.randn(whole.shape, generator=generator))
         self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
@@ -172,18 +176,28 @@ def test_averaged_weights_are_the_end_of_the_path(tmp_path):
     assert torch.equal(saved["model.conv1.0.weight"], module.model.conv1[0].weight)
 
 
-def test_two_processes_choose_as_one(tmp_path):
-    images, points = unlabelled_images(tmp_path), []
-    for number, settings in enumerate([{}, TWO]):
-        run(budget(data=images), size=1.0, module=image_module(learning_rate=0.0, batch_norm="frozen"),
-            default_root_dir=f"run{number}", **settings)  # fmt: skip
-        metrics = read_metrics(f"run{number}/metrics.json")
-        points.append(
-            [{key: pytest.approx(value, rel=1e-4) for key, value in p.items()} for p in metrics["path/points"]]
-        )
-        alpha = metrics["budget/alpha"]
-    first = read_metrics("run0/metrics.json")
-    assert first["path/points"] == points[1] and first["budget/alpha"] == alpha
+def fit_frozen(images, folder, **settings):
+    module = image_module(learning_rate=0.0, batch_norm="frozen")
+    run(budget(data=images), size=0.5, module=module, default_root_dir=folder, **settings)
+
+
+def fit_in_shards(images):
+    fit_frozen(images, "run2", devices=2, strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False))
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_two_processes_choose_as_one(tmp_path, in_shards):
+    images = unlabelled_images(tmp_path)
+    fit_frozen(images, "run1")
+    if in_shards:
+        launch(fit_in_shards, images)
+    else:
+        fit_frozen(images, "run2", devices=2, strategy="ddp_fork")
+    one, two = (read_metrics(f"run{processes}/metrics.json") for processes in (1, 2))
+    assert one["budget/alpha"] == two["budget/alpha"] > 0
+    assert len({each["kept"] for each in one["path/points"]}) > 1
+    for first, second in zip(one["path/points"], two["path/points"]):
+        assert second == pytest.approx(first, rel=1e-3)
 
 
 def test_a_resumed_fit_chooses_as_an_unbroken_one(tmp_path):
