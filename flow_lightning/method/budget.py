@@ -18,8 +18,8 @@ from torch import Tensor
 Array = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-#: How sure the range of the nuisance parameter in `net_p_value` is: this much is added to the p-value.
-_GAMMA = 1e-4
+#: The part of the allowed error that `net_p_value` spends on its nuisance parameter.
+_NUISANCE = 1 / 500
 _RESAMPLES = 2000
 #: Fewer texts than this tell too little of how texts differ for a bootstrap.
 _FEWEST_TEXTS = 30
@@ -61,7 +61,8 @@ def accuracy_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
     low, high = 0.0, 1.0
     for _ in range(14):
         middle = (low + high) / 2
-        low, high = (middle, high) if net_p_value(relevant, lost, gained, middle) <= 1 - confidence else (low, middle)
+        refused = net_p_value(relevant, lost, gained, middle, confidence) <= 1 - confidence
+        low, high = (middle, high) if refused else (low, middle)
     return Kept(int(now.sum()) / int(right.sum()), low)
 
 
@@ -125,7 +126,7 @@ def samples_needed(keep: float, confidence: float, of: str = "agreement") -> int
     if of == "perplexity":
         return _FEWEST_TEXTS
     n = math.ceil(round(math.log(1 - confidence) / math.log(keep), 9))
-    while of == "accuracy" and net_p_value(n, 0, 0, keep) > 1 - confidence:
+    while of == "accuracy" and net_p_value(n, 0, 0, keep, confidence) > 1 - confidence:
         n += 1
     return n
 
@@ -149,7 +150,7 @@ def upper_bound(events: int, n: int, confidence: float) -> float:
     return high
 
 
-def net_p_value(relevant: int, lost: int, gained: int, keep: float) -> float:
+def net_p_value(relevant: int, lost: int, gained: int, keep: float, confidence: float = 0.95) -> float:
     """Test whether accuracy after is below `keep` times accuracy before, from paired answers: an exact p-value.
 
     The test is conditional on the samples that one of the two models has right (`relevant`); others tell nothing of the
@@ -163,6 +164,7 @@ def net_p_value(relevant: int, lost: int, gained: int, keep: float) -> float:
         lost: Those that only the pre-trained model has right.
         gained: Those that only the other model has right.
         keep: The share that is to be refused.
+        confidence: With which it is to be refused; the range of `g` is 500 times surer.
 
     Example:
         >>> round(net_p_value(relevant=480, lost=10, gained=8, keep=0.98), 3)
@@ -170,7 +172,8 @@ def net_p_value(relevant: int, lost: int, gained: int, keep: float) -> float:
     """
     if not 0 < keep < 1:
         return 0.0 if keep <= 0 else 1.0
-    sure = 1 - _GAMMA / 2
+    outside = _NUISANCE * (1 - confidence)
+    sure = 1 - outside / 2
     low = 1 - upper_bound(relevant - gained, relevant, sure)
     high = min(upper_bound(gained, relevant, sure), keep / (1 + keep) * (1 - 1e-9))  # above it there is no such p
     if relevant == 0 or low > high:
@@ -185,7 +188,7 @@ def net_p_value(relevant: int, lost: int, gained: int, keep: float) -> float:
         p = ((1 - keep) + keep * g) / (1 - g)
         below = _binomial_cdf(np.minimum(most, relevant - gains)[some], (relevant - gains)[some], p)
         worst = max(worst, float(weights[some] @ below))
-    return min(1.0, worst + _GAMMA)
+    return min(1.0, worst + outside)
 
 
 def _deviation(gained: int | Counts, relevant: int, keep: float) -> Array:

@@ -58,6 +58,7 @@ def test_so_many_samples_are_needed(keep, of):
     assert compare(same[1:], same[1:], 0.95).bound < keep
     assert needed - math.log(0.05) / math.log(keep) < 2
     assert samples_needed(0.98, 0.95, of) == 149
+    assert 456 <= samples_needed(0.98, 0.9999, of) <= 459
 
 
 @pytest.mark.parametrize(("relevant", "lost", "gained"), [(60, 2, 0), (60, 5, 9), (40, 0, 0), (50, 10, 2)])
