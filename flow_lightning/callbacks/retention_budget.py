@@ -250,14 +250,9 @@ class RetentionBudgetCallback(RunCallback):
 
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""
-        self.run.is_body_moved = self.alpha != 1
+        self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
         refits = any(isinstance(c, LinearProbeCallback) and c.refit is not False for c in self._others(trainer))
-        if (
-            self.alpha != 1
-            and not refits
-            and trainer.checkpoint_callback is not None
-            and self.run.directory is not None
-        ):
+        if moved and not refits and trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "budget.ckpt")
 
     def _say(self, metrics: Mapping[str, float], target: TargetOutcomes) -> None:

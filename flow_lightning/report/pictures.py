@@ -181,7 +181,7 @@ def plot_path(points: Sequence[Mapping[str, float]], alpha: float, keep: float, 
         right.set(ylabel=label, title="Learned")
         for place in (left, right):
             place.axvline(alpha, color=RED, linewidth=1, label="chosen")
-            place.set(xticks=alphas, xlabel="alpha (0: pre-trained, 1: fine-tuned)")
+            place.set(xlabel="alpha (0: pre-trained, 1: fine-tuned)")
         left.legend(frameon=False, loc="lower left")
 
 
