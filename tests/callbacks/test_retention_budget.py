@@ -145,6 +145,14 @@ def test_if_no_point_keeps_it_the_body_is_the_pretrained_one_with_a_solved_head(
     torch.testing.assert_close(module.head.weight, probe.probe.head.weight)
 
 
+def test_a_path_by_depth_ends_beside_the_fine_tuned_model_so_its_model_is_written(tmp_path):
+    callback = budget(data=unlabelled_images(tmp_path), keep=0.01, shape="depth")
+    module, end = run(callback, size=0.1, enable_checkpointing=True)
+    saved = torch.load("run/checkpoints/budget.ckpt", weights_only=True)["state_dict"]
+    assert callback.alpha == 1 and torch.equal(saved["model.conv1.0.weight"], module.model.conv1[0].weight)
+    assert not torch.equal(module.model.conv1[0].weight, end["model.conv1.0.weight"])
+
+
 @pytest.mark.parametrize("turn", [1, -1])
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path, turn):
     """The head is solved on the chosen body, with the weights of the fit; then it is measured and written."""
