@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the public names: type checkers and editors see imports, an
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
+    from flow_lightning.callbacks.retention_budget import RetentionBudgetCallback as RetentionBudgetCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
     from flow_lightning.data.images import ImageDataModule as ImageDataModule
     from flow_lightning.data.indexing import IndexedDataset as IndexedDataset

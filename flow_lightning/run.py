@@ -29,6 +29,7 @@ class Run:
     directory: Path | None  #: where the run writes; None if it writes nothing (see `run_directory`)
     scoring: Scoring  #: the frozen model over the training set
     resumed: bool = False  #: whether the fit continues from a checkpoint: the model is no longer the pre-trained one
+    is_body_moved: bool = False  #: whether training's end moved the body, so that its head is to be solved anew
     metrics: dict[str, Any] = field(default_factory=dict)  #: recorded so far, by their key in `metrics.json`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":

@@ -26,10 +26,10 @@ class LinearProbeCallback(RunCallback):
     other module the head is the last `nn.Linear` that makes the logits of a cross-entropy in its `training_step`.
 
     Args:
-        refit: Whether to fit the head again at `on_train_end`, on the features of the fine-tuned body (step 4); by
-            default in a fit with FlowWeightingCallback. The refit weighs the samples as training did: an unweighted one
-            learns wrong labels back. The refitted model is written to `checkpoints/refitted.ckpt` of the run's
-            directory; earlier checkpoints hold the trained head.
+        refit: Whether to fit the head again at `on_train_end`, on the features of the body as it is then (step 4); by
+            default in a fit with FlowWeightingCallback, or if a budget on retention moved the body. The refit weighs
+            the samples as training did: an unweighted one learns wrong labels back. The refitted model is written to
+            `checkpoints/refitted.ckpt` of the run's directory; earlier checkpoints hold the trained head.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
             if the probe overfits.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
@@ -62,7 +62,7 @@ class LinearProbeCallback(RunCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head again, if asked to, with the weights of the fit."""
         weights: Any = module_contract(pl_module).sample_weights
-        if not (weights is not None if self.refit is None else self.refit):
+        if not (weights is not None or self.run.is_body_moved if self.refit is None else self.refit):
             return
         started = time.perf_counter()
         kind = self._features(pl_module, 0, "Head refit")

@@ -85,7 +85,7 @@ class GeneralText(Measure):
 
 def mean_token_loss(trainer: Trainer, module: LightningModule, loader: DataLoader[Any], description: str) -> Tensor:
     """Compute the mean loss per supervised token of a data set: nats `[]`, float64, the same on every rank."""
-    sums, counts = score_dataset(trainer, module, loader, partial(_sums_and_counts, module), description)
+    sums, counts = score_dataset(trainer, module, loader, partial(token_sums_and_counts, module), description)
     return sums.sum() / counts.sum()
 
 
@@ -104,7 +104,7 @@ def padding_id(tokenizer: Any) -> int:
     return next((token for token in known if token is not None), 0)
 
 
-def _sums_and_counts(module: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def token_sums_and_counts(module: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of the token losses, float64, and the number of supervised tokens of each row, both `[B]`."""
     counts = supervised_counts(batch).cpu()
     losses = module.token_losses(batch).cpu().double()  # some devices have no float64

@@ -32,10 +32,23 @@ _OTHERS = (
     Metric("probe/mean_loss", "mean training loss of the linear probe", "nats"),
     Metric("refit/strength", "regularisation of the refitted head", "number"),
 )
+_BUDGET = (
+    Metric("budget/alpha", "point of the path: 0 pre-trained, 1 fine-tuned", "number"),
+    Metric("budget/keep", "budget: share to keep", "fraction"),
+    Metric("budget/kept", "share kept, on the half that chose", "fraction", "up"),
+    Metric("budget/bound", "share surely kept", "fraction", "up"),
+    Metric("budget/kept_other_half", "share kept, on the other half", "fraction", "up"),
+    Metric("budget/target_top1", "target accuracy at that point, head on the path", "fraction", "up"),
+    Metric("budget/target_top1_free", "target accuracy without the budget", "fraction", "up"),
+    Metric("budget/target_loss", "target loss at that point, head on the path", "nats", "down"),
+    Metric("budget/target_loss_free", "target loss without the budget", "nats", "down"),
+    Metric("budget/forwards", "samples that the budget has scored", "samples"),
+)
 _TIMES = (
     Metric("time/probe_s", "fitting the linear probe", "seconds", "down"),
     Metric("time/scoring_s", "scoring the training set", "seconds", "down"),
     Metric("time/refit_s", "refitting the head", "seconds", "down"),
+    Metric("time/budget_s", "choosing a point within the budget", "seconds", "down"),
     Metric("time/before_s", "measuring before training", "seconds", "down"),
     Metric("time/fit_s", "training, with the head refit", "seconds", "down"),
     Metric("time/after_s", "measuring after training", "seconds", "down"),
@@ -57,7 +70,7 @@ def declared_by(measures: Iterable[Measure | type[Measure]] = ()) -> Declared:
     of_measures = [metric for measure in of_all for metric in measure.metrics]
     results = [metric for metric in of_measures if metric.unit not in _SIZES]
     sizes = [metric for metric in of_measures if metric.unit in _SIZES]
-    metrics = {metric.key: metric for metric in (*results, *_AVERAGES, *_OTHERS, *sizes, *_TIMES)}
+    metrics = {metric.key: metric for metric in (*results, *_AVERAGES, *_BUDGET, *_OTHERS, *sizes, *_TIMES)}
     panels = {panel.title: panel for measure in of_all for panel in measure.panels}
     return Declared(tuple(metrics.values()), (*panels.values(), _AVERAGE))
 
@@ -154,6 +167,18 @@ def _rows(keys: Iterable[str], declared: Declared) -> Iterator[Metric]:
             yield metric._replace(key=key, name=metric.name.replace("*", key.removeprefix(start)))
         if not is_many:
             yield metric
+
+
+def path_table(points: Sequence[Mapping[str, float]], alpha: float, of: str) -> Table:
+    """Build the table of a path: a row for each point, the chosen one marked."""
+    table = Table("", "alpha", f"{of} kept", "surely", "target loss", title="The path from pre-trained to fine-tuned")
+    if with_top1 := "target_top1" in points[0]:
+        table.add_column("target accuracy")
+    for point in points:
+        row = [f"{point['alpha']:g}", f"{100 * point['kept']:.1f} %", f"{100 * point['bound']:.1f} %"]
+        row += [f"{point['target_loss']:.3f}"] + ([f"{100 * point['target_top1']:.1f} %"] if with_top1 else [])
+        table.add_row("chosen" if point["alpha"] == alpha else "", *row)
+    return table
 
 
 def print_table(table: Table, last_line: str) -> None:

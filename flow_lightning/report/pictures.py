@@ -154,6 +154,34 @@ def _after_epochs(panel: Panel, course: Sequence[Mapping[str, Any]]) -> dict[str
     return {label: row for label, row in rows.items() if not np.isnan(row).all()}
 
 
+def plot_path(points: Sequence[Mapping[str, float]], alpha: float, keep: float, of: str, path: str | Path) -> None:
+    """Draw the path of a fit: what its points keep, with the bound and the budget, and what they have learned.
+
+    Args:
+        points: `alpha`, `kept`, `bound`, `target_loss` and perhaps `target_top1` of each point.
+        alpha: The chosen one.
+        keep: The share to keep.
+        of: What is kept, such as `accuracy`.
+        path: The PNG file to write.
+    """
+    alphas = [point["alpha"] for point in points]
+    kept, bound = (np.array([100 * point[name] for point in points]) for name in ("kept", "bound"))
+    learned = "target_top1" if "target_top1" in points[0] else "target_loss"
+    scale, label = (100, "target accuracy (%)") if learned == "target_top1" else (1, "target loss (lower is better)")
+    with picture(path, [4.1, 4.1], 3.6) as (_, axes):
+        left, right = next(axes), next(axes)
+        left.fill_between(alphas, bound, kept, color=GREEN, alpha=0.2, linewidth=0, label="down to the bound")
+        left.plot(alphas, kept, color=GREEN, marker="o", label="kept")
+        left.axhline(100 * keep, color="black", linestyle="--", linewidth=1, label="budget")
+        left.set(ylabel=f"{of} kept (%)", title="Kept")
+        right.plot(alphas, [scale * point[learned] for point in points], color=BLUE, marker="o")
+        right.set(ylabel=label, title="Learned")
+        for place in (left, right):
+            place.axvline(alpha, color=RED, linewidth=1, label="chosen")
+            place.set(xlabel="alpha (0: pre-trained, 1: fine-tuned)")
+        left.legend(frameon=False, loc="lower left")
+
+
 def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED) -> None:
     """Draw methods against each other: runs in the plane of learned and kept, and means as bars.
 

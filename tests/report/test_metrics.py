@@ -13,6 +13,7 @@ from flow_lightning.report.metrics import (
     declared_by,
     main_panel,
     metrics_table,
+    path_table,
     print_table,
     read_metrics,
     write_metrics,
@@ -96,6 +97,17 @@ def test_a_measure_of_ones_own_is_shown():
     assert "3.142" in printed(metrics_table({"value": run}, declared=declared))
     assert main_panel("retention", [run], declared).title == "size of the head"
     assert "size of the head" not in printed(metrics_table({"value": run}))
+
+
+def test_the_table_of_a_path_marks_the_chosen_point():
+    points = [{"alpha": a, "kept": 1.0, "bound": 0.99, "target_loss": 0.5, "target_top1": 0.75} for a in (0.25, 0.5)]
+    rows = [line for line in printed(path_table(points, 0.5, "agreement")).splitlines() if "99.0 %" in line]
+    assert ["chosen" in row for row in rows] == [False, True] and all(
+        "0.500" in row and "75.0 %" in row for row in rows
+    )
+    for point in points:
+        del point["target_top1"]
+    assert "target accuracy" not in printed(path_table(points, 0.5, "agreement"))
 
 
 def test_every_key_is_declared_once():

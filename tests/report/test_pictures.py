@@ -9,7 +9,7 @@ from matplotlib.text import Text
 
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import declared_by
-from flow_lightning.report.pictures import plot_comparison, plot_retention, plot_weights
+from flow_lightning.report.pictures import plot_comparison, plot_path, plot_retention, plot_weights
 from tests.retention import RUN, UNLABELLED, SizeOfHead
 
 COURSE = [{"epoch": e, "step": 9 * e, "top1": 0.4, "top1_original_bn": None} for e in (1, 2)]
@@ -64,6 +64,17 @@ def test_weights_picture(losses):
 def test_retention_picture(metrics):
     plot_retention(metrics, "retention.png")
     assert is_picture("retention.png")
+
+
+@pytest.mark.parametrize(
+    ("learned", "label"), [("target_top1", "target accuracy (%)"), (None, "target loss (lower is better)")]
+)
+def test_path_picture(drawn, learned, label):
+    points = [{"alpha": a, "kept": 1 - a / 5, "bound": 1 - a / 4, "target_loss": 1 - a / 2} for a in (0.0, 0.5, 1.0)]
+    plot_path([point | ({learned: 0.6} if learned else {}) for point in points], 0.5, 0.98, "accuracy", "path.png")
+    assert is_picture("path.png") and titles(drawn[0]) == ["Kept", "Learned"]
+    assert drawn[0].axes[0].get_lines()[0].get_ydata().tolist() == [100, 90, 80]
+    assert drawn[0].axes[1].get_ylabel() == label
 
 
 def test_a_run_shows_what_was_measured_before_and_after(drawn):

@@ -1,0 +1,310 @@
+"""A budget on forgetting: the fit ends on the point of its path that learns most and surely keeps enough.
+
+In: the pre-trained model, the fine-tuned one, samples to watch. Out: the chosen model, `path.png`, numbers for
+`metrics.json`. Next: `method/path.py` and `method/budget.py`, which compute both.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.contract import module_contract
+from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
+from flow_lightning.measures.base import Measure
+from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, halves, watched
+from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
+from flow_lightning.method.path import Shape, check_path, check_shape, point
+from flow_lightning.report.metrics import path_table, print_table
+from flow_lightning.run import RunCallback
+from flow_lightning.scoring.fingerprint import model_fingerprints
+from flow_lightning.scoring.kinds import ProbeFeatures
+
+
+class RetentionBudgetCallback(RunCallback):
+    """Choose the point between pre-trained and fine-tuned weights that learns most within a budget on forgetting.
+
+    At `on_train_end` it walks the path `pretrained + alpha * (finetuned - pretrained)` (see `method/path.py`), and
+    tests in the order of alpha whether a point keeps at least `keep` of what the pre-trained model did, with
+    `confidence`. The first point that does not surely keep it ends the search, the last one before it becomes the
+    model. If there is none, the body is the pre-trained one again. A LinearProbeCallback in the fit then solves the
+    head anew, with the sample weights; without one, the head is on the path, too.
+
+    Half of the retention set chooses; what is kept on the other half is reported. Numbers are in `metrics.json`
+    (`budget/...`, and `path/points` for all points), the picture is `path.png`. RetentionCallback then measures the
+    chosen model. It costs a forward pass of half the retention set, at most `samples`, and of at most 250 samples of
+    the target, for each point. A checkpoint carries what a resumed fit needs, but for the pre-trained weights: build
+    the module from them again, as for the first fit.
+
+    Args:
+        keep: The share to keep, in (0, 1).
+        confidence: Probability that the promise holds, in (0, 1), if retention samples are independent draws.
+        of: What is kept. `accuracy` on labelled images, with the pre-trained head, gains counted. `agreement` of the
+            answers with those of the pre-trained model: stricter, but without labels. `perplexity` of text: that of the
+            pre-trained model, divided by that of the point.
+        data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`; or such a measure
+            itself, with its settings. None, for
+            `agreement`: the inputs of the training, with the pre-trained head if the module has one, else with the
+            logits in its own `training_step` and, if a probe was fitted, the head from before training.
+        alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
+        shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
+        samples: Most samples of each half.
+
+    Raises:
+        ValueError: If an argument is out of range, or the retention set is too small for the confidence.
+    """
+
+    def __init__(
+        self,
+        *,
+        keep: float = 0.98,
+        confidence: float = 0.95,
+        of: Literal["accuracy", "agreement", "perplexity"] = "accuracy",
+        data: str | Sequence[str] | Measure | None = None,
+        alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        shape: Shape = "even",
+        samples: int = 1000,
+    ) -> None:
+        for name, value in (("keep", keep), ("confidence", confidence)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name} is {value}; expected a number between 0 and 1, such as 0.98.")
+        if of not in COMPARISONS:
+            raise ValueError(f"of is {of!r}; expected one of {', '.join(COMPARISONS)}.")
+        if data is None and of != "agreement":
+            raise ValueError(f"of={of!r} needs data: {'text files' if of == 'perplexity' else 'labelled images'}.")
+        if not alphas or list(alphas) != sorted(set(alphas)) or alphas[0] < 0 or alphas[-1] > 1:
+            raise ValueError(f"alphas are {list(alphas)}; expected different numbers from 0 to 1 in ascending order.")
+        check_shape(shape)
+        self.keep, self.confidence, self.of, self.data, self.shape = keep, confidence, of, data, shape
+        self.alphas, self.samples = [0.0, *(alpha for alpha in alphas if alpha > 0)], samples
+        self._needed = samples_needed(keep, confidence, of)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.points: list[dict[str, float]] = []  #: of the path: alpha, kept, bound, target_loss, ...
+        self.alpha: float | None = None  #: of the chosen point
+        self._pretrained: dict[str, Tensor] = {}
+        self._head: dict[str, Tensor] = {}  # before training, if a probe is fitted
+        self._before: list[Tensor] = []  # outcomes of the pre-trained model on both halves
+        self._fingerprints: dict[str, str] = {}
+        self._forwards = 0
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep the pre-trained weights: the checkpoint of a fit that resumes is loaded after this."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._reset()
+        self._pretrained = _tensors(trainer, pl_module)
+        # First, so that missing data are found before hours of scoring.
+        trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the data.
+
+        Raises:
+            TypeError: If the module has no way to measure points of the path.
+            ValueError: If there are too few samples.
+        """
+        self._watched: Outcomes = watched(self.of, self.data, pl_module)
+        self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
+        groups = self._watched.groups
+        self._halves = halves(groups, self.samples)
+        self._check_size(len(self._halves[0]), "samples")
+        if len(set(groups)) < len(groups):
+            rank_zero_warn(
+                f"The budget's {len(groups)} images are parts of {len(set(groups))} photographs, so they are not "
+                "independent: the promise is about pictures like these. Use more photographs for a stronger one."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint."""
+        self._started = time.perf_counter()
+        if self.run.resumed:
+            self._resume(trainer, pl_module)
+        else:
+            self._pretrained = _tensors(trainer, pl_module)
+            self._head = {name: self._pretrained[name] for name in self._head_names(pl_module)}
+            self._fingerprints = self._of_body()
+            with module_contract(pl_module).frozen_reference():
+                self._before = [self._outcomes(trainer, pl_module, half, "before") for half in (0, 1)]
+        if self.of == "accuracy":
+            self._check_size(int(self._before[0].sum()), "images that the pre-trained model has right")
+        # After what averages weights, and before everything that takes the model as it is in the end.
+        others = self._others(trainer)
+        averaging = [other for other in others if isinstance(other, WeightAveraging | StochasticWeightAveraging)]
+        trainer.callbacks = [*averaging, self, *(other for other in others if other not in averaging)]  # type: ignore[attr-defined]
+        self._seconds = time.perf_counter() - self._started
+
+    def _check_size(self, found: int, what: str) -> None:
+        if found < self._needed:
+            raise ValueError(
+                f"To keep {self.keep:.4g} with confidence {self.confidence:.4g}, the half of the retention set that "
+                f"chooses needs at least {self._needed} {what}; it has {found}. Give more data, or lower keep or "
+                "confidence."
+            )
+
+    def _resume(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check that the module was built from the same pre-trained model, and has its shapes."""
+        if not self._before:
+            raise RuntimeError(
+                f"The checkpoint {trainer.ckpt_path} was written without RetentionBudgetCallback, so what the "
+                "pre-trained model did is not known. Start the fit from the pre-trained model with it."
+            )
+        self._pretrained |= self._head
+        now = self._of_body()
+        if changed := [name for name, value in self._fingerprints.items() if now.get(name) != value]:
+            raise ValueError(
+                f"The module is not the pre-trained one that the fit started from: {changed[0]} differs. Build it from "
+                "the same weights (random parts need the same seed)."
+            )
+        check_path(self._pretrained, _tensors(trainer, module))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed fit needs: tensors and primitives."""
+        return {"before": self._before, "head": self._head, "fingerprints": self._fingerprints}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what an earlier fit found."""
+        self._before, self._head = state_dict["before"], state_dict["head"]
+        self._fingerprints = state_dict["fingerprints"]
+
+    # -- after training ------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Walk the path, choose, and put the chosen point into the module."""
+        started = time.perf_counter()
+        finetuned = _tensors(trainer, pl_module)
+        target = TargetOutcomes()
+        target.prepare(trainer, pl_module, self.run.scoring.samples)
+        self.points = [self._measured(trainer, pl_module, target, finetuned, alpha) for alpha in self.alphas]
+        chosen = max(0, last_kept([each["bound"] for each in self.points], self.keep))
+        self.alpha = self.alphas[chosen]
+        self._put(pl_module, point(self._pretrained, finetuned, self.alpha, self.shape) | self._head)
+        other = self._kept(trainer, pl_module, self.alpha, 1)
+        self._put(pl_module, point(self._pretrained, finetuned, self.alpha, self.shape))
+        self._save(trainer)
+        metrics = self._metrics(self.points[chosen], other) | {
+            "time/budget_s": self._seconds + time.perf_counter() - started
+        }
+        self.run.record(trainer, {"path/points": self.points} | metrics)
+        self._say(metrics, target)
+        on_rank_zero(trainer, self._report)
+        self._pretrained = {}  # its memory is free again
+
+    def _measured(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        target: TargetOutcomes,
+        finetuned: Mapping[str, Tensor],
+        alpha: float,
+    ) -> dict[str, float]:
+        """Measure what a point keeps on the half that chooses, and the target."""
+        tensors = point(self._pretrained, finetuned, alpha, self.shape)
+        self._put(module, tensors | self._head)
+        kept = self._kept(trainer, module, alpha, 0)
+        self._put(module, {name: tensors[name] for name in self._head})
+        self._forwards += len(target.positions)
+        measured = target.measure(trainer, module, f"Path {alpha:g}: target")
+        return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | measured
+
+    def _kept(self, trainer: Trainer, module: LightningModule, alpha: float, half: int) -> Kept:
+        if alpha == 0:  # the pre-trained model itself
+            return Kept(1.0, 1.0)
+        after = self._outcomes(trainer, module, half, f"{alpha:g}")
+        return COMPARISONS[self.of](self._before[half], after, self.confidence)
+
+    def _outcomes(self, trainer: Trainer, module: LightningModule, half: int, when: str) -> Tensor:
+        positions = self._halves[half]
+        self._forwards += len(positions)
+        values = self._watched(trainer, module, positions, f"Path {when}: {self.of}")
+        return values[0] if len(values) == 1 else torch.stack([value.double() for value in values], dim=1)
+
+    def _metrics(self, chosen: Mapping[str, float], other: Kept) -> dict[str, float]:
+        free = self.points[-1]
+        return {
+            "budget/alpha": chosen["alpha"],
+            "budget/keep": self.keep,
+            "budget/kept": chosen["kept"],
+            "budget/bound": chosen["bound"],
+            "budget/kept_other_half": other.share,
+            "budget/forwards": self._forwards,
+            **{f"budget/{name}": chosen[name] for name in ("target_loss", "target_top1") if name in chosen},
+            **{f"budget/{name}_free": free[name] for name in ("target_loss", "target_top1") if name in free},
+        }
+
+    def _save(self, trainer: Trainer) -> None:
+        """Write the chosen model, unless a probe will do so with its new head."""
+        self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
+        refits = any(isinstance(c, LinearProbeCallback) and c.refit is not False for c in self._others(trainer))
+        if moved and not refits and trainer.checkpoint_callback is not None and self.run.directory is not None:
+            trainer.save_checkpoint(self.run.directory / "checkpoints" / "budget.ckpt")
+
+    def _say(self, metrics: Mapping[str, float], target: TargetOutcomes) -> None:
+        name = "target_top1" if "budget/target_top1" in metrics else "target_loss"
+        cost = (
+            f"On {len(target.positions)} {'validation' if target.is_held_out else 'training'} samples {name} is "
+            f"{metrics[f'budget/{name}']:.3f}; at alpha {self.alphas[-1]:g}, {metrics[f'budget/{name}_free']:.3f}."
+        )
+        if self.alpha == 0:
+            rank_zero_warn(
+                f"No point of the path surely keeps {self.keep:.1%} of the {self.of} (confidence "
+                f"{self.confidence:.0%}): the body is the pre-trained one again. More retention samples may show that "
+                f"a point does. {cost}"
+            )
+            return
+        rank_zero_info(
+            f"Budget: at alpha {self.alpha:g} the model keeps {metrics['budget/kept']:.1%} of the {self.of}, with "
+            f"confidence {self.confidence:.0%} at least {metrics['budget/bound']:.1%}; on the other half "
+            f"{metrics['budget/kept_other_half']:.1%}. {cost}"
+        )
+
+    def _report(self) -> None:
+        file = "No files are written."
+        if self.run.directory is not None:
+            from flow_lightning.report.pictures import plot_path  # matplotlib is slow to import
+
+            file = str(self.run.directory / "path.png")
+            plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
+        print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
+
+    def _others(self, trainer: Trainer) -> list[Any]:
+        return [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+
+    def _head_names(self, module: LightningModule) -> list[str]:
+        """Return the names of the head's parameters, if a probe is fitted."""
+        kind = self.run.scoring.kind
+        if not isinstance(kind, ProbeFeatures):
+            return []
+        prefixes = [f"{name}." for name, part in module.named_modules() if part is kind.head]
+        return [name for name in self._pretrained if name.startswith(tuple(prefixes))]
+
+    def _of_body(self) -> dict[str, str]:
+        return model_fingerprints({name: value for name, value in self._pretrained.items() if name not in self._head})
+
+    @staticmethod
+    def _put(module: LightningModule, tensors: Mapping[str, Tensor]) -> None:
+        own = module.state_dict()
+        for name, value in tensors.items():
+            fill(own[name], value)
+
+
+def _tensors(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """Copy what training may change, on the CPU: trainable parameters and buffers, whole if they are in shards."""
+    drop_gathered(module)
+    unfreezes = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and (unfreezes or value.requires_grad or not isinstance(value, nn.Parameter))
+    }

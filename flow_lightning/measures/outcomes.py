@@ -1,0 +1,286 @@
+"""What a model does on each sample that a budget on forgetting watches: right or wrong, its choice, its loss.
+
+In: Trainer, module and positions of samples. Out: outcomes by sample. Next: `method/budget.py`, which compares them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flow_lightning.contract import module_contract
+from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.measures.base import Measure
+from flow_lightning.measures.images import PretrainedImages, target_outcomes
+from flow_lightning.measures.metrics import top_k_correct
+from flow_lightning.measures.text import GeneralText, token_sums_and_counts
+from flow_lightning.method.weights import SampleWeights
+from flow_lightning.scoring.samples import Samples, cut_batches, loader_like
+from flow_lightning.scoring.score import BatchFunction, by_index, score_blocks
+from flow_lightning.scoring.step_kinds import StepLosses
+
+#: Tokens of a window of text: short ones, so that there are many.
+_WINDOW = 256
+#: Samples on which the target is measured at most.
+_TARGET_SAMPLES = 250
+#: Samples that are read once stay in memory up to so many bytes.
+_MEMORY = 2**30
+
+
+class Outcomes(ABC):
+    """Outcomes of a model on the samples of one loader.
+
+    Attributes:
+        loader: Where the samples come from.
+        groups: What each sample was taken from: samples of one photograph are not independent.
+    """
+
+    loader: DataLoader[Any]
+    groups: Sequence[Hashable]
+
+    @abstractmethod
+    def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Find the data, and refuse a module that they do not fit. `samples` are those of the training."""
+
+    def take(self, loader: DataLoader[Any], dataset: Any = None, groups: Sequence[Hashable] | None = None) -> None:
+        """Take the samples of a loader, or of a data set in its place; without workers each is read once."""
+        dataset = loader.dataset if dataset is None else dataset
+        batches = cut_batches(loader)
+        self._size = len(batches[0])
+        self.groups = range(len(dataset)) if groups is None else groups
+        self.loader = loader_like(loader, batches, dataset if loader.num_workers else _InMemory(dataset))
+
+    @abstractmethod
+    def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return the outcomes of a batch: tensors `[B]` or `[B, ...]`."""
+
+    def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
+        """Return the context in which batches are scored."""
+        return nullcontext()
+
+    def __call__(
+        self, trainer: Trainer, module: LightningModule, positions: Sequence[int], description: str
+    ) -> tuple[Tensor, ...]:
+        """Return the outcomes of the samples at these positions, in their order, the same on every rank."""
+        with self.context(trainer, module):
+            function: BatchFunction = partial(self.of_batch, module)
+            batches = [positions[start : start + self._size] for start in range(0, len(positions), self._size)]
+            blocks = score_blocks(trainer, module, self.loader, batches, function, description)
+            outcomes = by_index(blocks, len(self.loader.dataset))  # type: ignore[arg-type]
+        return tuple(values[torch.as_tensor(positions)] for values in outcomes)
+
+
+class ImageOutcomes(Outcomes):
+    """Answers with the pre-trained head: whether they are right, `[B]`, or the class itself.
+
+    Args:
+        of: `accuracy`, which needs labels, or `agreement`.
+        source: The images; None for the inputs of the training.
+    """
+
+    def __init__(self, of: str, source: PretrainedImages | None) -> None:
+        self.of, self.source = of, source
+
+    def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Open the images.
+
+        Raises:
+            ValueError: If accuracy is asked for and they have no labels.
+        """
+        source = self.source
+        if source is None:
+            self.take(samples.loader)
+            return
+        source.prepare(trainer, module)
+        if self.of == "accuracy" and not source.labelled:
+            raise ValueError(
+                f"The images {source.images} have no labels, so a budget cannot be on accuracy. Set of='agreement'."
+            )
+        views: Any = source.loader.dataset
+        self.take(source.loader, groups=[view.file for view in views.views])
+
+    def context(self, trainer: Trainer, module: Any) -> AbstractContextManager[Any]:
+        """Put the pre-trained head back."""
+        return module.pretrained_task()  # type: ignore[no-any-return]
+
+    def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """See the class."""
+        logits = module(batch["image"]).float()
+        if self.of == "accuracy":
+            return (top_k_correct(logits, batch["target"]).float(),)
+        return (_choices(logits),)
+
+
+class TextOutcomes(Outcomes):
+    """Sum of the token losses and number of tokens of each window of text: `[B]` and `[B]`."""
+
+    def __init__(self, source: GeneralText) -> None:
+        self.source = source
+
+    def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Read the texts and cut them into windows."""
+        self.source.prepare(trainer, module)
+        self.take(self.source.loader)
+
+    def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """See the class."""
+        return token_sums_and_counts(module, batch)
+
+
+class StepOutcomes(Outcomes):
+    """The class with the largest logit in the cross-entropy of an unchanged module's `training_step`, `[B]`."""
+
+    def __init__(self) -> None:
+        self.kind = StepLosses("cross_entropy")
+
+    def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Take the inputs of the training."""
+        self.take(samples.loader)
+
+    def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
+        """Let steps run without a trace."""
+        return self.kind.context(trainer, module)
+
+    def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """See the class.
+
+        Raises:
+            TypeError: If there is no cross-entropy with one row of logits for each sample.
+        """
+        size = len(vars(module)["batch_samples"])
+        _, interception = self.kind.step(module, batch, size)
+        for term in interception.terms:
+            if term.name == "cross_entropy" and term.input.shape[:1] == (size,) and term.input.ndim == 2:
+                return (_choices(term.input.detach().float()),)
+        raise TypeError(
+            f"{type(module).__name__} has no pretrained_task(), and in its training_step no cross-entropy has one row "
+            "of logits for each sample, so its answers are not known. Give the budget texts and of='perplexity', or "
+            "the module a pretrained_task()."
+        )
+
+
+class TargetOutcomes(Outcomes):
+    """Losses of the target task, `[B]`; on the validation set of an image classifier also right answers, `[B]`.
+
+    Without such a set they are those of training samples, with their weights. The fit has seen these: their loss tells
+    how far it has come, not how well it generalises.
+
+    Attributes:
+        is_held_out: Whether the samples are those of the validation set.
+        positions: Of the samples that are measured.
+    """
+
+    is_held_out: bool
+    positions: list[int]
+
+    def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+        """Choose the samples."""
+        contract, validation = module_contract(module), cast(Any, trainer.val_dataloaders)
+        is_classifier = contract.pretrained_task is not None and contract.data_config is not None
+        self.is_held_out = is_classifier and isinstance(validation, DataLoader)
+        self.kind = None if contract.sample_losses is not None else StepLosses()
+        if self.is_held_out:
+            self.take(validation, IndexedDataset(validation.dataset))
+        else:
+            self.take(samples.loader)
+        one, other = halves(self.groups, _TARGET_SAMPLES // 2)
+        self.positions = sorted(one + other)
+
+    def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
+        """Let steps of an unchanged module run without a trace."""
+        return nullcontext() if self.kind is None else self.kind.context(trainer, module)
+
+    def of_batch(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
+        """See the class."""
+        if self.is_held_out:
+            return target_outcomes(module, batch)
+        return (module.sample_losses(batch).float(),) if self.kind is None else self.kind.values(module, batch)
+
+    def measure(self, trainer: Trainer, module: LightningModule, description: str) -> dict[str, float]:
+        """Return the mean loss, `target_loss`, and of held-out samples the accuracy, `target_top1`."""
+        values = self(trainer, module, self.positions, description)
+        weights: Any = module_contract(module).sample_weights
+        shares = torch.ones(len(self.positions))
+        if not self.is_held_out and isinstance(weights, SampleWeights):
+            shares = weights.weights.cpu()[torch.as_tensor(self.positions)]
+        means = [float((shares * value).sum() / shares.sum()) for value in values]
+        return dict(zip(("target_loss", "target_top1"), means))
+
+
+def watched(of: str, data: str | Sequence[str] | Measure | None, module: LightningModule) -> Outcomes:
+    """Return what a budget watches: see `RetentionBudgetCallback`.
+
+    Raises:
+        TypeError: If the data are of another kind than what is to be kept.
+    """
+    if of == "perplexity" and data is not None and not isinstance(data, Measure):
+        data = GeneralText([data] if isinstance(data, str) else list(data), window=_WINDOW)
+    elif isinstance(data, str):
+        data = PretrainedImages(data)
+    kind = GeneralText if of == "perplexity" else PretrainedImages
+    if data is not None and not isinstance(data, kind):
+        raise TypeError(f"of={of!r} takes data for {kind.__name__}, but data is {data!r}.")
+    if isinstance(data, GeneralText):
+        return TextOutcomes(data)
+    if data is not None or module_contract(module).pretrained_head is not None:
+        return ImageOutcomes(of, data)
+    return StepOutcomes()
+
+
+def halves(groups: Sequence[Hashable], most: int) -> tuple[list[int], list[int]]:
+    """Divide samples at random into two halves of at most `most`, the same in every run; no group is in both.
+
+    Example:
+        >>> [len(half) for half in halves(["a", "a", "b", "b", "c", "d"], 9)]
+        [3, 3]
+    """
+    members: dict[Hashable, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    parts = list(members.values())
+    one: list[int] = []
+    other: list[int] = []
+    for order in torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist():
+        min(one, other, key=len).extend(parts[order])
+        if len(one) >= most and len(other) >= most:
+            break
+    return sorted(one[:most]), sorted(other[:most])
+
+
+class _InMemory(Dataset[Any]):
+    """Samples of a data set, kept once they are read, up to `_MEMORY`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._samples: dict[int, Any] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self._samples:
+            return self._samples[index]
+        sample = self.dataset[index]
+        if self._size < _MEMORY:
+            self._samples[index] = sample
+            self._size += _bytes(sample)
+        return sample
+
+
+def _bytes(sample: Any) -> int:
+    if isinstance(sample, Tensor):
+        return sample.nbytes
+    parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else ()
+    return 64 + sum(map(_bytes, parts))
+
+
+def _choices(logits: Tensor) -> Tensor:
+    """Return the class with the largest logit, `[B]`; -1 where one is NaN: that agrees with nothing."""
+    return torch.where(logits.isnan().any(dim=1), -1, logits.argmax(dim=1))
