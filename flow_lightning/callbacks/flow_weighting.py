@@ -3,17 +3,17 @@
 In: the losses of `scoring/`. Out: `module.sample_weights`, and the run's files. Next: `modules/base.py`.
 """
 
-import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.contract import module_contract
+from flow_lightning.data.indexing import batch_index, find_index, part_of
 from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
@@ -25,17 +25,19 @@ from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
 from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
 from flow_lightning.scoring.samples import check_trained_data
+from flow_lightning.scoring.soundness import (
+    Weights,
+    check_length,
+    check_origin,
+    in_words,
+    warn_if_by_chance,
+    warn_if_fine_tuned,
+)
 from flow_lightning.scoring.step_kinds import StepLosses
-from flow_lightning.scoring.store import PARTS
 
 WEIGHTS_FILE = "flow_weights.safetensors"
 #: Where a checkpoint of a FLOW run says which reference its weights came from.
 REFERENCE_KEY = "flow_reference"
-
-#: Losses above this part of log(classes) are taken for those of a head that knows nothing.
-_CHANCE = 0.95
-
-Weights = SampleWeights | TokenWeights
 
 
 class FlowWeightingCallback(RunCallback):
@@ -67,6 +69,7 @@ class FlowWeightingCallback(RunCallback):
             a `sample_losses(batch)` of the module, else of `torch.nn.functional`, as the step calls them.
         loss: The name of the loss in `training_step` that is scored and weighted, such as "cross_entropy", if it has
             several and the others are not to be. By default all that have the batch's dimension.
+        loader: The key, or the number, of the loader whose samples are scored and weighted, if the fit has several.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class FlowWeightingCallback(RunCallback):
         weights_file: str | Path | None = None,
         sample_losses: SampleLossFunction | None = None,
         loss: str | None = None,
+        loader: str | int | None = None,
     ) -> None:
         if per not in ("sample", "token"):
             raise ValueError(f"per is {per!r}; expected 'sample' or 'token'.")
@@ -90,13 +94,12 @@ class FlowWeightingCallback(RunCallback):
             )
         if loss is not None and loss not in {function.__name__ for function in LOSSES}:
             raise ValueError(f"loss is {loss!r}; expected the name of a loss of torch.nn.functional, or None for all.")
-        self.sample_losses, self.loss = sample_losses, loss
+        self.sample_losses, self.loss, self.loader = sample_losses, loss, loader
         self.per, self.weighting, self.temperature, self.quantile = per, weighting, temperature, quantile
         self.scoring_dataset = scoring_dataset
         self.weights_file = None if weights_file is None else Path(weights_file)
         self.weights: Weights | None = None
         self._is_settled, self._seconds = False, 0.0
-        self._last_batch: int | None = None  # of this epoch; None before the fit's first one
         self._of_checkpoint: dict[str, str] = {}
         self._tracker = BatchTracker()
         self._step: WeightedStep | None = None  # of a module that does not weigh its loss itself
@@ -108,7 +111,7 @@ class FlowWeightingCallback(RunCallback):
             return
         self.weights, self._is_settled, self._of_checkpoint = None, False, {}
         scoring = self.run.scoring
-        scoring.file, scoring.given = self.weights_file, self.scoring_dataset
+        scoring.file, scoring.given, scoring.key = self.weights_file, self.scoring_dataset, self.loader
         scoring.choose(self._kind(pl_module))
         scoring.new_parts += tuple(module_contract(pl_module).new_parts)
         scoring.look_at_model()
@@ -126,8 +129,8 @@ class FlowWeightingCallback(RunCallback):
             return
         scoring, started = self.run.scoring, time.perf_counter()
         result = scoring.scored()
-        _warn_if_fine_tuned(pl_module, scoring.reference)
-        _warn_if_by_chance(scoring.kind, result["losses"])
+        warn_if_fine_tuned(pl_module, scoring.reference)
+        warn_if_by_chance(scoring.kind, result["losses"])
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -141,38 +144,30 @@ class FlowWeightingCallback(RunCallback):
             else:
                 self._settle(trainer)
         weights: Any = self.weights
-        self._last_batch = None
-        _check_length(trainer, len(weights))
-        is_following = self._tracker.is_following
-        self._tracker.choose(trainer.train_dataloader)
-        if is_following and not isinstance(trainer.train_dataloader, DataLoader):
-            raise ValueError(
-                "The fit has several training loaders, so it cannot be told which samples are in a batch. Wrap the "
-                "data set to weigh in flow_lightning.IndexedDataset."
-            )
+        loader = part_of(trainer.train_dataloader, self.loader)
+        check_length(loader, len(weights))
+        self._tracker.begin(loader, self.run.resumed)
         warn_if_it_begins_anew(trainer)
         weights.lookups = 0
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
-            self._step = WeightedStep(trainer, pl_module, weights.of, self.loss, self.sample_losses)
+            weights_of = partial(self._weights_of, pl_module)
+            self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses)
             self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the loader of this epoch, made anew perhaps; refuse one of other samples than those scored."""
-        self._tracker.choose(trainer.train_dataloader)
+        loader = part_of(trainer.train_dataloader, self.loader)
+        self._tracker.begin(loader)
         if self.scoring_dataset is None:
-            check_trained_data(trainer, pl_module, self.run.scoring.samples)
+            check_trained_data(trainer, pl_module, self.run.scoring.samples, loader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
-        # Lightning calls no hook for a batch that is None, but counts it. A resumed epoch does not begin at 0.
-        first = batch_idx if self._last_batch is None and self.run.resumed else 0
-        skipped = batch_idx - (first if self._last_batch is None else self._last_batch + 1)
-        self._last_batch = batch_idx
-        vars(pl_module)["batch_samples"] = self._tracker.next_index(skipped)
+        if part_of(batch, self.loader) is not None:  # a shorter loader may be over
+            vars(pl_module)["batch_samples"] = self._tracker.index(batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the next epoch's batches."""
-        self._last_batch = -1
         self._tracker.end_epoch()
 
     def on_train_batch_end(
@@ -210,6 +205,15 @@ class FlowWeightingCallback(RunCallback):
         if state_dict:
             self.weights = (TokenWeights if "offsets" in state_dict else SampleWeights)(**state_dict)
 
+    def _weights_of(self, module: LightningModule, batch: Any) -> torch.Tensor | None:
+        """Look up the weights of a batch's samples, `[B]`: by its own index, or by what the loader drew."""
+        part, drawn, weights = part_of(batch, self.loader), module_contract(module).batch_samples, self.weights
+        if part is None or not isinstance(weights, SampleWeights):
+            return None
+        own = find_index(part)
+        index = drawn if own is None and drawn is not None else batch_index(part)
+        return weights.of(index.to(module.device))
+
     def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave module, loader and strategy as they were."""
         if self._step is not None:
@@ -231,7 +235,7 @@ class FlowWeightingCallback(RunCallback):
         if self.per == "token":
             return TokenLosses()
         if self.sample_losses is None and contract.sample_losses is None:
-            return StepLosses(self.loss)
+            return StepLosses(self.loss, self.loader)
         return SampleLosses(self.sample_losses)
 
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
@@ -260,7 +264,7 @@ class FlowWeightingCallback(RunCallback):
         expected = scoring.fingerprint
         if expected["reference"] in ("", join_fingerprints(self._of_checkpoint, scoring.new_parts)):
             del expected["reference"]  # made in configure_model, or by load_from_checkpoint: no pre-trained one is here
-        _check_origin(weights, expected, where)
+        check_origin(weights, expected, where)
         self._take(module, weights)
         self._settle(trainer)
 
@@ -275,7 +279,7 @@ class FlowWeightingCallback(RunCallback):
         weights, run = self.weights, self.run
         assert weights is not None
         summary = weights.summary()
-        rank_zero_info(_in_words(weights, summary))
+        rank_zero_info(in_words(weights, summary))
         run.record(trainer, summary | ({} if run.resumed else {"time/scoring_s": self._seconds}))
         if not run.resumed:
             on_rank_zero(trainer, lambda: self._draw(trainer, weights))
@@ -292,52 +296,3 @@ class FlowWeightingCallback(RunCallback):
         if picture is not None:
             plot_weights(weights, picture)
         log_weights(trainer.loggers, weights, picture)
-
-
-def _check_origin(weights: Weights, expected: dict[str, str], where: str) -> None:
-    """Refuse weights of another data set or pre-trained model, and unsound ones."""
-    changed = [PARTS[key] for key, value in expected.items() if weights.fingerprint.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"{where} holds weights of another run: {' and '.join(changed)} changed since they were computed. Restore "
-            "it (a module with random parts needs the same seed), or start a new run."
-        )
-    weights.verify()
-
-
-def _in_words(weights: Weights, summary: dict[str, float]) -> str:
-    unit = "samples" if isinstance(weights, SampleWeights) else "sequences, weighted by token"
-    return (
-        f"FLOW: {len(weights)} {unit}, temperature {weights.temperature:.4g}, mean weight "
-        f"{summary['flow/mean_weight']:.3f}, effective sample size {summary['flow/effective_sample_size']:.0f} "
-        f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
-    )
-
-
-def _warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
-    origin = module_contract(module).flow_reference
-    if origin is not None and origin != reference:
-        rank_zero_warn(
-            "This module was loaded from a checkpoint of a FLOW run, so its parameters are fine-tuned, and a new fit "
-            "takes them as its reference. To continue that run, use trainer.fit(..., ckpt_path=...); to start again "
-            "from the pre-trained model, build the module anew."
-        )
-
-
-def _warn_if_by_chance(kind: Kind, losses: torch.Tensor) -> None:
-    """Tell that a new head's losses say nothing: at best those of an even guess among the classes."""
-    if isinstance(kind, StepLosses) and kind.classes and losses.mean() > _CHANCE * math.log(kind.classes):
-        rank_zero_warn(
-            f"The mean loss {losses.mean():.3g} is no better than chance among {kind.classes} classes: if the head is "
-            "new, its losses say nothing about the pre-trained model. Add flow_lightning.LinearProbeCallback(), which "
-            "solves the head first."
-        )
-
-
-def _check_length(trainer: Trainer, scored: int) -> None:
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
-    if dataset is not None and len(dataset) != scored:
-        raise ValueError(
-            f"{scored} samples were scored but the training set has {len(dataset)}: both loaders must hold the same "
-            "samples in the same order. Split and wrap the data set once, in setup()."
-        )

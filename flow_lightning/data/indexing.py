@@ -74,6 +74,21 @@ def batch_index(batch: Any) -> Tensor:
     return index
 
 
+def part_of(whole: Any, key: str | int | None) -> Any:
+    """Return the loader, or the batch, of one of several training loaders; all of it without a key.
+
+    Raises:
+        KeyError: If there is none of that name; the message lists those that there are.
+    """
+    whole = getattr(whole, "iterables", whole)  # of a CombinedLoader
+    if key is None:
+        return whole
+    names = list(whole) if isinstance(whole, Mapping) else list(range(len(whole)))
+    if key not in names:
+        raise KeyError(f"There is no training loader {key!r}, but {names}. Give FlowWeightingCallback(loader=...) one.")
+    return whole[key]
+
+
 def find_index(batch: Any) -> Tensor | None:
     """Return the sample indices of a batch, `[B]`, or None if it carries none."""
     index = batch.get("index") if isinstance(batch, Mapping) else getattr(batch, "index", None)

@@ -26,6 +26,7 @@ class BatchTracker:
     def __init__(self) -> None:
         self._followed: list[Recorder] = []
         self._recorder: Recorder | None = None  # of the loader that is trained on
+        self._expected: int | None = 0  # number of the next batch; None if the fit may begin in mid-epoch
 
     def follow(self, loader: Any, is_training: Callable[[], bool] = lambda: True) -> None:
         """Follow a loader where `is_training()`, unless its batches carry an index or it has no batch sampler.
@@ -45,8 +46,9 @@ class BatchTracker:
         if recorder not in self._followed:
             self._followed.append(recorder)
 
-    def choose(self, loader: Any) -> None:
-        """Take the loader that is trained on, and let go of others: a tuner may have made some."""
+    def begin(self, loader: Any, is_resumed: bool = False) -> None:
+        """Expect the batches of the loader that is trained on, and let go of others: a tuner may have made some."""
+        self._expected = None if is_resumed else 0
         for recorder in self._followed:
             if recorder.loader is not loader:
                 recorder.release()
@@ -58,14 +60,17 @@ class BatchTracker:
         """Whether a loader is followed."""
         return bool(self._followed)
 
-    def next_index(self, skipped: int = 0) -> Tensor | None:
-        """Return the indices of the next batch but for those skipped, `[B]` on the CPU; None if no loader is followed.
+    def index(self, batch_idx: int) -> Tensor | None:
+        """Return the indices of the samples in a batch, `[B]` on the CPU; None if no loader is followed.
 
-        From here to `end_epoch`, what else iterates over the loader does not count.
+        Lightning calls no hook for a batch that is None, but counts it: such batches are skipped. From here to
+        `end_epoch`, what else iterates over the loader does not count.
 
         Raises:
             RuntimeError: If the loader's sampler gave no more indices.
         """
+        skipped = 0 if self._expected is None else batch_idx - self._expected
+        self._expected = batch_idx + 1
         if self._recorder is None:
             return None
         self._recorder.is_locked = True
@@ -80,6 +85,7 @@ class BatchTracker:
 
     def end_epoch(self) -> None:
         """Expect the next epoch's iteration."""
+        self._expected = 0
         if self._recorder is not None:
             self._recorder.is_locked = False
 
@@ -105,7 +111,7 @@ class Recorder(Sampler[list[int]]):
 
     def __init__(self, loader: DataLoader[Any], is_training: Callable[[], bool]) -> None:
         self.loader, self.batches, self.is_training = loader, cast(Any, loader.batch_sampler), is_training
-        self.is_locked, self.is_noting = False, False
+        self.is_locked, self.is_noting, self._is_at_end = False, False, False
         self.lists: deque[list[int]] = deque()
         self.order: Callable[[Any], Iterator[list[int]]] | None = None
 
@@ -128,11 +134,15 @@ class Recorder(Sampler[list[int]]):
         counts = self.is_training() and not self.is_locked
         if counts:
             self.lists = lists  # a new epoch: an iterator of the last one writes elsewhere
+        elif self.is_training() and self._is_at_end:
+            lists = self.lists  # beside a longer loader this one begins anew
+        self._is_at_end = False
         for indices in self.order(self.batches) if counts and self.order is not None else self.batches:
             indices = list(indices)
             if self.is_noting:
                 lists.append(indices)
             yield indices
+        self._is_at_end = lists is self.lists
 
     def __len__(self) -> int:
         return len(self.batches)

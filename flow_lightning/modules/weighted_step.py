@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flow_lightning.contract import module_contract
-from flow_lightning.data.indexing import batch_index, find_index
 from flow_lightning.method.interception import Interception, describe
 from flow_lightning.method.objective import weighted_loss
 from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
@@ -37,7 +36,7 @@ class WeightedStep:
     Args:
         trainer: Runs the fit.
         module: Its module.
-        lookup: Gives the weights `[B]` of sample indices `[B]`, on their device.
+        weights_of: Gives the weights `[B]` of a batch; None if it has no samples to weigh.
         loss: The one loss that is weighted, by name; None for all.
         function: Gives the losses `[B]` of module and batch, in place of the module's own step.
     """
@@ -46,11 +45,12 @@ class WeightedStep:
         self,
         trainer: Trainer,
         module: LightningModule,
-        lookup: Callable[[Tensor], Tensor],
+        weights_of: Callable[[Any], Tensor | None],
         loss: str | None = None,
         function: SampleLossFunction | None = None,
     ) -> None:
-        self.trainer, self.module, self.lookup, self.loss, self.function = trainer, module, lookup, loss, function
+        self.trainer, self.module, self.weights_of = trainer, module, weights_of
+        self.loss, self.function = loss, function
         self._is_proven = False
         self._own: dict[str, Any] = {}
         self._seen: Interception | None = None  # of the step that runs
@@ -76,11 +76,9 @@ class WeightedStep:
         vars(self.module).update(self._own)
 
     def _step(self, step: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
-        index = find_index(batch)
-        if index is None:
-            index = module_contract(self.module).batch_samples
-        index = (batch_index(batch) if index is None else index).to(self.module.device)
-        weights = self.lookup(index)
+        weights = self.weights_of(batch)
+        if weights is None:
+            return step(batch, *args, **kwargs)
         if self.function is not None:
             return weighted_loss(self.function(self.module, batch), weights)
         run = partial(self._run, partial(step, batch, *args, **kwargs))

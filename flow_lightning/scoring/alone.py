@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_module  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -127,7 +128,7 @@ def _trainer_of(module: LightningModule) -> Iterator[Trainer]:
     """Attach a Trainer that says nothing to a module for a while; a module that has one gets it back."""
     tensors = chain(module.parameters(), module.buffers())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log: Any = rank_zero_module.log  # of the package imported last: lightning, or pytorch_lightning
     before, level = module.trainer if is_attached(module) else None, log.level
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     try:

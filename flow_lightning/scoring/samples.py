@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import data_contract
-from flow_lightning.data.indexing import check_map_style
+from flow_lightning.data.indexing import check_map_style, part_of
 from flow_lightning.data.samplers import FixedBatches
 from flow_lightning.lightning_internals import training_source
 from flow_lightning.scoring.evaluation import evaluation
@@ -41,19 +41,20 @@ class Samples(NamedTuple):
         return sum(map(len, self.batches))
 
 
-def find_samples(trainer: Trainer, module: LightningModule, given: Any = None) -> Samples:
+def find_samples(trainer: Trainer, module: LightningModule, given: Any = None, key: str | int | None = None) -> Samples:
     """Find the training samples of a fit, and warn if they differ from one reading to the next.
 
     Args:
         trainer: Runs the fit.
         module: Is put into evaluation mode while samples are read: transforms may depend on it.
         given: A data set, or a DataLoader, in place of the fit's own scoring or training loader.
+        key: Which of several training loaders.
 
     Raises:
         TypeError: If there is no DataLoader, or its data set is iterable-style.
         ValueError: If the data set is empty.
     """
-    loader = given if isinstance(given, DataLoader) else training_loader(trainer)
+    loader = given if isinstance(given, DataLoader) else training_loader(trainer, key)
     if given is not None and loader is not given:
         check_map_style(given)
         loader = loader_like(loader, _in_order(len(given), loader.batch_size), given)
@@ -69,13 +70,13 @@ def find_samples(trainer: Trainer, module: LightningModule, given: Any = None) -
     return Samples(loader, batches, fingerprint)
 
 
-def check_trained_data(trainer: Trainer, module: LightningModule, samples: Samples) -> None:
+def check_trained_data(trainer: Trainer, module: LightningModule, samples: Samples, loader: Any) -> None:
     """Check that the fit trains on the data set that was scored, where both come from `train_dataloader()`.
 
     Raises:
         ValueError: If that gave other samples than before: of a random split without a seed, say.
     """
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    dataset = getattr(loader, "dataset", None)
     if dataset is None or dataset is samples.loader.dataset or data_contract(trainer).scoring_dataloader is not None:
         return
     with evaluation(module):
@@ -89,10 +90,16 @@ def check_trained_data(trainer: Trainer, module: LightningModule, samples: Sampl
         )
 
 
-def training_loader(trainer: Trainer) -> DataLoader[Any]:
+def training_loader(trainer: Trainer, key: str | int | None = None) -> DataLoader[Any]:
     """Return `scoring_dataloader()` of data module or module, else the loader that the fit trains on."""
     scoring_dataloader = data_contract(trainer).scoring_dataloader
-    loader = training_source(trainer) if scoring_dataloader is None else scoring_dataloader()
+    loader = part_of(training_source(trainer), key) if scoring_dataloader is None else scoring_dataloader()
+    if isinstance(loader, dict | list | tuple) and loader:
+        first = next(iter(loader)) if isinstance(loader, dict) else 0
+        raise TypeError(
+            f"The fit has {len(loader)} training loaders. Name the one whose samples are to be weighted: "
+            f"FlowWeightingCallback(loader={first!r})."
+        )
     if not isinstance(loader, DataLoader):
         raise TypeError(f"FLOW needs the training samples as one DataLoader, but found {type(loader).__name__}. {_HOW}")
     return loader

@@ -34,6 +34,7 @@ class Scoring:
         kind: What is computed.
         file: Where the result is kept for later fits, and blocks while scoring; None to keep nothing.
         given: Data set or DataLoader to score, if not the fit's own.
+        key: Which of several training loaders.
         new_parts: Prefixes of parameters that are not pre-trained.
         is_from_file: Whether the result was read, not computed.
     """
@@ -43,6 +44,7 @@ class Scoring:
     kind: Kind = field(default_factory=SampleLosses)
     file: Path | None = None
     given: Any = None
+    key: str | int | None = None
     new_parts: tuple[str, ...] = ()
     is_from_file: bool = False
     _is_inspected: bool = False
@@ -65,7 +67,7 @@ class Scoring:
     @cached_property
     def samples(self) -> Samples:
         """The samples to score."""
-        return find_samples(self.trainer, self.module, self.given)
+        return find_samples(self.trainer, self.module, self.given, self.key)
 
     def look_at_model(self) -> None:
         """Take the fingerprint of the pre-trained model, once: in `setup`, before any checkpoint is restored.

@@ -14,11 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from flow_lightning.data.indexing import part_of
+from flow_lightning.lightning_internals import training_source
 from flow_lightning.method.interception import Interception, Term, describe, sample_losses
 from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
 from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
 from flow_lightning.scoring.own_step import call_training_step, unnoticed
-from flow_lightning.scoring.samples import Samples
+from flow_lightning.scoring.samples import Samples, cut_batches
 from flow_lightning.scoring.score import on_device
 
 #: How far losses of the same sample may be apart, relative to them and to the typical loss.
@@ -35,14 +37,16 @@ class StepLosses(SampleLosses):
 
     Args:
         loss: The one loss of `torch.nn.functional` that counts, by name; None for all.
+        key: Which of several training loaders is scored; the step sees the first batch of each other one beside it.
 
     Attributes:
         classes: Classes of the first cross-entropy that was seen; 0 if there was none.
     """
 
-    def __init__(self, loss: str | None = None) -> None:
+    def __init__(self, loss: str | None = None, key: str | int | None = None) -> None:
         super().__init__()
-        self.loss, self.classes = loss, 0
+        self.loss, self.key, self.classes = loss, key, 0
+        self._company: Any = None  # the batches of all loaders, to be scored beside
         self._loss_of: Callable[[Any], Tensor | None] = lambda output: None
 
     def inspect(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
@@ -51,6 +55,8 @@ class StepLosses(SampleLosses):
         Raises:
             ValueError: If they do, or if there are none.
         """
+        if self.key is not None:
+            self._company = _first_batches(trainer, module)
         chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
         half = len(chosen) // 2 + len(chosen) % 2
         collate: Any = samples.loader.collate_fn
@@ -116,7 +122,7 @@ class StepLosses(SampleLosses):
         """Run a step inside of `context`, and return its loss and what was seen of its losses."""
         with torch.enable_grad(), Interception(size, None, self.loss, is_noting=True) as interception:
             try:
-                output = call_training_step(module, batch, 0)
+                output = call_training_step(module, self._beside_others(batch), 0)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -134,6 +140,26 @@ class StepLosses(SampleLosses):
             if not self.classes and term.name == "cross_entropy" and term.input.ndim > 1:
                 self.classes = term.input.shape[1]
         return loss, interception
+
+    def _beside_others(self, batch: Any) -> Any:
+        """Return what a step gets: the batch, or it among the batches of the other loaders."""
+        if self.key is None:
+            return batch
+        if isinstance(self._company, dict):
+            return self._company | {self.key: batch}
+        return [batch if number == self.key else other for number, other in enumerate(self._company)]
+
+
+def _first_batches(trainer: Trainer, module: LightningModule) -> Any:
+    """Return the first batch of each training loader, on the device, in the order of their data sets."""
+    loaders = part_of(training_source(trainer), None)
+    named = loaders if isinstance(loaders, dict) else dict(enumerate(loaders))
+    batches = {}
+    for name, loader in named.items():
+        collate: Any = loader.collate_fn
+        first = collate([loader.dataset[i] for i in cut_batches(loader)[0]])
+        (batches[name],) = on_device(trainer, module, [first])
+    return batches if isinstance(loaders, dict) else list(batches.values())
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:

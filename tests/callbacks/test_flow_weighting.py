@@ -174,7 +174,7 @@ class Two(RegressionData):
         (Reduced, RegressionData, ValueError, r"one loss per sample, \[B\]"),
         (LinearRegression, broken_data, ValueError, "2 of 23 losses are NaN or infinite: samples 2, 17"),
         (LinearRegression, lambda: RegressionData(regression_data(0), shuffle=False), ValueError, "empty"),
-        (LinearRegression, lambda: [LOADER, LOADER], TypeError, r"one DataLoader, but found list.*scoring_dataloader"),
+        (LinearRegression, lambda: [LOADER, LOADER], TypeError, r"2 training loaders. Name the one"),
         (LinearRegression, Two, ValueError, "20 samples were scored but the training set has 23"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import callbacks as of_lightning
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -166,6 +167,43 @@ def test_losses_at_chance_level_ask_for_a_probe() -> None:
     module.net[-1].weight.data.mul_(0.01)
     with pytest.warns(UserWarning, match=r"no better than chance.*LinearProbeCallback\(\)"):
         fit(module, DATA, fl.FlowWeightingCallback(), max_steps=1)
+
+
+class Joint(Classifier):
+    """Learns from two loaders: labelled samples, and others that have no weight."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        labelled, others = (batch["labelled"], batch["others"]) if isinstance(batch, dict) else batch
+        loss = 0.0 if labelled is None else self.supervised(labelled)
+        return loss if others is None else loss + F.mse_loss(self.net(others[0]), torch.zeros(len(others[0]), 3))
+
+    def supervised(self, labelled: Any) -> Tensor:
+        return F.cross_entropy(self.net(labelled[0]), labelled[1])
+
+
+class JointByHand(Joint):
+    """The same, with weights in the batches."""
+
+    def supervised(self, labelled: Any) -> Tensor:
+        return (labelled[2] * F.cross_entropy(self.net(labelled[0]), labelled[1], reduction="none")).mean()
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size", "max_size"])
+@pytest.mark.parametrize(("key", "size"), [("labelled", 4), (0, 9)])
+def test_one_of_several_loaders_is_weighted(mode: str, key: Any, size: int) -> None:
+    """Beside a longer loader the labelled one begins anew, or is over."""
+    modules = [Joint(), JointByHand()]
+    batches = [DATA, TensorDataset(*DATA.tensors, weights())]
+    for module, dataset, callbacks in zip(modules, batches, ([fl.FlowWeightingCallback(loader=key)], [])):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        loaders = [
+            DataLoader(dataset, 5, shuffle=True, generator=generators[0]),
+            DataLoader(data(n=4 * size), 4, shuffle=True, generator=generators[1]),
+        ]
+        joined = CombinedLoader(loaders if key == 0 else dict(zip(("labelled", "others"), loaders)), mode)
+        fit(module, dataset, *callbacks, loader=joined)
+    for mine, theirs in zip(modules[0].state_dict().values(), modules[1].state_dict().values()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 class Augmented(torch.utils.data.Dataset):

@@ -106,7 +106,7 @@ def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape)
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
-def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_norm):
+def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_norm, rendered):
     """The first point that is not kept ends the search. Running statistics are on the path."""
     module = image_module(learning_rate=0.0, batch_norm=batch_norm)
     start = {name: value.clone() for name, value in module.state_dict().items()}

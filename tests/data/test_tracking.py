@@ -209,10 +209,12 @@ def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
     assert module.checked == 46
 
 
-def test_several_training_loaders_are_refused():
+def test_several_training_loaders_ask_for_a_name():
     loaders = {"new": DataLoader(DATA, 4, True), "old": DataLoader(DATA, 4, True)}
-    with pytest.raises(ValueError, match=r"several training loaders.*IndexedDataset"):
-        make_trainer(fl.FlowWeightingCallback(scoring_dataset=loaders["new"])).fit(Plain(), loaders)
+    with pytest.raises(TypeError, match=r"2 training loaders. Name the one .* FlowWeightingCallback\(loader='new'\)"):
+        make_trainer(fl.FlowWeightingCallback()).fit(Plain(), loaders)
+    with pytest.raises(KeyError, match=r"no training loader 'wen', but \['new', 'old'\]"):
+        make_trainer(fl.FlowWeightingCallback(loader="wen")).fit(Plain(), loaders)
 
 
 def skip_some(samples):

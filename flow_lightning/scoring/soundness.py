@@ -1,0 +1,74 @@
+"""Whether weights belong to the model and the data of a fit, and whether they mean something.
+
+In: weights, module, loader. Out: an error or a warning that names the fix. Next: `callbacks/flow_weighting.py`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from flow_lightning.contract import module_contract
+from flow_lightning.method.weights import SampleWeights, TokenWeights
+from flow_lightning.scoring.kinds import Kind
+from flow_lightning.scoring.step_kinds import StepLosses
+from flow_lightning.scoring.store import PARTS
+
+#: Losses above this part of log(classes) are taken for those of a head that knows nothing.
+_CHANCE = 0.95
+
+Weights = SampleWeights | TokenWeights
+
+
+def check_origin(weights: Weights, expected: dict[str, str], where: str) -> None:
+    """Refuse weights of another data set or pre-trained model, and unsound ones."""
+    changed = [PARTS[key] for key, value in expected.items() if weights.fingerprint.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{where} holds weights of another run: {' and '.join(changed)} changed since they were computed. Restore "
+            "it (a module with random parts needs the same seed), or start a new run."
+        )
+    weights.verify()
+
+
+def in_words(weights: Weights, summary: dict[str, float]) -> str:
+    """Say in one line which weights a fit trains with."""
+    unit = "samples" if isinstance(weights, SampleWeights) else "sequences, weighted by token"
+    return (
+        f"FLOW: {len(weights)} {unit}, temperature {weights.temperature:.4g}, mean weight "
+        f"{summary['flow/mean_weight']:.3f}, effective sample size {summary['flow/effective_sample_size']:.0f} "
+        f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
+    )
+
+
+def warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
+    """Tell that the reference of a fit is a model that a FLOW run has fine-tuned."""
+    origin = module_contract(module).flow_reference
+    if origin is not None and origin != reference:
+        rank_zero_warn(
+            "This module was loaded from a checkpoint of a FLOW run, so its parameters are fine-tuned, and a new fit "
+            "takes them as its reference. To continue that run, use trainer.fit(..., ckpt_path=...); to start again "
+            "from the pre-trained model, build the module anew."
+        )
+
+
+def warn_if_by_chance(kind: Kind, losses: torch.Tensor) -> None:
+    """Tell that a new head's losses say nothing: at best those of an even guess among the classes."""
+    if isinstance(kind, StepLosses) and kind.classes and losses.mean() > _CHANCE * math.log(kind.classes):
+        rank_zero_warn(
+            f"The mean loss {losses.mean():.3g} is no better than chance among {kind.classes} classes: if the head is "
+            "new, its losses say nothing about the pre-trained model. Add flow_lightning.LinearProbeCallback(), which "
+            "solves the head first."
+        )
+
+
+def check_length(loader: Any, scored: int) -> None:
+    """Refuse a training loader with another number of samples than were scored."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is not None and len(dataset) != scored:
+        raise ValueError(
+            f"{scored} samples were scored but the training set has {len(dataset)}: both loaders must hold the same "
+            "samples in the same order. Split and wrap the data set once, in setup()."
+        )
