@@ -30,8 +30,3 @@ def end_restart(trainer: Trainer) -> None:
     """Tell the loops that the resumed run is under way; their public setter may say the contrary."""
     fit_loop = trainer.fit_loop
     fit_loop._restarting = fit_loop.epoch_loop.restarting = False
-
-
-def unwrapped_loader(loader: Any) -> Any:
-    """Return the DataLoader behind one that `Fabric.setup_dataloaders` has wrapped: the wrapper is no DataLoader."""
-    return getattr(loader, "_dataloader", loader)

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import is_attached
-from flow_lightning.lightning_internals import unwrapped_loader
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.scoring.kinds import SampleLosses
+from flow_lightning.scoring.samples import cut_batches, loader_like
 from flow_lightning.scoring.scoring import Scoring
 from flow_lightning.scoring.step_kinds import StepLosses
 
@@ -78,9 +78,14 @@ def score(
     is_own_step = function is None and contract.sample_losses is None
     kind = StepLosses(loss) if is_own_step else SampleLosses(function)
     with _trainer_of(module) as trainer:
-        scoring = Scoring(trainer, module, kind, given=unwrapped_loader(loader), new_parts=tuple(contract.new_parts))
+        scoring = Scoring(trainer, module, kind, given=_plain(loader), new_parts=tuple(contract.new_parts))
         losses = scoring.scored()["losses"]
         return SampleWeights.from_losses(losses, temperature, quantile, scoring.fingerprint, weighting)
+
+
+def _plain(loader: Any) -> DataLoader[Any]:
+    """Return a DataLoader in place of one that Fabric has wrapped, which has its attributes but is none."""
+    return loader if isinstance(loader, DataLoader) else loader_like(loader, cut_batches(loader))
 
 
 class _Wrapped(LightningModule):
