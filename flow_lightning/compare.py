@@ -45,10 +45,13 @@ class Fit(NamedTuple):
 
 
 def compare(words: Sequence[str]) -> None:
-    """Make all fits of a board that are not finished yet, and report on all.
+    """Make all fits of a board that are not finished yet, and report once all are.
+
+    Args:
+        words: The command line: `compare`, and its options.
 
     Raises:
-        OptionError: If an option is wrong.
+        OptionError: If an option is wrong, or a process of `--jobs` failed.
         FloatingPointError: At the end, if a fit diverged.
     """
     options, shared = _options(words[1:])

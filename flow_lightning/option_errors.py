@@ -1,6 +1,6 @@
 """What is wrong with an option, in one or two lines, the nearest right name first.
 
-In: the parser's message, tens of lines long. Out: ours.
+In: the parser's message, tens of lines long. Out: ours. Next: `cli.py`.
 """
 
 import re

@@ -43,10 +43,10 @@ REFERENCE_KEY = "flow_reference"
 class FlowWeightingCallback(RunCallback):
     """Weigh each training sample by `exp(-l / tau)`, l its loss under the frozen pre-trained model (FLOW, Algorithm 1).
 
-    At `on_fit_start` it scores the training set once, each sample exactly once over all ranks, computes temperature and
-    weights, and hands them to the module, whose training loss they weigh (see `WeightedLossModule`). With a
-    LinearProbeCallback, before or after it in the list, it takes the probe's losses from the same pass. The model, the
-    random number generators and the order of the batches are as without it.
+    At `on_fit_start` it scores the training set, each sample exactly once over all ranks, and computes temperature and
+    weights. In training they weigh the losses of `training_step`. With a LinearProbeCallback, before or after it in the
+    list, it takes the probe's losses from the same pass. The model, the random number generators and the order of the
+    batches are as without it.
 
     It writes `flow_weights.safetensors`, `flow_weights.png` and the `flow/` keys of `metrics.json` into the run's
     directory. A resumed fit scores nothing: the weights are in its checkpoint.
@@ -70,6 +70,9 @@ class FlowWeightingCallback(RunCallback):
         loss: The name of the loss in `training_step` that is scored and weighted, such as "cross_entropy", if it has
             several and the others are not to be. By default all that have the batch's dimension.
         loader: The key, or the number, of the loader whose samples are scored and weighted, if the fit has several.
+
+    Raises:
+        ValueError: If an argument has a value that does not exist.
     """
 
     def __init__(
@@ -173,7 +176,7 @@ class FlowWeightingCallback(RunCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refuse to train on without weights."""
+        """Refuse, with a RuntimeError, to train on without weights."""
         if self.weights is not None and self.weights.lookups == 0 and outputs:  # without a loss there is no output
             raise RuntimeError(
                 f"{type(pl_module).__name__}.training_step did not look up a weight, so its loss is not weighted. "

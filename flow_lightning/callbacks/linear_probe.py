@@ -26,13 +26,17 @@ class LinearProbeCallback(RunCallback):
     other module the head is the last `nn.Linear` that makes the logits of a cross-entropy in its `training_step`.
 
     Args:
-        refit: Whether to fit the head again at `on_train_end`, on the features of the body as it is then (step 4); by
-            default in a fit with FlowWeightingCallback, or if a budget on retention moved the body. The refit weighs
-            the samples as training did: an unweighted one learns wrong labels back. The refitted model is written to
-            `checkpoints/refitted.ckpt` of the run's directory; earlier checkpoints hold the trained head.
+        refit: Whether to fit the head again at `on_train_end`, on the features of the body as it is then (step 4). By
+            default it does in a fit with FlowWeightingCallback, and if RetentionBudgetCallback moved the body. The
+            refit weighs the samples as training did: an unweighted one learns wrong labels back. A fit that writes
+            checkpoints writes the refitted model to `checkpoints/refitted.ckpt` of the run's directory; earlier
+            checkpoints hold the trained head.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
             if the probe overfits.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
+
+    Raises:
+        TypeError: In `setup`, if the module has `sample_losses`, but no `features` or no linear `head` with a bias.
     """
 
     def __init__(self, *, refit: bool | None = None, folds: int = 0, memory_budget: float = 4.0) -> None:

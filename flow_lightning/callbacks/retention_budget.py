@@ -31,17 +31,20 @@ from flow_lightning.scoring.kinds import ProbeFeatures
 class RetentionBudgetCallback(RunCallback):
     """Choose the point between pre-trained and fine-tuned weights that learns most within a budget on forgetting.
 
-    At `on_train_end` it walks the path `pretrained + alpha * (finetuned - pretrained)` (see `method/path.py`), and
-    tests in the order of alpha whether a point keeps at least `keep` of what the pre-trained model did, with
-    `confidence`. The first point that does not surely keep it ends the search, the last one before it becomes the
-    model. If there is none, the body is the pre-trained one again. A LinearProbeCallback in the fit then solves the
-    head anew, with the sample weights; without one, the head is on the path, too.
+    At `on_train_end` it measures the points of the path `pretrained + alpha * (finetuned - pretrained)` (see
+    `method/path.py`). In the order of alpha it tests whether a point keeps at least `keep` of what the pre-trained
+    model did, with `confidence`. The last point before the first that does not surely keep it becomes the model. If
+    only alpha 0 does, the body is the pre-trained one again. A LinearProbeCallback in the fit then solves the head
+    anew, with the sample weights; without one, the head is on the path, too.
 
     Half of the retention set chooses; what is kept on the other half is reported. Numbers are in `metrics.json`
-    (`budget/...`, and `path/points` for all points), the picture is `path.png`. RetentionCallback then measures the
-    chosen model. It costs a forward pass of half the retention set, at most `samples`, and of at most 250 samples of
-    the target, for each point. A checkpoint carries what a resumed fit needs, but for the pre-trained weights: build
-    the module from them again, as for the first fit.
+    (`budget/...`, and `path/points` for all points), the picture is `path.png`. A fit that writes checkpoints writes
+    the chosen model to `checkpoints/budget.ckpt`, or, with a probe that refits, to `checkpoints/refitted.ckpt`.
+    RetentionCallback then measures the chosen model.
+
+    Each point costs a forward pass of half the retention set, at most `samples`, and of at most 250 samples of the
+    target. The pre-trained model does both halves before training. A checkpoint carries what a resumed fit needs, but
+    for the pre-trained weights: build the module from them again, as for the first fit.
 
     Args:
         keep: The share to keep, in (0, 1).
@@ -50,15 +53,16 @@ class RetentionBudgetCallback(RunCallback):
             answers with those of the pre-trained model: stricter, but without labels. `perplexity` of text: that of the
             pre-trained model, divided by that of the point.
         data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`; or such a measure
-            itself, with its settings. None, for
-            `agreement`: the inputs of the training, with the pre-trained head if the module has one, else with the
-            logits in its own `training_step` and, if a probe was fitted, the head from before training.
+            itself, with its settings. None, for `agreement` alone: the inputs of the training. Answers on these are
+            those of the pre-trained head, if the module has one. Otherwise they are the logits in its `training_step`,
+            with the head from before training if a probe was fitted.
         alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
         samples: Most samples of each half.
 
     Raises:
-        ValueError: If an argument is out of range, or the retention set is too small for the confidence.
+        ValueError: If an argument is out of range, or, in the fit, if the retention set is too small.
+        TypeError: In the fit, if data or module do not go with `of`.
     """
 
     def __init__(
@@ -112,8 +116,8 @@ class RetentionBudgetCallback(RunCallback):
         """Find the data.
 
         Raises:
-            TypeError: If the module has no way to measure points of the path.
-            ValueError: If there are too few samples.
+            TypeError: If data or module do not go with what is to be kept.
+            ValueError: If there are too few samples, or images without labels are to give an accuracy.
         """
         self._watched: Outcomes = watched(self.of, self.data, pl_module)
         self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
@@ -127,7 +131,12 @@ class RetentionBudgetCallback(RunCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint."""
+        """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint.
+
+        Raises:
+            ValueError: If the pre-trained model has too few images right, or a resumed module was built from another.
+            RuntimeError: If the checkpoint of a resumed fit was written without this callback.
+        """
         self._started = time.perf_counter()
         if self.run.resumed:
             self._resume(trainer, pl_module)

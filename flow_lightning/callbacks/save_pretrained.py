@@ -18,8 +18,9 @@ from flow_lightning.run import run_directory
 class SavePretrainedCallback(Callback):
     """Write the model at the end of training as the library it comes from loads it: timm, transformers or peft.
 
-    A module that holds more than one such model, or none, is written as `model.safetensors`, its `state_dict`. The
-    folder appears whole or not at all: it is written beside its place and renamed.
+    A module with a `save_pretrained` of its own is written by that. A module with parameters outside of one model of
+    these libraries is written as `model.safetensors`, its `state_dict`. The folder appears whole or not at all: it is
+    written beside its place and renamed.
 
     Args:
         folder: Where to write; by default `model` in the run's directory, or in `default_root_dir` if there is none.

@@ -1,4 +1,7 @@
-"""Room 0, the index contract: each sample's integer `index` travels through the batch, so that its weight is found."""
+"""The index contract: each sample's integer `index` travels through the batch, so that its weight is found.
+
+In: a map-style data set, or a batch. Out: samples with their position, and a batch's indices. Next: `tracking.py`.
+"""
 
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple
@@ -138,9 +141,9 @@ def check_map_style(dataset: Any) -> None:
     """
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"{type(dataset).__name__} is not a map-style data set: its samples have no stable index, so a weight that "
-            "is computed once cannot be found again. Load the samples into a map-style data set (__getitem__ and "
-            "__len__; a list, a datasets.Dataset, an ImageFolder), then wrap that in flow_lightning.IndexedDataset."
+            f"{type(dataset).__name__} is not a map-style data set: its samples have no index, so their weights "
+            "cannot be found again. Load them into a data set with __getitem__ and __len__ (a list, a "
+            "datasets.Dataset), and wrap that in flow_lightning.IndexedDataset."
         )
 
 

@@ -56,6 +56,9 @@ class LabelNoise:
             targets: Class indices, `[n]`.
             classes: Their number, at least 2.
             weak_model: Gives log-probabilities `[n, C]`, for `instance`.
+
+        Raises:
+            ValueError: If `instance` has no weak model.
         """
         generator, count = torch.Generator().manual_seed(self.seed), round(self.rate * len(targets))
         chosen = torch.randperm(len(targets), generator=generator)[:count]
@@ -76,6 +79,11 @@ def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> Label
     """Return the images with labels of which some are wrong.
 
     The weak model of `instance` is a linear classifier of grey thumbnails, asked about samples it was not fitted on.
+
+    Args:
+        images: The images with right labels; for `instance` all are read once.
+        noise: How many labels become wrong, and which.
+        classes: Number of classes.
     """
     targets = torch.tensor(images.targets)
 
@@ -89,7 +97,14 @@ def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> Label
 
 
 def out_of_fold_log_probabilities(features: Tensor, targets: Tensor, classes: int, folds: int = 5) -> Tensor:
-    """Return log-probabilities `[n, C]` of linear classifiers, each for the samples that it was not fitted on."""
+    """Return log-probabilities `[n, C]` of linear classifiers, each for the samples that it was not fitted on.
+
+    Args:
+        features: `[n, D]`.
+        targets: Class indices, `[n]`.
+        classes: C.
+        folds: Number of classifiers.
+    """
     parts = torch.arange(len(targets)) % folds
     result = torch.empty(len(targets), classes)
     for fold in range(folds):

@@ -47,13 +47,16 @@ class LoaderPosition:
         self._checksums: dict[int, int] = {}  # by number of batches of this epoch
 
     def restore(self, fit_loop: dict[str, Any], checksum: int | None) -> None:
-        """Start where the loops of a checkpoint are."""
+        """Start where the loops of a checkpoint (`fit_loop`) are; `checksum` is that of the samples before."""
         epochs, batches = (fit_loop[name]["current"] for name in ("epoch_progress", "epoch_loop.batch_progress"))
         is_between = epochs["ready"] == epochs["processed"]
         self.start = Start(epochs["processed"], 0 if is_between else batches["processed"], checksum)
 
     def follow(self, loader: Any, is_training: Callable[[], bool]) -> None:
-        """Follow a training loader, unless it has a position of its own, or none."""
+        """Follow a loader in the iterations that begin while `is_training()`, unless it has a position of its own.
+
+        Loaders of iterable data sets, without a batch sampler or with `in_order=False` are left alone, too.
+        """
         if hasattr(loader, "state_dict") or not can_be_followed(loader) or not getattr(loader, "in_order", True):
             return
         recorder = Recorder.of(loader, is_training)

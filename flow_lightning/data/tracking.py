@@ -47,7 +47,10 @@ class BatchTracker:
             self._followed.append(recorder)
 
     def begin(self, loader: Any, is_resumed: bool = False) -> None:
-        """Expect the batches of the loader that is trained on, and let go of others: a tuner may have made some."""
+        """Expect the batches of the loader that is trained on, and let go of others: a tuner may have made some.
+
+        A fit that `is_resumed` may begin in the middle of an epoch.
+        """
         self._expected = None if is_resumed else 0
         for recorder in self._followed:
             if recorder.loader is not loader:

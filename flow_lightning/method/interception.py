@@ -126,8 +126,8 @@ def sample_losses(loss: Tensor, interception: Interception) -> Tensor:
     """Compute the loss of each sample from the loss that somebody else's code made of intercepted elements.
 
     The loss is a linear function of the elements, `sum_e a_e l_e + rest`, whatever that code does with them: masks,
-    means, factors of several terms. Of one term, the loss of a sample is the mean of its own elements, weighted by `a`:
-    it does not depend on how many elements (tokens, pixels) other samples have. Further terms are added with their
+    means, factors of several terms. Of one term, the loss of a sample is the mean of its own elements, weighted by `a`.
+    So it does not depend on how many elements (tokens, pixels) other samples have. Further terms are added with their
     factor relative to the first one, `sum a / sum a_first`.
 
     Args:

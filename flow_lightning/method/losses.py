@@ -1,4 +1,7 @@
-"""Room 1: model output and targets to one loss per sample, or per token."""
+"""Model output and targets to one loss per sample, or per token.
+
+In: logits, or hidden states and a head. Out: losses. Next: `flow.py`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +81,20 @@ def linear_cross_entropy(
         )
         return F.linear_cross_entropy(hidden, head_weight, targets, linear_bias=bias, reduction="none", options=options)
 
-    def look(hidden: Tensor, targets: Tensor) -> Tensor:
+    def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
         return _chunk_losses(hidden, targets, head_weight, bias, softcap, scale)
 
     chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     if not torch.is_grad_enabled():
-        return torch.cat([look(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(look, *chunk, use_reentrant=False) for chunk in chunks])
+        return torch.cat([losses_of(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _torch_serves(hidden: Tensor, head_weight: Tensor) -> bool:
-    """Tell whether torch's own function serves: newer ones have it, and in half precision its losses are so, too."""
+    """Tell whether `F.linear_cross_entropy` can be used.
+
+    It exists in recent torch, and returns float32 losses only for float32 inputs.
+    """
     plain = hidden.dtype == head_weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     return plain and len(hidden) > 0 and hasattr(F, "linear_cross_entropy")
 

@@ -1,4 +1,7 @@
-"""Room 4: losses and weights to the scalar that is minimised."""
+"""Losses and weights to the scalar that is minimised.
+
+In: losses and weights of a batch. Out: the objective. Next: `modules/base.py`.
+"""
 
 from typing import Literal, get_args
 
@@ -67,8 +70,8 @@ def denominator(losses: Tensor, weights: Tensor | None, reduction: Reduction) ->
 def draw(weights: Tensor, index: Tensor, seed: int) -> Tensor:
     """Draw samples with probability equal to their weight.
 
-    The sum of the drawn samples' losses has the expectation `sum(w l)`, and so has its gradient, at the cost of
-    `sum(w)` samples instead of all of them; the variance it adds is `sum(w (1 - w) l^2)`.
+    The sum of the drawn samples' losses has the expectation `sum(w l)`; the same holds for the gradients. The cost is
+    that of `sum(w)` samples. It adds the variance `sum(w (1 - w) l^2)`.
 
     Args:
         weights: Weights in `[0, 1]`, `[B]`.
@@ -90,8 +93,8 @@ def draw(weights: Tensor, index: Tensor, seed: int) -> Tensor:
 def uniform(index: Tensor, seed: int) -> Tensor:
     """Return a random number in `[0, 1)` for each index, from seed and index alone, the same on every device.
 
-    It is output `index` of the generator SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", OOPSLA 2014), which can be computed without those before it; its upper 24 bits.
+    It is the upper 24 bits of output `index` of the generator SplitMix64, which needs no outputs before it (Steele, Lea
+    and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 
     Args:
         index: Integers from 0, any shape.

@@ -27,7 +27,8 @@ def point(
     """Compute `pretrained + alpha * factor * (finetuned - pretrained)` for each tensor; 0 and 1 give them to the bit.
 
     All tensors lie on the same straight line, BatchNorm's running mean and variance as well. Frozen ones do not move,
-    because both ends have them. Integers, such as BatchNorm's number of batches, are those of the fine-tuned model.
+    because both ends have them. Integers, such as BatchNorm's number of batches, are those of the fine-tuned model
+    wherever `alpha * factor` is not 0.
 
     A low-rank adapter adds `B A` to a weight. The pre-trained model is the one without adapters. So `B` alone is
     scaled, from 0: with both factors scaled, the update would grow by `alpha ** 2`.

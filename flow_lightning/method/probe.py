@@ -79,8 +79,8 @@ def fit_probe(
         features: `[n, D]`, in memory or memory-mapped; moved to the device in blocks.
         targets: Class indices, `[n]`.
         num_classes: C.
-        folds: 0 for the losses of the probe on its own training samples, as the authors take them; k > 1 for the losses
-            of k probes, each on the samples it has not seen.
+        folds: 0: the losses are those of the probe on its own training samples, as in the paper. k > 1: they are those
+            of k probes, each on the samples that it was not fitted on.
         strengths: L2 penalties to try, strongest first.
         device: Where to solve.
         weights: Weights of the samples in the mean losses that are minimised and held out, `[n]`; by default all 1.

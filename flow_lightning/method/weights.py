@@ -116,7 +116,18 @@ class SampleWeights(_Stored):
         fingerprint: dict[str, str] | None = None,
         weighting: str = "flow",
     ) -> "SampleWeights":
-        """Compute temperature (unless one is given) and weights from the losses, `[n]`."""
+        """Compute temperature and weights.
+
+        Args:
+            losses: `[n]`, not negative.
+            temperature: tau; None for the `quantile` of the losses.
+            quantile: Which one, in `[0, 1]`.
+            fingerprint: See the class.
+            weighting: See the class.
+
+        Raises:
+            ValueError: If a loss is negative or not finite, tau comes out as 0, or the weighting is unknown.
+        """
         flow.check_losses(losses)
         losses = losses.detach().float().cpu()
         tau = flow.temperature(losses, quantile) if temperature is None else float(temperature)
@@ -247,7 +258,7 @@ class TokenWeights(_Stored):
         fingerprint: dict[str, str] | None = None,
         weighting: str = "flow",
     ) -> "TokenWeights":
-        """Compute the temperature (unless one is given) from the token losses, `[K]` and `[n + 1]`."""
+        """Compute the temperature of token losses `[K]` with offsets `[n + 1]`; see `SampleWeights.from_losses`."""
         flow.check_losses(losses)
         losses = losses.detach().float().cpu()
         tau = flow.temperature(losses, quantile) if temperature is None else float(temperature)

@@ -30,9 +30,9 @@ class WeightedLossModule(LightningModule):
     All hooks of LightningModule are free for your own code, without `super()`, except `configure_callbacks`.
 
     Args:
-        reduction: The denominator of the objective: `batch`, `sum(w l) / B` as in the paper; `weights`,
-            `sum(w l) / sum(w)`, which keeps the size of the step; or `sampling`, which trains on samples drawn with
-            probability `w`: the expected step of `batch`, with more noise, at the cost of `sum(w)` samples.
+        reduction: The denominator of the objective. `batch` is `sum(w l) / B`, as in the paper. `weights` is
+            `sum(w l) / sum(w)`, which keeps the size of the step. `sampling` trains on samples drawn with probability
+            `w`: the expected step of `batch`, with more noise, at the cost of `sum(w)` samples.
 
     Example:
         >>> import torch

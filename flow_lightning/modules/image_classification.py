@@ -49,8 +49,8 @@ class ImageClassificationModule(WeightedLossModule):
         warmup: Part of all steps over which the learning rate rises linearly from 0.
         batch_norm: `frozen` keeps the running statistics of the pre-trained model. `train` updates them, as the authors
             do. On a small data set, updated statistics alone can destroy the pre-trained task.
-        reduction: `batch`, sum(w l) / B, as in the paper; `weights`, sum(w l) / sum(w), which keeps the step size; or
-            `sampling`, which trains on images drawn with probability w: `batch` in expectation, for less work.
+        reduction: `batch`: sum(w l) / B, as in the paper. `weights`: sum(w l) / sum(w), which keeps the step size.
+            `sampling`: trains on images drawn with probability w, `batch` in expectation, for less work.
         channels_last: Whether convolutions run in the channels-last memory format, usually the faster one.
         model_kwargs: Further arguments for `timm.create_model`, for instance `{img_size: 96}` for a ViT.
 

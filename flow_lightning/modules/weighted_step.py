@@ -123,7 +123,7 @@ class WeightedStep:
         if not own.is_near(one, tolerance):
             raise RuntimeError(
                 f"{name} gives {one} with weights of 1, but {own} without: its losses cannot be weighted where "
-                f"they are computed (random parts with a generator of their own?). {HOW_TO_GIVE_LOSSES}"
+                f"they are computed (own random generators?). {HOW_TO_GIVE_LOSSES}"
             )
         if not none.middle(one).is_near(half, tolerance):
             raise RuntimeError(

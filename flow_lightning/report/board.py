@@ -36,7 +36,8 @@ def report(
     Args:
         runs: Numbers of the fits by column, for the plain comparison.
         settings: Method, optimizer, rate, seed and folder of each fit.
-        found: The numbers of each fit. Those with `path/points` (see RetentionBudgetCallback) are on the frontier.
+        found: The numbers of each fit, in the order of `settings`. Those with `path/points` (see
+            RetentionBudgetCallback) are on the frontier.
         folder: Where the files go.
     """
     from flow_lightning.report.frontier_picture import plot_frontier  # matplotlib is slow to import

@@ -42,6 +42,9 @@ class Point:
 def frontier(points: Sequence[Point]) -> Curve:
     """Return the upper concave hull of points: the best target at each retention, by mixing neighbours.
 
+    Args:
+        points: At least one.
+
     Returns:
         Retentions, ascending, and targets, descending: `[k]` each. Points that are worse in both are not on it.
 
@@ -65,6 +68,10 @@ def target_at(points: Sequence[Point], keep: float) -> float:
 
     Of the points that keep at least `keep` on the data for choosing, the one with the best target there is taken.
 
+    Args:
+        points: Of one method and seed.
+        keep: The budget, a retention.
+
     Returns:
         A fraction; NaN if no point keeps that much.
     """
@@ -72,15 +79,28 @@ def target_at(points: Sequence[Point], keep: float) -> float:
 
 
 def retention_at(points: Sequence[Point], target: float) -> float:
-    """Return the retention of the point that keeps most among those that reach a target, chosen like `target_at`."""
+    """Return the retention of the point that keeps most among those that reach a target, chosen like `target_at`.
+
+    Args:
+        points: Of one method and seed.
+        target: The accuracy to reach, on the data for choosing.
+
+    Returns:
+        A share; NaN if no point reaches the target.
+    """
     return _value_of_best(points, lambda p: p.chosen_by[0] >= target, lambda p: p.chosen_by[1], lambda p: p.retention)
 
 
 def area_between(ours: Curve, theirs: Curve) -> float:
     """Return by how much more the first curve keeps, on average over the targets that both reach.
 
-    It is the difference of the areas under both as functions of the target, as BD-rate has it (Bjontegaard,
-    "Calculation of average PSNR differences between RD-curves", VCEG-M33, 2001), with lines in place of polynomials.
+    It is the difference of the areas under both as functions of the target, divided by the range of targets. BD-rate
+    does so with polynomials in place of lines (Bjontegaard, "Calculation of average PSNR differences between
+    RD-curves", VCEG-M33, 2001).
+
+    Args:
+        ours: The first curve, from `frontier`.
+        theirs: The second one.
 
     Returns:
         A difference of retentions; NaN if no target is reached by both.
@@ -123,10 +143,15 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) 
 def compare_methods(points: Sequence[Point], baseline: str) -> dict[str, dict[str, Interval]]:
     """Compare each method with a baseline, seed by seed.
 
+    Args:
+        points: Of all methods and seeds.
+        baseline: The method that the others are compared with.
+
     Returns:
-        By method: `target@0.95`, `@0.98`, `@0.99` (test accuracy under these budgets), `retention@0.9`, `@0.95`,
-        `@0.99` (at these shares of the best gain of any method over the safest point), and for all but the baseline
-        `area` (see `area_between`) and `gain@...` (difference of targets). Each is mean, lower and upper end.
+        Numbers by method, each as mean, lower and upper end. `target@0.95`, `@0.98` and `@0.99` are test accuracies
+        under these budgets. `retention@0.9`, `@0.95` and `@0.99` are at these shares of the best gain of any method
+        over the safest point. Methods other than the baseline have `area`, see `area_between`, and `gain@...`, the
+        difference of their target and the baseline's.
     """
     methods = list(dict.fromkeys(point.method for point in points))
     seeds = sorted({point.seed for point in points})

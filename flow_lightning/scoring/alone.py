@@ -47,10 +47,10 @@ def score(
             `Fabric.setup_dataloaders`. It is not iterated, so that its order does not matter.
         sample_losses: Gives one loss per sample, `[B]`, of `(model, batch)`, the batch on the model's device. A
             LightningModule needs none: its losses are those of its `sample_losses(batch)` or `training_step`.
-        loss: The one loss that counts in a `training_step`, by name; by default all.
+        loss: The name of the one loss in a `training_step` that counts, such as "cross_entropy"; by default all.
         weighting: The rule from losses to weights, as in `FlowWeightingCallback`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses.
-        quantile: Which quantile.
+        quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
 
     Returns:
         The weights, in the order of the data set.
@@ -58,7 +58,8 @@ def score(
     Raises:
         TypeError: If the model is no LightningModule and there is no `sample_losses`, or the data set is no map-style
             one.
-        ValueError: If losses are not finite, negative, not one for each sample, or depend on the rest of their batch.
+        ValueError: If losses are not finite, negative, not one for each sample, or depend on the rest of their batch;
+            or if the weighting is unknown.
 
     Example:
         >>> model, data = nn.Linear(1, 1), [(torch.tensor([float(i)]), torch.tensor([1.0])) for i in range(5)]

@@ -176,7 +176,7 @@ def allocator(budget: float, folder: Path) -> Callable[..., Tensor]:
 
 
 def _file_of_zeros(folder: Path, size: int) -> str:
-    """Make a file whose room on the disk is taken at once: a memory-mapped file that finds none is fatal."""
+    """Make a file whose space on the disk is taken at once: a memory-mapped file that finds none ends the process."""
     handle, name = tempfile.mkstemp(dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):

@@ -27,8 +27,8 @@ from flow_lightning.scoring.score import on_device
 _TOLERANCE = 1e-3
 #: What to do about a training_step whose losses cannot be weighed.
 HOW_TO_GIVE_LOSSES = (
-    "Give the losses yourself: FlowWeightingCallback(sample_losses=lambda module, batch: ...), one loss per sample, or "
-    "a method sample_losses(batch) that training_step calls."
+    "Give the losses yourself, one per sample: FlowWeightingCallback(sample_losses=lambda module, batch: ...), or a "
+    "sample_losses(batch) that training_step calls."
 )
 
 
@@ -88,7 +88,7 @@ class StepLosses(SampleLosses):
         if depends or (not is_random and bool((least.abs() > _TOLERANCE * whole.abs().mean()).any())):
             raise ValueError(
                 f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
-                "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
+                "(contrastive losses, mixup, top-k), or its row is another. "
                 f"{HOW_TO_GIVE_LOSSES}"
             )
 

@@ -27,6 +27,7 @@ def held_out_accuracy(method: str, rate: float, seed: int) -> float:
 
 
 def choose(rates: list[float] = RATES, seeds: list[int] = SEEDS) -> None:
+    """Print the accuracy on held-out digits at each rate, and the rate to take, for each method."""
     for method in ("standard", "flow"):
         found = {rate: [held_out_accuracy(method, rate, seed) for seed in seeds] for rate in rates}
         for rate, values in found.items():

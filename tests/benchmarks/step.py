@@ -128,6 +128,7 @@ def main(
     accelerator: str = "cpu",
     precision: str = "32-true",
 ) -> None:
+    """Time weighted and plain steps in alternation, and scoring."""
     times, forwards, scoring = fit(model, size, batch, steps, workers, accelerator=accelerator, precision=precision)
     for name, column in zip(("weighted", "plain"), zip(*times)):
         print(f"{name}: {batch / statistics.median(column):.1f} images/s (median of {len(times)} steps)")

@@ -27,6 +27,7 @@ def seconds(samples: int, size: int, processes: int) -> float:
 
 
 def main(samples: int = 1600, size: int = 64, rounds: int = 5) -> None:
+    """Time the scoring of random images by one process and by two, in alternation."""
     ratios = []
     for names in in_turn("1", "2", rounds):
         found = {processes: seconds(samples, size, int(processes)) for processes in names}

@@ -32,8 +32,9 @@ class InstructionDataModule(LightningDataModule):
     `prepare_data`. In `setup` the other processes get the tokens from it.
 
     Args:
-        train: Training data: a `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, the name of a
-            Hugging Face data set, optionally with its configuration as `name:config`, or `generated:arithmetic:COUNT`.
+        train: Training data: a `.jsonl` or `.json` file (one JSON object per line), a `.parquet` file, or the name of a
+            Hugging Face data set, with a configuration as `name:config`. `generated:arithmetic:COUNT` makes word
+            problems.
         test: Test data, in one of the same forms. None for none.
         instruction_field: Field of the instruction.
         response_field: Field of the response.
