@@ -36,7 +36,8 @@ class LinearProbeCallback(RunCallback):
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
 
     Raises:
-        TypeError: In `setup`, if the module has `sample_losses`, but no `features` or no linear `head` with a bias.
+        TypeError: In the fit, if an unchanged module's `training_step` shows no head to fit. Also if a module declares
+            `features` or `sample_losses`, but lacks `features` or a linear `head` with a bias.
     """
 
     def __init__(self, *, refit: bool | None = None, folds: int = 0, memory_budget: float = 4.0) -> None:

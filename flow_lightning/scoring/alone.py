@@ -58,8 +58,8 @@ def score(
     Raises:
         TypeError: If the model is no LightningModule and there is no `sample_losses`, or the data set is no map-style
             one.
-        ValueError: If losses are not finite, negative, not one for each sample, or depend on the rest of their batch;
-            or if the weighting is unknown.
+        ValueError: If losses are not finite, negative or not one for each sample, or if those of a `training_step`
+            depend on the rest of their batch. Also if `weighting` or `quantile` has no such value.
 
     Example:
         >>> model, data = nn.Linear(1, 1), [(torch.tensor([float(i)]), torch.tensor([1.0])) for i in range(5)]
