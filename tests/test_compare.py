@@ -139,3 +139,30 @@ def test_optimizers_reach_the_module():
     compare("--methods=standard", "--optimizers=adamw", "--trainer.max_steps=1")
     (config,) = Path("runs/x/standard-adamw/default").rglob("config.yaml")
     assert "torch.optim.AdamW" in config.read_text()
+
+
+def test_jobs_share_a_board_and_its_devices(made, monkeypatch):
+    made.pop()
+    devices = []
+
+    class Process:
+        """Runs the command of a process here."""
+
+        def __init__(self, command, env):
+            devices.append(env.get("CUDA_VISIBLE_DEVICES"))
+            assert command[1:3] == ["-m", "flow_lightning"]
+            main(command[3:])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("flow_lightning.compare.subprocess.Popen", Process)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    runs = compare(*BOARD, "--jobs=3")
+    assert devices == ["0", "1", "0"] and len(made) == 16 and len({tuple(words) for words in made}) == 16
+    assert sum(map(len, runs.values())) == 16
+
+
+def test_a_process_of_a_board_that_failed_is_told(made, monkeypatch, capsys):
+    monkeypatch.setattr("flow_lightning.compare.subprocess.Popen", lambda *_, **__: SimpleNamespace(wait=lambda: 1))
+    assert "The same command goes on from there" in error_of(capsys, "compare", *QUICK, *BOARD, "--jobs=2")

@@ -70,14 +70,20 @@ class LinearProbeCallback(RunCallback):
         if not (weights is not None or self.run.is_body_moved if self.refit is None else self.refit):
             return
         started = time.perf_counter()
-        kind = self._features(pl_module, 0, "Head refit")
-        kind.sample_weights = None if weights is None else weights.weights.cpu()
-        probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
-        self._install(probe, kind)
+        probe = self.solve(pl_module)
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "refitted.ckpt", weights_only=False)
         seconds = time.perf_counter() - started
         self.run.record(trainer, {"refit/strength": probe.strength, "time/refit_s": seconds})
+
+    def solve(self, module: LightningModule) -> Probe:
+        """Fit the head on the features of the body as it is now, with the weights of the fit, and put it in."""
+        weights: Any = module_contract(module).sample_weights
+        kind = self._features(module, 0, "Head refit")
+        kind.sample_weights = None if weights is None else weights.weights.cpu()
+        probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
+        self._install(probe, kind)
+        return probe
 
     def _features(self, module: LightningModule, folds: int, description: str) -> ProbeFeatures:
         """Return what is to be scored: the features that the module declares, else those in its training step."""

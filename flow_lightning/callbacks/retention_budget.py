@@ -19,6 +19,7 @@ from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
 from flow_lightning.measures.base import Measure
+from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, halves, watched
 from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
 from flow_lightning.method.path import Shape, check_path, check_shape, point
@@ -59,6 +60,8 @@ class RetentionBudgetCallback(RunCallback):
         alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
         samples: Most samples of each half.
+        curve: Whether to measure each point for a board, too (see `compare`): on the other half and on the test set. A
+            LinearProbeCallback solves its head anew for that, in a pass over the training set for each point.
 
     Raises:
         ValueError: If an argument is out of range, or, in the fit, if the retention set is too small.
@@ -75,6 +78,7 @@ class RetentionBudgetCallback(RunCallback):
         alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
         shape: Shape = "even",
         samples: int = 1000,
+        curve: bool = False,
     ) -> None:
         for name, value in (("keep", keep), ("confidence", confidence)):
             if not 0 < value < 1:
@@ -86,6 +90,7 @@ class RetentionBudgetCallback(RunCallback):
         if not alphas or list(alphas) != sorted(set(alphas)) or alphas[0] < 0 or alphas[-1] > 1:
             raise ValueError(f"alphas are {list(alphas)}; expected different numbers from 0 to 1 in ascending order.")
         check_shape(shape)
+        self.curve = curve
         self.keep, self.confidence, self.of, self.data, self.shape = keep, confidence, of, data, shape
         self.alphas, self.samples = [0.0, *(alpha for alpha in alphas if alpha > 0)], samples
         self._needed = samples_needed(keep, confidence, of)
@@ -222,10 +227,22 @@ class RetentionBudgetCallback(RunCallback):
         tensors = point(self._pretrained, finetuned, alpha, self.shape)
         self._put(module, tensors | self._head)
         kept = self._kept(trainer, module, alpha, 0)
+        others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share} if self.curve else {}
         self._put(module, {name: tensors[name] for name in self._head})
+        if self.curve:
+            others["test_top1"] = self._test_accuracy(trainer, module)
         self._forwards += len(target.positions)
         measured = target.measure(trainer, module, f"Path {alpha:g}: target")
-        return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | measured
+        return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | measured | others
+
+    def _test_accuracy(self, trainer: Trainer, module: LightningModule) -> float:
+        """Solve the head anew, if the fit has a probe, and measure the accuracy on the test set."""
+        for probe in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(probe, LinearProbeCallback):
+                probe.solve(module)
+        test = TargetAccuracy()
+        test.prepare(trainer, module)
+        return test.measure(trainer, module, "after")["top1"]
 
     def _kept(self, trainer: Trainer, module: LightningModule, alpha: float, half: int) -> Kept:
         if alpha == 0:  # the pre-trained model itself

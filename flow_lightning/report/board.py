@@ -6,6 +6,7 @@ Next: `frontier.py`.
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def report(
     Args:
         runs: Numbers of the fits by column, for the plain comparison.
         settings: Method, optimizer, rate, seed and folder of each fit.
-        found: The numbers of each fit, in the order of `settings`. Those with `path/points` (see
-            RetentionBudgetCallback) are on the frontier.
+        found: The numbers of each fit, in the order of `settings`. Those of `RetentionBudgetCallback(curve=True)` are
+            on the frontier.
         folder: Where the files go.
     """
     from flow_lightning.report.frontier_picture import plot_frontier  # matplotlib is slow to import
@@ -63,12 +64,12 @@ def report(
 def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a row for each point on the path of a fit."""
     for point in metrics.get("path/points", ()):
-        if point.get("test") is not None:
+        if {"test_top1", "target_top1", "kept_other_half"} <= point.keys():
             yield dict(settings) | {
                 "alpha": point["alpha"],
-                "target": point["test"],
+                "target": point["test_top1"],
                 "retention": point["kept_other_half"],
-                "target_choosing": point["target"],
+                "target_choosing": point["target_top1"],
                 "retention_choosing": point["kept"],
             }
 
@@ -90,10 +91,11 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(numbers: Mapping[str, Interval]) -> list[str]:
     """Write the numbers of one method: means, and differences with their intervals."""
-    cells = [f"{100 * numbers[name][0]:.1f}" for name in _SHARES]
+    means = [100 * numbers[name][0] for name in _SHARES]
+    cells = ["–" if math.isnan(mean) else f"{mean:.1f}" for mean in means]
     for name in ("gain@0.98", "area"):
-        mean, low, high = (100 * value for value in numbers.get(name, (float("nan"),) * 3))
-        cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if name in numbers else "")
+        mean, low, high = (100 * value for value in numbers.get(name, (math.nan,) * 3))
+        cells.append("–" if math.isnan(mean) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
     return cells
 
 

@@ -16,10 +16,10 @@ _BUDGETS = (0.95, 0.98, 0.99)
 
 
 def plot_frontier(points: Sequence[Point], path: str | Path) -> None:
-    """Draw every model as a dot, each method's frontier as a line, the mean over seeds, and budgets as dashed lines.
+    """Draw models as dots, each method's frontier as a line, the mean over seeds, and budgets as dashed lines.
 
-    With several seeds the line is the mean of their frontiers, and the band is its 95 % bootstrap interval over seeds,
-    where all seeds have a frontier.
+    Models far below all frontiers are outside of the picture. With several seeds the line is the mean of their
+    frontiers, and the band is its 95 % bootstrap interval over seeds, where all seeds have a frontier.
     """
     methods = list(dict.fromkeys(point.method for point in points))
     with picture(path, [6.5], 4.6) as (figure, axes):
@@ -27,16 +27,16 @@ def plot_frontier(points: Sequence[Point], path: str | Path) -> None:
         for order, method in enumerate(methods):
             mine = [point for point in points if point.method == method]
             _draw_method(place, mine, COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)])
-        left, _ = place.get_xlim()
+        corners = np.concatenate([line.get_xydata() for line in place.lines if line.get_linestyle() == "-"])
+        (left, low), (right, high) = corners.min(axis=0), corners.max(axis=0)
+        width, height = max(right - left, 2.0), max(high - low, 2.0)
+        place.set(xlim=(left - 0.15 * width, right + 0.05 * width), ylim=(low - 0.3 * height, high + 0.15 * height))
         for budget in _BUDGETS:
-            if 100 * budget > left:
-                place.axvline(100 * budget, color=GREY, linestyle="--", linewidth=1, zorder=0)
-                place.annotate(
-                    f"{100 * budget:.0f}", (100 * budget, 0.01), xycoords=("data", "axes fraction"), color=GREY
-                )
+            place.axvline(100 * budget, color=GREY, linestyle="--", linewidth=1, zorder=0)
+        place.plot([], [], color=GREY, linestyle="--", linewidth=1, label="budgets of 95, 98, 99 %")
         place.set(xlabel="kept (% of before)", ylabel="target accuracy (%)", title="Up and right is better")
         place.grid(alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
+        figure.legend(loc="outside lower center", ncols=min(len(methods) + 1, 4), frameon=False)
 
 
 def _draw_method(axes: Axes, points: Sequence[Point], colour: str, marker: str) -> None:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
+from flow_lightning.data.samplers import FixedBatches
 from flow_lightning.distributed import is_attached
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.scoring.kinds import SampleLosses
-from flow_lightning.scoring.samples import cut_batches, loader_like
+from flow_lightning.scoring.samples import cut_batches
 from flow_lightning.scoring.scoring import Scoring
 from flow_lightning.scoring.step_kinds import StepLosses
 
@@ -86,7 +87,10 @@ def score(
 
 def _plain(loader: Any) -> DataLoader[Any]:
     """Return a DataLoader in place of one that Fabric has wrapped, which has its attributes but is none."""
-    return loader if isinstance(loader, DataLoader) else loader_like(loader, cut_batches(loader))
+    if isinstance(loader, DataLoader):
+        return loader
+    batches, workers = FixedBatches(cut_batches(loader)), loader.num_workers
+    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, num_workers=workers)
 
 
 class _Wrapped(LightningModule):

@@ -13,7 +13,9 @@ def fits() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             for rate in (0.001, 0.004):
                 settings.append({"method": method, "optimizer": None, "rate": rate, "seed": seed, "folder": "x"})
                 ends = [(0.0, 0.5, 1.0), (0.5, 0.6 + gain + seed / 100, 0.985), (1.0, 0.7 + gain + 10 * rate, 0.9)]
-                points = [{"alpha": a, "test": t, "target": t, "kept_other_half": r, "kept": r} for a, t, r in ends]
+                points = [
+                    {"alpha": a, "test_top1": t, "target_top1": t, "kept_other_half": r, "kept": r} for a, t, r in ends
+                ]
                 found.append({"path/points": points, "target/top1": 0.7, "retention/after/top1": 0.4})
     return settings, found
 
