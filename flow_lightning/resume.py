@@ -26,10 +26,9 @@ class ResumableSampler(DistributedSampler[int]):
     """Shuffle a data set by seed and epoch alone, and start anywhere in it.
 
     Args:
-        dataset: The data set; its `set_epoch`, if it has one, is called with the epoch.
+        dataset: Its `set_epoch`, if it has one, is called with the epoch.
         num_replicas: Number of processes. Each gets equally many samples, some twice if need be.
-        rank: Number of this process.
-        seed: The same in all processes.
+        rank, seed: Number of this process, and the seed of all of them.
     """
 
     def __init__(self, dataset: Any, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
@@ -152,15 +151,14 @@ class ExactResumeCallback(LoopRepairs):
     """Make a fit that was killed, at any time and several times, end as the unbroken one, to the last bit.
 
     Every checkpoint, whoever writes it (`ModelCheckpoint`, `trainer.save_checkpoint`), carries the position after the
-    last optimizer step, so that no half-accumulated gradient is lost. An epoch's end that was not reached is run on
-    resume. Dropout depends on seed, epoch, batch and rank alone.
+    last optimizer step, so no half-accumulated gradient is lost. A resumed fit runs an epoch's end that was not
+    reached. Dropout depends on seed, epoch, batch and rank alone.
 
-    It needs the same seed in each run (`seed_everything`) and one training loader. That is a `DataLoader` of a
-    map-style data set, or a loader with a position of its own, such as `ResumableDataLoader`. The order of a plain
-    `DataLoader` then follows seed and epoch alone: before each of its batches, the generators of torch, numpy and
-    python are seeded. If its first batches are no longer those of the interrupted run, the resumed fit stops with a
-    RuntimeError. Not restored: random transforms in loader processes, training metrics averaged over an epoch, which
-    start anew, and what other callbacks did after the checkpoint.
+    It needs the same seed in each run (`seed_everything`), and one training loader: of a map-style data set, or with a
+    position of its own as `ResumableDataLoader`. The order of a plain `DataLoader` then follows seed and epoch alone:
+    torch, numpy and python are seeded before each batch. A resumed fit whose first batches differ stops with a
+    RuntimeError. Not restored: random transforms in loader processes, metrics averaged over an epoch, and what other
+    callbacks did after the checkpoint.
 
     Example:
         >>> from lightning import Trainer

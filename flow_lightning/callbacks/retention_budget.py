@@ -39,13 +39,13 @@ class RetentionBudgetCallback(RunCallback):
     anew, with the sample weights; without one, the head is on the path, too.
 
     Half of the retention set chooses; what is kept on the other half is reported. Numbers are in `metrics.json`
-    (`budget/...`, and `path/points` for all points), the picture is `path.png`. A fit that writes checkpoints writes
-    the chosen model to `checkpoints/budget.ckpt`, or, with a probe that refits, to `checkpoints/refitted.ckpt`.
-    RetentionCallback then measures the chosen model.
+    (`budget/...`, and `path/points` for all points), the picture is `path.png`. A fit that writes checkpoints writes a
+    chosen model other than the fine-tuned one to `checkpoints/budget.ckpt`; a probe that refits writes its own file.
+    RetentionCallback then measures the chosen model. Each point costs a forward pass of half the retention set, at most
+    `samples`, and of at most 250 samples of the target; the pre-trained model does both halves before training.
 
-    Each point costs a forward pass of half the retention set, at most `samples`, and of at most 250 samples of the
-    target. The pre-trained model does both halves before training. A checkpoint carries what a resumed fit needs, but
-    for the pre-trained weights: build the module from them again, as for the first fit.
+    A checkpoint carries what a resumed fit needs, but for the pre-trained weights: build the module from them again, as
+    for the first fit.
 
     Args:
         keep: The share to keep, in (0, 1).
@@ -64,8 +64,10 @@ class RetentionBudgetCallback(RunCallback):
             LinearProbeCallback solves its head anew for that, in a pass over the training set for each point.
 
     Raises:
-        ValueError: If an argument is out of range, or, in the fit, if the retention set is too small.
+        ValueError: If an argument is out of range. In the fit, if the retention set is too small, or has no labels for
+            an accuracy, or if a resumed module was built from other pre-trained weights.
         TypeError: In the fit, if data or module do not go with `of`.
+        RuntimeError: If a fit resumes from a checkpoint that was written without this callback.
     """
 
     def __init__(
@@ -118,12 +120,7 @@ class RetentionBudgetCallback(RunCallback):
         trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the data.
-
-        Raises:
-            TypeError: If data or module do not go with what is to be kept.
-            ValueError: If there are too few samples, or images without labels are to give an accuracy.
-        """
+        """Find the data, and refuse what is too small or does not go with the module."""
         self._watched: Outcomes = watched(self.of, self.data, pl_module)
         self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
         groups = self._watched.groups
@@ -136,12 +133,7 @@ class RetentionBudgetCallback(RunCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint.
-
-        Raises:
-            ValueError: If the pre-trained model has too few images right, or a resumed module was built from another.
-            RuntimeError: If the checkpoint of a resumed fit was written without this callback.
-        """
+        """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint."""
         self._started = time.perf_counter()
         if self.run.resumed:
             self._resume(trainer, pl_module)

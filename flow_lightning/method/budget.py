@@ -38,7 +38,12 @@ class Kept(NamedTuple):
 
 
 def agreement_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
-    """Compare answers `[n]`: the share is that of equal ones, bounded by Clopper and Pearson.
+    """Compare answers: the share is that of equal ones, bounded by Clopper and Pearson.
+
+    Args:
+        before: Classes that the pre-trained model chose, `[n]`.
+        after: Those that the other model chose.
+        confidence: Of the bound.
 
     Example:
         >>> import torch
@@ -50,9 +55,14 @@ def agreement_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
 
 
 def accuracy_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
-    """Compare right answers `[n]` (0 or 1): the share is accuracy after / accuracy before, gains counted.
+    """Compare right answers: the share is accuracy after / accuracy before, gains counted.
 
-    The bound is the share that `net_p_value` just refuses to be too low.
+    The bound is the largest share of which `net_p_value` shows that the model does not keep less.
+
+    Args:
+        before: 1 where the pre-trained model is right, else 0, `[n]`.
+        after: The same of the other model.
+        confidence: Of the bound.
     """
     right, now = before.bool(), after.bool()
     lost, gained, relevant = int((right & ~now).sum()), int((~right & now).sum()), int((right | now).sum())
@@ -107,6 +117,10 @@ def last_kept(bounds: Sequence[float], keep: float) -> int:
     below `keep` ends it, whatever comes behind. So only the first truly bad point can be chosen wrongly, and no
     correction for the number of points is needed.
 
+    Args:
+        bounds: Lower bounds of the share that each point keeps.
+        keep: The budget.
+
     Example:
         >>> last_kept([0.999, 0.985, 0.97, 0.99], keep=0.98)
         1
@@ -119,6 +133,11 @@ def samples_needed(keep: float, confidence: float, of: str = "agreement") -> int
 
     For accuracy only samples count that the pre-trained model has right. A change or two needs about twice as many. For
     perplexity it is 30 texts: fewer tell a bootstrap too little.
+
+    Args:
+        keep: The budget, in (0, 1).
+        confidence: Of the bound, in (0, 1).
+        of: What is kept: `accuracy`, `agreement` or `perplexity`.
 
     Example:
         >>> samples_needed(0.98, 0.95)
@@ -136,6 +155,11 @@ def upper_bound(events: int, n: int, confidence: float) -> float:
     """Return the upper bound of Clopper and Pearson (1934) on the rate of events, of which `n` samples had some.
 
     It is the largest rate at which so few events have a probability of `1 - confidence`.
+
+    Args:
+        events: Samples that had the event.
+        n: All samples, at least 1.
+        confidence: Of the bound.
 
     Example:
         >>> round(upper_bound(0, 149, 0.95), 4)
