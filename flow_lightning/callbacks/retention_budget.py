@@ -42,7 +42,7 @@ class RetentionBudgetCallback(RunCallback):
     (`budget/...`, and `path/points` for all points), the picture is `path.png`. A fit that writes checkpoints writes a
     chosen model other than the fine-tuned one to `checkpoints/budget.ckpt`; a probe that refits writes its own file.
     RetentionCallback then measures the chosen model. Each point costs a forward pass of half the retention set, at most
-    `samples`, and of at most 250 samples of the target; the pre-trained model does both halves before training.
+    `samples`, and of at most 250 samples of the target. The pre-trained model does both halves before training.
 
     A checkpoint carries what a resumed fit needs, but for the pre-trained weights: build the module from them again, as
     for the first fit.
@@ -64,8 +64,8 @@ class RetentionBudgetCallback(RunCallback):
             LinearProbeCallback solves its head anew for that, in a pass over the training set for each point.
 
     Raises:
-        ValueError: If an argument is out of range. In the fit, if the retention set is too small, or has no labels for
-            an accuracy, or if a resumed module was built from other pre-trained weights.
+        ValueError: If an argument is out of range. In the fit, if the retention set is too small or has no labels. In
+            a resumed fit, if the module was built from other pre-trained weights.
         TypeError: In the fit, if data or module do not go with `of`.
         RuntimeError: If a fit resumes from a checkpoint that was written without this callback.
     """
