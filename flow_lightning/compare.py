@@ -75,7 +75,7 @@ def compare(words: Sequence[str]) -> None:
 
 def board_parser() -> argparse.ArgumentParser:
     """Return the parser of a board's own options."""
-    parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False, exit_on_error=False)
     parser.add_argument("--board", type=Path)
     parser.add_argument("--methods", type=_listed, default=["standard", "flow"])
     parser.add_argument("--optimizers", type=_listed, default=[None])
@@ -90,6 +90,13 @@ def board_parser() -> argparse.ArgumentParser:
 def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take the options of a board, from a YAML file if one is given, and leave those of the fits."""
     parser = board_parser()
+    try:
+        return _read(parser, words)
+    except argparse.ArgumentError as error:
+        raise OptionError(str(error)) from error
+
+
+def _read(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     board, rest = parser.parse_known_args(words)
     if board.board is not None:
         known = {action.dest for action in parser._actions} - {"board"}
@@ -111,8 +118,10 @@ def _listed(text: str) -> list[Any]:
 
 def _part(text: str) -> tuple[int, int]:
     """Read "2/4", the third of four parts."""
-    number, parts = map(int, text.split("/"))
-    return number, parts
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise OptionError(f"--part is {text!r}; expected 0/4, 1/4, 2/4 or 3/4 for one of four parts.")
+    return int(number), int(parts)
 
 
 def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:

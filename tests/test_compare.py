@@ -56,6 +56,8 @@ def test_without_seeds_each_method_runs_once_at_the_seed_of_the_configuration():
         (["--method=flow"], "compare takes its methods from --methods"),
         (["--seeds=[one]"], "seed_everything: 'one' is no valid value"),
         (["--outptu=x"], "There is no option 'outptu'"),
+        (["--part=1"], "--part is '1'; expected 0/4"),
+        (["--jobs=two"], "argument --jobs: invalid int value: 'two'"),
     ],
 )
 def test_a_wrong_option_is_named_before_any_run(options, message, capsys):

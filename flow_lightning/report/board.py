@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
 from flow_lightning.files import write_bytes
@@ -52,6 +53,8 @@ def report(
         print_table(table, f"Runs, comparison.json and comparison.png: {folder.absolute()}")
     rows = [row for setting, metrics in zip(settings, found) for row in _rows(setting, metrics)]
     if not rows:
+        if len({setting["rate"] for setting in settings}) > 1:
+            rank_zero_info(f"{folder / 'comparison.json'} has all numbers. For the frontier of rates add -c curve.")
         return
     points = [point_of(row) for row in rows]
     write_bytes(folder / "board.csv", _csv(rows).encode())
