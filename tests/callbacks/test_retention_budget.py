@@ -50,7 +50,7 @@ class Train(Callback):
                     whole = full(value.detach())
                     size = self.size * whole.abs().mean() if whole.any() else 0.01
                     fill(value, whole + size * torch.randn(whole.shape, generator=generator))
-        self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.state = copy_of(pl_module)
 
 
 def budget(**settings):
@@ -82,8 +82,15 @@ def check_point(module, start, end, alpha, but=("model.fc.",)):
             torch.testing.assert_close(value, line(start, end, alpha)[name], msg=name)
 
 
-@pytest.mark.parametrize("of", ["accuracy", "agreement"])
-@pytest.mark.parametrize("shape", ["even", "depth"])
+def copy_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def saved(name):
+    return torch.load(f"run/checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(("of", "shape"), [("accuracy", "even"), ("agreement", "depth")])
 def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape):
     images = (labelled_images if of == "accuracy" else unlabelled_images)(tmp_path)
     callback, reference, start = budget(of=of, data=images, shape=shape), pretrained(), image_module().state_dict()
@@ -109,7 +116,7 @@ def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape)
 def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_norm, rendered):
     """The first point that is not kept ends the search. Running statistics are on the path."""
     module = image_module(learning_rate=0.0, batch_norm=batch_norm)
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copy_of(module)
     callback = budget(data=unlabelled_images(tmp_path), keep=0.5)
     module, end = run(callback, module=module, size=0.5)
     kept = [each["bound"] >= 0.5 for each in callback.points]
@@ -124,17 +131,16 @@ def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_no
 
 
 def test_a_budget_that_is_kept_changes_nothing(tmp_path):
-    plain, _ = image_fit(max_epochs=2)
+    plain, _ = image_fit(max_epochs=1)
     callback = budget(data=unlabelled_images(tmp_path), keep=0.01)
-    module, _ = image_fit(callback, max_epochs=2)
+    module, _ = image_fit(callback, max_epochs=1)
     assert callback.alpha == 1
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, plain.state_dict()[name]), name
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_if_no_point_keeps_it_the_body_is_the_pretrained_one_with_a_solved_head(tmp_path):
     probe, module = fl.LinearProbeCallback(), image_module(learning_rate=0.0)
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copy_of(module)
     callback = budget(data=unlabelled_images(tmp_path), keep=0.6, alphas=[0.5, 1.0])
     with pytest.warns(UserWarning, match=r"No point of the path surely keeps 60\.0% .* pre-trained one again"):
         module, _ = run(callback, probe, module=module, size=30.0)
@@ -148,9 +154,9 @@ def test_if_no_point_keeps_it_the_body_is_the_pretrained_one_with_a_solved_head(
 def test_a_path_by_depth_ends_beside_the_fine_tuned_model_so_its_model_is_written(tmp_path):
     callback = budget(data=unlabelled_images(tmp_path), keep=0.01, shape="depth")
     module, end = run(callback, size=0.1, enable_checkpointing=True)
-    saved = torch.load("run/checkpoints/budget.ckpt", weights_only=True)["state_dict"]
-    assert callback.alpha == 1 and torch.equal(saved["model.conv1.0.weight"], module.model.conv1[0].weight)
-    assert not torch.equal(module.model.conv1[0].weight, end["model.conv1.0.weight"])
+    name = "model.conv1.0.weight"
+    assert callback.alpha == 1 and torch.equal(saved("budget")[name], module.model.conv1[0].weight)
+    assert not torch.equal(module.model.conv1[0].weight, end[name])
 
 
 @pytest.mark.parametrize("turn", [1, -1])
@@ -163,8 +169,7 @@ def test_the_order_of_the_callbacks_does_not_matter(tmp_path, turn):
     module, end = run(*[callback, *others][::turn], enable_checkpointing=True)
     assert callback.alpha == 0.5
     check_point(module, start, end, 0.5)
-    saved = torch.load("run/checkpoints/refitted.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+    torch.testing.assert_close(module.state_dict(), saved("refitted"), rtol=0, atol=0)
     metrics = read_metrics("run/metrics.json")
     assert metrics["retention/after/size"] == module.head.weight.abs().max().item() and "refit/strength" in metrics
 
@@ -175,13 +180,11 @@ def test_averaged_weights_are_the_end_of_the_path(tmp_path):
     callback = budget(data=unlabelled_images(tmp_path), alphas=[0.5])
     module, end = run(callback, average, module=module, max_epochs=1, enable_checkpointing=True)
     assert callback.alpha == 0.5
-    mean = {name: value.clone() for name, value in average._average_model.module.state_dict().items()}
-    assert not torch.equal(mean["model.conv1.0.weight"], end["model.conv1.0.weight"])
-    torch.testing.assert_close(
-        module.model.conv1[0].weight, (start["model.conv1.0.weight"] + mean["model.conv1.0.weight"]) / 2
-    )
-    saved = torch.load("run/checkpoints/budget.ckpt", weights_only=True)["state_dict"]
-    assert torch.equal(saved["model.conv1.0.weight"], module.model.conv1[0].weight)
+    name = "model.conv1.0.weight"
+    mean = average._average_model.module.state_dict()[name]
+    assert not torch.equal(mean, end[name])
+    torch.testing.assert_close(module.model.conv1[0].weight, (start[name] + mean) / 2)
+    assert torch.equal(saved("budget")[name], module.model.conv1[0].weight)
 
 
 def fit_frozen(images, folder, **settings):
@@ -211,12 +214,11 @@ def test_two_processes_choose_as_one(tmp_path, in_shards):
 def test_a_resumed_fit_chooses_as_an_unbroken_one(tmp_path):
     images, results = unlabelled_images(tmp_path), []
     for path in (None, "c/epoch=0.ckpt"):
-        keep = ModelCheckpoint("c", "{epoch}", save_top_k=-1)
-        callback, module = budget(data=images), image_module(learning_rate=0.0, batch_norm="frozen")
-        module, _ = run(callback, keep, fl.LinearProbeCallback(), module=module, max_epochs=2, size=0.5, ckpt_path=path,
-                        enable_checkpointing=True)  # fmt: skip
-        results.append((callback.points, callback.alpha, module.state_dict()))
-    assert results[0][:2] == results[1][:2] and len({each["kept"] for each in callback.points}) > 1
+        callbacks = budget(data=images), ModelCheckpoint("c", "{epoch}", save_top_k=-1), fl.LinearProbeCallback()
+        settings = {"max_epochs": 2, "size": 0.5, "ckpt_path": path, "enable_checkpointing": True}
+        module, _ = run(*callbacks, module=image_module(learning_rate=0.0, batch_norm="frozen"), **settings)
+        results.append((callbacks[0].points, callbacks[0].alpha, module.state_dict()))
+    assert results[0][:2] == results[1][:2] and len({each["kept"] for each in results[1][0]}) > 1
     torch.testing.assert_close(results[0][2], results[1][2])
 
 
@@ -239,7 +241,7 @@ def test_a_resumed_fit_must_start_from_the_same_pretrained_model(tmp_path):
 def test_perplexity_of_text_is_that_of_the_measure(monkeypatch, tune):
     """One half is all of the text here, so that GeneralText measures the same."""
     module = language_module(learning_rate=0.0, tune=tune, **({"lora_r": 2} if tune == "lora" else {}))
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copy_of(module)
     monkeypatch.setattr("flow_lightning.callbacks.retention_budget.halves", lambda groups, most: [list(groups)] * 2)
     monkeypatch.setattr("flow_lightning.method.budget._FEWEST_TEXTS", 1)
     callback = budget(of="perplexity", data=text_file(), keep=0.2, alphas=[0.5])
@@ -259,7 +261,7 @@ def test_perplexity_of_text_is_that_of_the_measure(monkeypatch, tune):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_an_unchanged_module_agrees_with_itself_on_the_inputs_of_its_training(weighted):
     dataset, module = unchanged.data(), unchanged.Classifier()
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copy_of(module)
     callback, train = budget(keep=0.5, alphas=[0.3, 1.0]), Train(2.0)
     flow = [fl.FlowWeightingCallback()] * weighted
     unchanged.fit(module, dataset, callback, train, *flow, max_epochs=1, default_root_dir="run")
@@ -310,21 +312,26 @@ class NoTraining(Callback):
         raise AssertionError("trained")
 
 
-def test_too_small_a_retention_set_is_refused_before_training_with_the_number_that_would_do(tmp_path):
-    with pytest.raises(ValueError, match="needs at least 149 samples; it has 4"):
-        image_fit(budget(data=unlabelled_images(tmp_path), keep=0.98, confidence=0.95), NoTraining())
+def wrong_labels(folder):
+    path = Path(labelled_images(folder))
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header] + [row.rpartition(",")[0] + ",0" for row in rows]))
+    return str(path)
 
 
-def test_for_accuracy_only_images_count_that_the_pretrained_model_has_right(tmp_path):
-    path = Path(labelled_images(tmp_path))
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0]] + [line.rpartition(",")[0] + ",0" for line in lines[1:]]))
-    with pytest.raises(ValueError, match=r"at least 1 images that the pre-trained model has right; it has 0"):
-        image_fit(budget(data=str(path), of="accuracy"), NoTraining())
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [
+        (unlabelled_images, {"keep": 0.98, "confidence": 0.95}, "needs at least 149 samples; it has 4"),
+        (wrong_labels, {"of": "accuracy"}, r"at least 1 images that the pre-trained model has right; it has 0"),
+        (unlabelled_images, {"of": "accuracy"}, "have no labels, so a budget cannot be on accuracy"),
+    ],
+)
+def test_an_unfit_retention_set_is_refused_before_training(tmp_path, images, settings, message):
+    with pytest.raises(ValueError, match=message):
+        image_fit(budget(data=images(tmp_path), **settings), NoTraining())
 
 
-def test_accuracy_needs_labels_and_answers_need_logits(tmp_path):
-    with pytest.raises(ValueError, match="have no labels, so a budget cannot be on accuracy"):
-        image_fit(budget(data=unlabelled_images(tmp_path), of="accuracy"), NoTraining())
+def test_answers_need_logits():
     with pytest.raises(TypeError, match="no cross-entropy has one row of logits for each sample"):
         language_fit(budget(), NoTraining())
