@@ -82,8 +82,8 @@ def assert_equal(found, expected):
     ("make", "settings"), [(vision, {}), (language, {"accumulate_grad_batches": 2, "val_check_interval": 3})]
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(make, settings):
-    """In mid-epoch, soon after, at the end of an epoch (of 6 or 7 batches), soon after it, and in the next one."""
-    assert_equal(chain(partial(run, make, **settings), 1, 1, 4, 1, 2), chain(partial(run, make, **settings)))
+    """In mid-epoch, soon after, and in the next epoch (of 6 or 7 batches)."""
+    assert_equal(chain(partial(run, make, **settings), 2, 1, 6), chain(partial(run, make, **settings)))
 
 
 class LearningRates(Callback):

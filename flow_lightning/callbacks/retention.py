@@ -44,8 +44,6 @@ class RetentionCallback(RunCallback):
         self.before: dict[str, Any] = {}
         self.epochs: list[dict[str, float]] = []
         self._measures: dict[str, Measure] = {}
-        self._facts: dict[str, Any] = {}
-        self._preparing = self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit, and choose the measures; a ValueError if two are of one class."""
@@ -62,7 +60,7 @@ class RetentionCallback(RunCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of all measures."""
         started = time.perf_counter()
-        self._facts = {}
+        self._facts: dict[str, Any] = {}
         with isolate_rng():
             for measure in self._measures.values():
                 self._facts |= measure.prepare(trainer, pl_module)

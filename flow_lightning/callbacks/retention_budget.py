@@ -6,6 +6,7 @@ In: the pre-trained model, the fine-tuned one, samples to watch. Out: the chosen
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,10 +50,9 @@ class RetentionBudgetCallback(RunCallback):
         of: What is kept. `accuracy` on labelled images, with the pre-trained head, gains counted. `agreement` of the
             answers with those of the pre-trained model: stricter, but without labels. `perplexity` of text: that of the
             pre-trained model, divided by that of the point.
-        data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`; or such a measure
-            itself, with its settings. None, for
-            `agreement`: the inputs of the training, with the pre-trained head if the module has one, else with the
-            logits in its own `training_step` and, if a probe was fitted, the head from before training.
+        data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`; or such a measure.
+            None, for `agreement`: the inputs of the training, with the pre-trained head if the module has one, else
+            with the logits in its own `training_step` and, if a probe was fitted, the head from before training.
         alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
         samples: Most samples of each half.
@@ -109,20 +109,15 @@ class RetentionBudgetCallback(RunCallback):
         trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the data.
-
-        Raises:
-            TypeError: If the module has no way to measure points of the path.
-            ValueError: If there are too few samples.
-        """
+        """Find the data; a TypeError if the module has no way to measure them, a ValueError if they are too few."""
         self._watched: Outcomes = watched(self.of, self.data, pl_module)
         self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
         groups = self._watched.groups
         self._halves = halves(groups, self.samples)
         self._check_size(len(self._halves[0]), "samples")
-        if len(set(groups)) < len(groups):
+        if (photographs := len(set(groups))) < len(groups):
             rank_zero_warn(
-                f"The budget's {len(groups)} images are parts of {len(set(groups))} photographs, so they are not "
+                f"The budget's {len(groups)} images are parts of {photographs} photographs, so they are not "
                 "independent: the promise is about pictures like these. Use more photographs for a stronger one."
             )
 
@@ -186,16 +181,16 @@ class RetentionBudgetCallback(RunCallback):
         finetuned = _tensors(trainer, pl_module)
         target = TargetOutcomes()
         target.prepare(trainer, pl_module, self.run.scoring.samples)
-        self.points = [self._measured(trainer, pl_module, target, finetuned, alpha) for alpha in self.alphas]
+        at = partial(point, self._pretrained, finetuned, shape=self.shape)
+        self.points = [self._measured(trainer, pl_module, target, alpha, at(alpha)) for alpha in self.alphas]
         chosen = max(0, last_kept([each["bound"] for each in self.points], self.keep))
         self.alpha = self.alphas[chosen]
-        self._put(pl_module, point(self._pretrained, finetuned, self.alpha, self.shape) | self._head)
+        self._put(pl_module, at(self.alpha) | self._head)
         other = self._kept(trainer, pl_module, self.alpha, 1)
-        self._put(pl_module, point(self._pretrained, finetuned, self.alpha, self.shape))
+        self._put(pl_module, at(self.alpha))
         self._save(trainer)
-        metrics = self._metrics(self.points[chosen], other) | {
-            "time/budget_s": self._seconds + time.perf_counter() - started
-        }
+        metrics = self._metrics(self.points[chosen], other)
+        metrics["time/budget_s"] = self._seconds + time.perf_counter() - started
         self.run.record(trainer, {"path/points": self.points} | metrics)
         self._say(metrics, target)
         on_rank_zero(trainer, self._report)
@@ -206,11 +201,10 @@ class RetentionBudgetCallback(RunCallback):
         trainer: Trainer,
         module: LightningModule,
         target: TargetOutcomes,
-        finetuned: Mapping[str, Tensor],
         alpha: float,
+        tensors: dict[str, Tensor],
     ) -> dict[str, float]:
         """Measure what a point keeps on the half that chooses, and the target."""
-        tensors = point(self._pretrained, finetuned, alpha, self.shape)
         self._put(module, tensors | self._head)
         kept = self._kept(trainer, module, alpha, 0)
         self._put(module, {name: tensors[name] for name in self._head})
@@ -231,17 +225,9 @@ class RetentionBudgetCallback(RunCallback):
         return values[0] if len(values) == 1 else torch.stack([value.double() for value in values], dim=1)
 
     def _metrics(self, chosen: Mapping[str, float], other: Kept) -> dict[str, float]:
-        free = self.points[-1]
-        return {
-            "budget/alpha": chosen["alpha"],
-            "budget/keep": self.keep,
-            "budget/kept": chosen["kept"],
-            "budget/bound": chosen["bound"],
-            "budget/kept_other_half": other.share,
-            "budget/forwards": self._forwards,
-            **{f"budget/{name}": chosen[name] for name in ("target_loss", "target_top1") if name in chosen},
-            **{f"budget/{name}_free": free[name] for name in ("target_loss", "target_top1") if name in free},
-        }
+        free = {f"{name}_free": value for name, value in self.points[-1].items() if name.startswith("target_")}
+        values = {"keep": self.keep, "kept_other_half": other.share, "forwards": self._forwards, **chosen, **free}
+        return {f"budget/{name}": value for name, value in values.items()}
 
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""

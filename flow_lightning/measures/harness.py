@@ -63,8 +63,8 @@ class HarnessTasks(Measure):
         self.shots = dict(map(split_task, tasks))
         if len(self.shots) < len(tasks):
             raise ValueError(f"tasks {tasks} names one more than once; expected each once, as 'name' or 'name:shots'.")
-        self.tasks_path, self.limit = tasks_path, limit
-        self.batch_size, self.run_unsafe_code = batch_size, run_unsafe_code
+        self.tasks_path, self.limit, self.batch_size = tasks_path, limit, batch_size
+        self.run_unsafe_code = run_unsafe_code
         self.index: Any = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -114,11 +114,9 @@ def split_task(entry: str) -> tuple[str, int | None]:
     >>> split_task("mmlu:5"), split_task("piqa")
     (('mmlu', 5), ('piqa', None))
     """
-    match = re.fullmatch(r"([^:].*?)(?::(\d+))?", entry)
-    if match is None:
-        raise ValueError(f"A task is {entry!r}; expected the name of a task, or name:shots, such as 'mmlu:5'.")
-    name, shots = match.groups()
-    return name, None if shots is None else int(shots)
+    if match := re.fullmatch(r"([^:].*?)(?::(\d+))?", entry):
+        return match[1], None if match[2] is None else int(match[2])
+    raise ValueError(f"A task is {entry!r}; expected the name of a task, or name:shots, such as 'mmlu:5'.")
 
 
 def _import_harness(name: str) -> Any:
