@@ -134,7 +134,7 @@ def interrupted(ckpt_path, dies_at=None):
     torch.save = dying(torch.save, "meta")
     Path.rename = dying(Path.rename, "rename")
     checkpoint = ModelCheckpoint("ckpt", every_n_train_steps=1, save_last=True, save_top_k=0)
-    settings = SETTINGS | {"max_steps": 5, "devices": 2, "enable_checkpointing": True, "make": FlowTrainer}
+    settings = SETTINGS | {"max_steps": 3, "devices": 2, "enable_checkpointing": True, "make": FlowTrainer}
     data, strategy = Resumable(regression_data(40)), ModelParallelStrategy(2, 1)  # a part from each process
     callbacks = Record(), checkpoint, fl.ExactResumeCallback()
     fit(*callbacks, module=Regression(), data=data, ckpt_path=ckpt_path, strategy=strategy, **settings)

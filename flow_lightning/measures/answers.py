@@ -22,6 +22,8 @@ from flow_lightning.measures.text import check_language_model, padding_id
 from flow_lightning.scoring.evaluation import evaluation
 from flow_lightning.scoring.score import progress
 
+_GREEDILY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
+_GREEDILY |= dict.fromkeys(("temperature", "top_p", "top_k"))  # of no use then: transformers warns of them
 _MARKS = (re.compile(r"####"), re.compile(r"the answer is", re.IGNORECASE))
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -144,15 +146,8 @@ def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], 
     with trainer.precision_plugin.forward_context():
         output = contract.causal_lm.generate(
             **batch,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
+            **_GREEDILY,
+            **{"max_new_tokens": max_new_tokens, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad},
             synced_gpus=trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
         )
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[no-any-return]
