@@ -192,7 +192,7 @@ for name in HOOKS:
     [(Tiny, {"max_epochs": -1, "max_steps": 6}), (Validated, {}), (Validated, {"val_check_interval": 2})],
 )
 def test_a_fit_resumes_from_a_checkpoint_of_any_hook(make, settings):
-    """From every second one: five hooks a batch, so from each hook of some batch."""
+    """From every second one, so from each hook of some batch."""
     expected = exact_fit(make, Save(), **settings)
     paths = sorted(Path("all").iterdir())[:-2]  # after the last step, there is nothing left to do
     assert len(paths) > 30 and {path.stem[4:] for path in paths[::2]} >= set(HOOKS[:5])

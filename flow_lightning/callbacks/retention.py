@@ -55,7 +55,7 @@ class RetentionCallback(RunCallback):
         for measure in self._measures.values():
             measure.load_state_dict({})
         # First, so that missing data are found before hours of scoring.
-        trainer.callbacks = [self, *_others(trainer, self)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of all measures."""
@@ -83,7 +83,7 @@ class RetentionCallback(RunCallback):
         course = {"retention/epochs": self.epochs} if self.epochs else {}
         self.run.record(trainer, self._facts | self.before | course)
         # Last but for checkpoints, as in Lightning: the end is measured when every callback has changed the model.
-        callbacks = [*_others(trainer, self), self]
+        callbacks = [*other_callbacks(trainer, self), self]
         trainer.callbacks = sorted(callbacks, key=lambda other: isinstance(other, Checkpoint))  # type: ignore[attr-defined]
         self._started = time.perf_counter()
 
@@ -140,7 +140,7 @@ class RetentionCallback(RunCallback):
         }
 
 
-def _others(trainer: Trainer, callback: Callback) -> list[Callback]:
+def other_callbacks(trainer: Trainer, callback: Callback) -> list[Callback]:
     """Return the other callbacks as a new list: Lightning goes through the present one."""
     return [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
 from flow_lightning.measures.base import Measure
@@ -106,7 +107,7 @@ class RetentionBudgetCallback(RunCallback):
         self._reset()
         self._pretrained = _tensors(trainer, pl_module)
         # First, so that missing data are found before hours of scoring.
-        trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data; a TypeError if the module has no way to measure them, a ValueError if they are too few."""
@@ -135,7 +136,7 @@ class RetentionBudgetCallback(RunCallback):
         if self.of == "accuracy":
             self._check_size(int(self._before[0].sum()), "images that the pre-trained model has right")
         # After what averages weights, and before everything that takes the model as it is in the end.
-        others = self._others(trainer)
+        others = other_callbacks(trainer, self)
         averaging = [other for other in others if isinstance(other, WeightAveraging | StochasticWeightAveraging)]
         trainer.callbacks = [*averaging, self, *(other for other in others if other not in averaging)]  # type: ignore[attr-defined]
         self._seconds = time.perf_counter() - self._started
@@ -232,7 +233,9 @@ class RetentionBudgetCallback(RunCallback):
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""
         self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
-        refits = any(isinstance(c, LinearProbeCallback) and c.refit is not False for c in self._others(trainer))
+        refits = any(
+            isinstance(c, LinearProbeCallback) and c.refit is not False for c in other_callbacks(trainer, self)
+        )
         if moved and not refits and trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "budget.ckpt")
 
@@ -263,9 +266,6 @@ class RetentionBudgetCallback(RunCallback):
             file = str(self.run.directory / "path.png")
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
         print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
-
-    def _others(self, trainer: Trainer) -> list[Any]:
-        return [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
 
     def _head_names(self, module: LightningModule) -> list[str]:
         """Return the names of the head's parameters, if a probe is fitted."""

@@ -22,8 +22,7 @@ from flow_lightning.measures.text import check_language_model, padding_id
 from flow_lightning.scoring.evaluation import evaluation
 from flow_lightning.scoring.score import progress
 
-_GREEDILY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
-_GREEDILY |= dict.fromkeys(("temperature", "top_p", "top_k"))  # of no use then: transformers warns of them
+_GREEDILY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 _MARKS = (re.compile(r"####"), re.compile(r"the answer is", re.IGNORECASE))
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -148,6 +147,7 @@ def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], 
             **batch,
             **_GREEDILY,
             **{"max_new_tokens": max_new_tokens, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad},
+            use_cache=True,
             synced_gpus=trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1,
         )
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[no-any-return]

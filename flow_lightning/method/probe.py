@@ -17,8 +17,7 @@ from torch import Tensor
 
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
-_TO_CONVERGENCE: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8}
-_TO_CONVERGENCE |= {"history_size": 20, "line_search_fn": "strong_wolfe"}
+_SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8, "history_size": 20}
 _ROWS = 65_536
 
 
@@ -175,7 +174,8 @@ class _Problem:
         rows = chosen.nonzero().flatten().split(_ROWS)
         resident = list(self._blocks(rows)) if len(rows) == 1 else None
         total_weight = float(self.weights[chosen].double().sum().clamp_min(1e-30))
-        optimizer = torch.optim.LBFGS([weight.requires_grad_(), bias.requires_grad_()], **_TO_CONVERGENCE)
+        parameters = [weight.requires_grad_(), bias.requires_grad_()]
+        optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **_SOLVER)
 
         def objective() -> Tensor:
             optimizer.zero_grad()

@@ -222,9 +222,6 @@ def test_a_resumed_fit_must_start_from_the_same_pretrained_model(tmp_path):
         run(budget(data=images), max_epochs=2, ckpt_path="d/epoch=0.ckpt")
 
 
-# -- other modules ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_perplexity_of_text_is_that_of_the_measure(monkeypatch, tune):
     """One half is all of the text here, so that GeneralText measures the same."""
@@ -271,9 +268,6 @@ def test_a_probed_head_is_not_part_of_what_an_unchanged_module_keeps(probed):
     unchanged.fit(module, dataset, *callbacks, max_epochs=1, default_root_dir="run")
     shares = [each["kept"] for each in callback.points]
     assert (shares == [1] * 5) == probed and len({each["target_loss"] for each in callback.points}) == 5
-
-
-# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
