@@ -86,7 +86,7 @@ class FlowCLI(LightningCLI):
         """Refuse to end in silence where there is nothing to validate on."""
         if not any(self.trainer.num_val_batches):
             raise OptionError(
-                "There is no validation set. Set --data.validation_fraction, in the fit, too, or use `test`."
+                "There is no validation set. Set --data.validation_fraction in the fit, too, or use `test`."
             )
 
     def _check_method(self, method: str) -> None:
@@ -107,12 +107,12 @@ def learning_rate_of(
     """Pick the learning rate of a method; where none is given the model keeps its own."""
     if learning_rate is None:
         return (model or {}).get("init_args", {}).get("learning_rate")  # type: ignore[no-any-return]
-    if isinstance(learning_rate, dict) and method not in learning_rate:
-        raise ValueError(
-            f"learning_rate has no rate for the method {method!r}, only for {', '.join(sorted(learning_rate))}. "
-            "Add one, or give a number."
-        )
-    return learning_rate[method] if isinstance(learning_rate, dict) else learning_rate
+    if not isinstance(learning_rate, dict):
+        return learning_rate
+    if method not in learning_rate:
+        known = ", ".join(sorted(learning_rate))
+        raise ValueError(f"learning_rate has no rate for the method {method!r}, only for {known}. Add one.")
+    return learning_rate[method]
 
 
 def run(words: list[str]) -> FlowCLI:

@@ -39,11 +39,7 @@ def _replacing(path: Path, suffix: str) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file atomically, in a folder that is made if need be.
-
-    Raises:
-        OSError: If the folder cannot be written to or the disk is full; an older file at `path` is then untouched.
-    """
+    """Write a file atomically, in a folder that is made if need be; an OSError leaves an older file as it was."""
     with _replacing(Path(path), uuid4().hex) as file:  # another run may write the same file at the same time
         file.write(content)
 
@@ -113,11 +109,7 @@ def save_tensors(
 
 
 def load_tensors(path: str | Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read tensors and metadata that `save_tensors` wrote.
-
-    Raises:
-        ValueError: If the file is of another format, or its content is not what was written. The message names no file.
-    """
+    """Read tensors and metadata that `save_tensors` wrote; a ValueError, which names no file, if they are others."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -143,10 +143,10 @@ def fit_from(start, make, every, **settings):
         (Tiny, 3, {}),
         (Plain, 2, {}),
         (Validated, 2, {"val_check_interval": 2, "accumulate_grad_batches": 3}),
-        (Tiny, 1, {"max_epochs": -1, "max_steps": 6}),
+        (Tiny, 2, {"max_epochs": -1, "max_steps": 6}),
         (Validated, 1, {"limit_train_batches": 3}),
         (Validated, 1, {"check_val_every_n_epoch": None, "val_check_interval": 3}),
-        (Validated, 1, {"check_val_every_n_epoch": 1}),
+        (Validated, 2, {}),
         (Validated, 2, {"accumulate_grad_batches": 1}),
     ],
 )
@@ -192,24 +192,25 @@ for name in HOOKS:
     [(Tiny, {"max_epochs": -1, "max_steps": 6}), (Validated, {}), (Validated, {"val_check_interval": 2})],
 )
 def test_a_fit_resumes_from_a_checkpoint_of_any_hook(make, settings):
+    """From every second one, so from each hook of some batch."""
     expected = exact_fit(make, Save(), **settings)
-    paths = sorted(Path("all").iterdir())
-    assert len(paths) > 30 and {path.stem[4:] for path in paths} >= set(HOOKS[:5])
-    for path in paths[:-2]:  # after the last step, there is nothing left to do
+    paths = sorted(Path("all").iterdir())[:-2]  # after the last step, there is nothing left to do
+    assert len(paths) > 30 and {path.stem[4:] for path in paths[::2]} >= set(HOOKS[:5])
+    for path in paths[::2]:
         assert_equal_fits(exact_fit(make, ckpt_path=str(path), **settings), expected)
 
 
 def test_a_validation_that_was_made_up_for_is_not_done_again():
     expected = exact_fit(Validated, Save(), val_check_interval=2)
-    path = next(path for path in sorted(Path("all").iterdir()) if "validation_start" in path.name)
+    path = min(Path("all").glob("*validation_start*"))
     exact_fit(Validated, Save("again"), ckpt_path=str(path), val_check_interval=2)
-    for path in sorted(Path("again").iterdir())[:12]:
+    for path in sorted(Path("again").iterdir())[:12:2]:
         assert_equal_fits(exact_fit(Validated, ckpt_path=str(path), val_check_interval=2), expected)
 
 
 def test_a_callback_that_comes_before_may_write_the_checkpoint():
     expected = tiny_fit(Validated, Save(), fl.ExactResumeCallback())
-    for path in Path("all").glob("*-train_batch_end.ckpt"):
+    for path in sorted(Path("all").glob("*-train_batch_end.ckpt"))[::3]:
         assert_equal_fits(exact_fit(Validated, ckpt_path=str(path)), expected)
 
 
@@ -232,7 +233,7 @@ def test_averaged_weights_are_resumed(turn):
         return [fl.ExactResumeCallback(), WeightAveraging(use_buffers=True)][::turn]
 
     expected = tiny_fit(Tiny, *callbacks(), Save())
-    for path in sorted(Path("all").iterdir())[:-1:3]:
+    for path in sorted(Path("all").iterdir())[:-1:7]:
         assert_equal_fits(tiny_fit(Tiny, *callbacks(), ckpt_path=str(path)), expected)
 
 

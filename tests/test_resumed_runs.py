@@ -82,8 +82,8 @@ def assert_equal(found, expected):
     ("make", "settings"), [(vision, {}), (language, {"accumulate_grad_batches": 2, "val_check_interval": 3})]
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(make, settings):
-    """In mid-epoch, soon after, at the end of an epoch (of 6 or 7 batches), soon after it, and in the next one."""
-    assert_equal(chain(partial(run, make, **settings), 1, 1, 4, 1, 2), chain(partial(run, make, **settings)))
+    """In mid-epoch, soon after, and in the next epoch (of 6 or 7 batches)."""
+    assert_equal(chain(partial(run, make, **settings), 2, 1, 6), chain(partial(run, make, **settings)))
 
 
 class LearningRates(Callback):
@@ -97,8 +97,8 @@ class LearningRates(Callback):
 def test_a_run_goes_on_for_more_epochs_than_it_was_to_have():
     run(vision, max_epochs=1)
     rates = LearningRates()
-    run(vision, rates, ckpt_path="ckpt/last.ckpt", max_epochs=3)
-    cosine = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 18)) for step in range(7, 18)]
+    run(vision, rates, ckpt_path="ckpt/last.ckpt", max_epochs=2)
+    cosine = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 12)) for step in range(7, 12)]
     assert rates.seen[1:] == pytest.approx(cosine)
 
 
@@ -108,7 +108,7 @@ def in_two_processes(make, kills) -> None:
         torch.save(found, "done.pt")
 
 
-@pytest.mark.parametrize(("make", "kills"), [(vision, (2, 1)), (language, (3, 2))])
+@pytest.mark.parametrize(("make", "kills"), [(vision, (2,)), (language, (3,))])
 def test_two_processes_are_resumed(make, kills):
     launch(in_two_processes, make, ())
     expected = torch.load("done.pt")

@@ -44,8 +44,6 @@ class RetentionCallback(RunCallback):
         self.before: dict[str, Any] = {}
         self.epochs: list[dict[str, float]] = []
         self._measures: dict[str, Measure] = {}
-        self._facts: dict[str, Any] = {}
-        self._preparing = self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit, and choose the measures; a ValueError if two are of one class."""
@@ -57,12 +55,12 @@ class RetentionCallback(RunCallback):
         for measure in self._measures.values():
             measure.load_state_dict({})
         # First, so that missing data are found before hours of scoring.
-        trainer.callbacks = [self, *_others(trainer, self)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data of all measures."""
         started = time.perf_counter()
-        self._facts = {}
+        self._facts: dict[str, Any] = {}
         with isolate_rng():
             for measure in self._measures.values():
                 self._facts |= measure.prepare(trainer, pl_module)
@@ -85,7 +83,7 @@ class RetentionCallback(RunCallback):
         course = {"retention/epochs": self.epochs} if self.epochs else {}
         self.run.record(trainer, self._facts | self.before | course)
         # Last but for checkpoints, as in Lightning: the end is measured when every callback has changed the model.
-        callbacks = [*_others(trainer, self), self]
+        callbacks = [*other_callbacks(trainer, self), self]
         trainer.callbacks = sorted(callbacks, key=lambda other: isinstance(other, Checkpoint))  # type: ignore[attr-defined]
         self._started = time.perf_counter()
 
@@ -142,7 +140,7 @@ class RetentionCallback(RunCallback):
         }
 
 
-def _others(trainer: Trainer, callback: Callback) -> list[Callback]:
+def other_callbacks(trainer: Trainer, callback: Callback) -> list[Callback]:
     """Return the other callbacks as a new list: Lightning goes through the present one."""
     return [other for other in trainer.callbacks if other is not callback]  # type: ignore[attr-defined]
 

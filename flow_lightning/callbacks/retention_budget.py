@@ -6,6 +6,7 @@ In: the pre-trained model, the fine-tuned one, samples to watch. Out: the chosen
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
 from flow_lightning.measures.base import Measure
@@ -117,7 +119,7 @@ class RetentionBudgetCallback(RunCallback):
         self._reset()
         self._pretrained = _tensors(trainer, pl_module)
         # First, so that missing data are found before hours of scoring.
-        trainer.callbacks = [self, *self._others(trainer)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data, and refuse what is too small or does not go with the module."""
@@ -126,9 +128,9 @@ class RetentionBudgetCallback(RunCallback):
         groups = self._watched.groups
         self._halves = halves(groups, self.samples)
         self._check_size(len(self._halves[0]), "samples")
-        if len(set(groups)) < len(groups):
+        if (photographs := len(set(groups))) < len(groups):
             rank_zero_warn(
-                f"The budget's {len(groups)} images are parts of {len(set(groups))} photographs, so they are not "
+                f"The budget's {len(groups)} images are parts of {photographs} photographs, so they are not "
                 "independent: the promise is about pictures like these. Use more photographs for a stronger one."
             )
 
@@ -146,7 +148,7 @@ class RetentionBudgetCallback(RunCallback):
         if self.of == "accuracy":
             self._check_size(int(self._before[0].sum()), "images that the pre-trained model has right")
         # After what averages weights, and before everything that takes the model as it is in the end.
-        others = self._others(trainer)
+        others = other_callbacks(trainer, self)
         averaging = [other for other in others if isinstance(other, WeightAveraging | StochasticWeightAveraging)]
         trainer.callbacks = [*averaging, self, *(other for other in others if other not in averaging)]  # type: ignore[attr-defined]
         self._seconds = time.perf_counter() - self._started
@@ -192,16 +194,16 @@ class RetentionBudgetCallback(RunCallback):
         finetuned = _tensors(trainer, pl_module)
         target = TargetOutcomes()
         target.prepare(trainer, pl_module, self.run.scoring.samples)
-        self.points = [self._measured(trainer, pl_module, target, finetuned, alpha) for alpha in self.alphas]
+        at = partial(point, self._pretrained, finetuned, shape=self.shape)
+        self.points = [self._measured(trainer, pl_module, target, alpha, at(alpha)) for alpha in self.alphas]
         chosen = max(0, last_kept([each["bound"] for each in self.points], self.keep))
         self.alpha = self.alphas[chosen]
-        self._put(pl_module, point(self._pretrained, finetuned, self.alpha, self.shape) | self._head)
+        self._put(pl_module, at(self.alpha) | self._head)
         other = self._kept(trainer, pl_module, self.alpha, 1)
-        self._put(pl_module, point(self._pretrained, finetuned, self.alpha, self.shape))
+        self._put(pl_module, at(self.alpha))
         self._save(trainer)
-        metrics = self._metrics(self.points[chosen], other) | {
-            "time/budget_s": self._seconds + time.perf_counter() - started
-        }
+        metrics = self._metrics(self.points[chosen], other)
+        metrics["time/budget_s"] = self._seconds + time.perf_counter() - started
         self.run.record(trainer, {"path/points": self.points} | metrics)
         self._say(metrics, target)
         on_rank_zero(trainer, self._report)
@@ -212,11 +214,10 @@ class RetentionBudgetCallback(RunCallback):
         trainer: Trainer,
         module: LightningModule,
         target: TargetOutcomes,
-        finetuned: Mapping[str, Tensor],
         alpha: float,
+        tensors: dict[str, Tensor],
     ) -> dict[str, float]:
         """Measure what a point keeps on the half that chooses, and the target."""
-        tensors = point(self._pretrained, finetuned, alpha, self.shape)
         self._put(module, tensors | self._head)
         kept = self._kept(trainer, module, alpha, 0)
         others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share} if self.curve else {}
@@ -249,22 +250,16 @@ class RetentionBudgetCallback(RunCallback):
         return values[0] if len(values) == 1 else torch.stack([value.double() for value in values], dim=1)
 
     def _metrics(self, chosen: Mapping[str, float], other: Kept) -> dict[str, float]:
-        free = self.points[-1]
-        return {
-            "budget/alpha": chosen["alpha"],
-            "budget/keep": self.keep,
-            "budget/kept": chosen["kept"],
-            "budget/bound": chosen["bound"],
-            "budget/kept_other_half": other.share,
-            "budget/forwards": self._forwards,
-            **{f"budget/{name}": chosen[name] for name in ("target_loss", "target_top1") if name in chosen},
-            **{f"budget/{name}_free": free[name] for name in ("target_loss", "target_top1") if name in free},
-        }
+        free = {f"{name}_free": value for name, value in self.points[-1].items() if name.startswith("target_")}
+        values = {"keep": self.keep, "kept_other_half": other.share, "forwards": self._forwards, **chosen, **free}
+        return {f"budget/{name}": value for name, value in values.items()}
 
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""
         self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
-        refits = any(isinstance(c, LinearProbeCallback) and c.refit is not False for c in self._others(trainer))
+        refits = any(
+            isinstance(c, LinearProbeCallback) and c.refit is not False for c in other_callbacks(trainer, self)
+        )
         if moved and not refits and trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "budget.ckpt")
 
@@ -295,9 +290,6 @@ class RetentionBudgetCallback(RunCallback):
             file = str(self.run.directory / "path.png")
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
         print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
-
-    def _others(self, trainer: Trainer) -> list[Any]:
-        return [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
 
     def _head_names(self, module: LightningModule) -> list[str]:
         """Return the names of the head's parameters, if a probe is fitted."""

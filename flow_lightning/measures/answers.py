@@ -22,6 +22,7 @@ from flow_lightning.measures.text import check_language_model, padding_id
 from flow_lightning.scoring.evaluation import evaluation
 from flow_lightning.scoring.score import progress
 
+_GREEDILY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 _MARKS = (re.compile(r"####"), re.compile(r"the answer is", re.IGNORECASE))
 _NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -52,8 +53,8 @@ class Answers(TargetMeasure):
         facts = super().prepare(trainer, module)
         self.prompts = []
         if self.loader is not None:
-            dataset = _instructions(self.loader.dataset)
-            self.references = _reference_answers(dataset.records or [], data_contract(trainer).response_field)
+            (dataset, records), field = _instructions(self.loader.dataset), data_contract(trainer).response_field
+            self.references = [_reference_answer(number, record[field]) for number, record in enumerate(records)]
             self.prompts = [dataset[i]["input_ids"][:length] for i, length in enumerate(dataset.prompt_lengths)]
             longest, positions = max(map(len, self.prompts)), module_contract(module).max_positions
             if positions is not None and longest + self.max_new_tokens > positions:
@@ -112,27 +113,25 @@ def _normalised(answer: str) -> str | None:
     return answer or None
 
 
-def _instructions(dataset: Any) -> InstructionDataset:
-    """Return the instructions in a test set, numbered once or twice."""
+def _instructions(dataset: Any) -> tuple[InstructionDataset, Sequence[dict[str, str]]]:
+    """Return the instructions in a test set, numbered once or twice, and their records."""
     while isinstance(dataset, IndexedDataset):
         dataset = dataset.dataset
-    if not isinstance(dataset, InstructionDataset) or dataset.records is None:
-        raise TypeError(
-            f"The test set is a {type(dataset).__name__} without records, so generated answers cannot be compared. Use "
-            "InstructionDataModule(test=...), or leave out Answers."
-        )
-    return dataset
+    if isinstance(dataset, InstructionDataset) and dataset.records is not None:
+        return dataset, dataset.records
+    raise TypeError(
+        f"The test set is a {type(dataset).__name__} without records, so generated answers cannot be compared. Use "
+        "InstructionDataModule(test=...), or leave out Answers."
+    )
 
 
-def _reference_answers(records: Sequence[dict[str, str]], field: str) -> list[str]:
-    answers = [final_answer(record[field]) for record in records]
-    if None in answers:
-        number = answers.index(None)
+def _reference_answer(number: int, response: str) -> str:
+    if (answer := final_answer(response)) is None:
         raise ValueError(
-            f"The response of test sample {number} has no final answer: {records[number][field]!r:.200}. Expected one "
-            "after '####', after 'The answer is', or at least a number. Leave out Answers for such data."
+            f"The response of test sample {number} has no final answer: {response!r:.200}. Expected one after '####', "
+            "after 'The answer is', or at least a number. Leave out Answers for such data."
         )
-    return [answer for answer in answers if answer is not None]
+    return answer
 
 
 def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], max_new_tokens: int) -> list[str]:
@@ -146,15 +145,9 @@ def _generate(trainer: Trainer, module: LightningModule, prompts: list[Tensor], 
     with trainer.precision_plugin.forward_context():
         output = contract.causal_lm.generate(
             **batch,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **_GREEDILY,
+            **{"max_new_tokens": max_new_tokens, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad},
             use_cache=True,
             synced_gpus=trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
         )
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[no-any-return]

@@ -13,35 +13,22 @@ When = Literal["before", "epoch", "after"]
 
 
 class Metric(NamedTuple):
-    """One key of `metrics.json`.
+    """One key of `metrics.json`."""
 
-    Attributes:
-        key: The stable key; one that ends in `*` stands for all keys that begin like it.
-        name: What a table calls it; a `*` stands for the rest of the key.
-        unit: `fraction` (0 to 1, shown in percent), `nats`, `samples`, `tokens`, `seconds` or `number`.
-        better: `up`, `down`, or nothing where neither end is good.
-    """
-
-    key: str
-    name: str
-    unit: str
-    better: str = ""
+    key: str  #: one that ends in `*` stands for all keys that begin like it
+    name: str  #: what a table calls it; a `*` stands for the rest of the key
+    unit: str  #: `fraction` (0 to 1, shown in percent), `nats`, `samples`, `tokens`, `seconds` or `number`
+    better: str = ""  #: `up`, `down`, or nothing where neither end is good
 
 
 class Panel(NamedTuple):
-    """What pictures show of a measure: a panel in that of a run, groups of bars in that of a comparison.
+    """What pictures show of a measure: a panel in that of a run, groups of bars in that of a comparison."""
 
-    Attributes:
-        title: What is shown: "target accuracy"; `unit` and `better` are as in `Metric`.
-        groups: Label of each group of bars in a comparison to its key; the first is the main result.
-        after: Label of each bar after training to its key, for a run; by default the main result alone.
-    """
-
-    title: str
+    title: str  #: what is shown: "target accuracy"; `unit` and `better` are as in `Metric`
     unit: str
     better: str
-    groups: Mapping[str, str]
-    after: Mapping[str, str] = {}
+    groups: Mapping[str, str]  #: label of each group of bars in a comparison to its key; the first is the main result
+    after: Mapping[str, str] = {}  #: label of each bar after training to its key, for a run; by default the main result
 
     @property
     def main(self) -> str:
@@ -78,14 +65,13 @@ class Measure(ABC):
         panels: What pictures show of them; those without a value are left out.
         carried: Names of the attributes that a checkpoint carries: tensors and primitives, None before training.
 
-    Example:
-        >>> class NormOfWeights(Measure):
-        ...     part = "retention"
-        ...     metrics = (Metric("retention/after/norm", "norm of the weights", "number"),)
-        ...     def measure(self, trainer, module, when):
-        ...         return {"norm": sum(p.square().sum().item() for p in module.parameters()) ** 0.5}
-        >>> NormOfWeights().key("after", "norm")
-        'retention/after/norm'
+    >>> class NormOfWeights(Measure):
+    ...     part = "retention"
+    ...     metrics = (Metric("retention/after/norm", "norm of the weights", "number"),)
+    ...     def measure(self, trainer, module, when):
+    ...         return {"norm": sum(p.square().sum().item() for p in module.parameters()) ** 0.5}
+    >>> NormOfWeights().key("after", "norm")
+    'retention/after/norm'
     """
 
     part: ClassVar[Literal["target", "retention"]]

@@ -63,8 +63,8 @@ class HarnessTasks(Measure):
         self.shots = dict(map(split_task, tasks))
         if len(self.shots) < len(tasks):
             raise ValueError(f"tasks {tasks} names one more than once; expected each once, as 'name' or 'name:shots'.")
-        self.tasks_path, self.limit = tasks_path, limit
-        self.batch_size, self.run_unsafe_code = batch_size, run_unsafe_code
+        self.tasks_path, self.limit, self.batch_size = tasks_path, limit, batch_size
+        self.run_unsafe_code = run_unsafe_code
         self.index: Any = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -93,16 +93,9 @@ class HarnessTasks(Measure):
             model = _harness_model(trainer, module, self.batch_size)
             for shots in dict.fromkeys(self.shots.values()):
                 names = [name for name in self.shots if self.shots[name] == shots]
-                results = harness.simple_evaluate(
-                    model,
-                    tasks=names,
-                    num_fewshot=shots,
-                    limit=self.limit,
-                    task_manager=self.index,
-                    bootstrap_iters=0,
-                    log_samples=False,
-                    confirm_run_unsafe_code=self.run_unsafe_code,
-                )
+                settings = {"num_fewshot": shots, "limit": self.limit, "confirm_run_unsafe_code": self.run_unsafe_code}
+                settings |= {"task_manager": self.index, "bootstrap_iters": 0, "log_samples": False}
+                results = harness.simple_evaluate(model, tasks=names, **settings)
                 by_name = {**results["results"], **results.get("groups", {})}
                 scores |= {name: _main_metric(name, by_name.get(name, {})) for name in names}
         return scores
@@ -114,11 +107,9 @@ def split_task(entry: str) -> tuple[str, int | None]:
     >>> split_task("mmlu:5"), split_task("piqa")
     (('mmlu', 5), ('piqa', None))
     """
-    match = re.fullmatch(r"([^:].*?)(?::(\d+))?", entry)
-    if match is None:
-        raise ValueError(f"A task is {entry!r}; expected the name of a task, or name:shots, such as 'mmlu:5'.")
-    name, shots = match.groups()
-    return name, None if shots is None else int(shots)
+    if match := re.fullmatch(r"([^:].*?)(?::(\d+))?", entry):
+        return match[1], None if match[2] is None else int(match[2])
+    raise ValueError(f"A task is {entry!r}; expected the name of a task, or name:shots, such as 'mmlu:5'.")
 
 
 def _import_harness(name: str) -> Any:
@@ -145,13 +136,11 @@ def _find_tasks(names: Iterable[str], include_path: str | None) -> Any:
 
 def _harness_model(trainer: Trainer, module: LightningModule, batch_size: int) -> Any:
     models, contract = _import_harness("lm_eval.models.huggingface"), module_contract(module)
-    model = contract.causal_lm
-    with trainer.precision_plugin.forward_context():
-        # The harness turns autocast off unless it is told the type.
-        device = model.device.type
+    device = contract.causal_lm.device.type
+    with trainer.precision_plugin.forward_context():  # the harness turns autocast off unless it is told the type
         mixed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return models.HFLM(
-        pretrained=model,
+        pretrained=contract.causal_lm,
         tokenizer=deepcopy(contract.tokenizer),  # it may get a padding token
         backend="causal",
         batch_size=batch_size,
@@ -163,8 +152,8 @@ def _harness_model(trainer: Trainer, module: LightningModule, batch_size: int) -
 def _main_metric(task: str, results: Mapping[str, Any]) -> float:
     """Return a task's score, by `metric,filter`: its `exact_match`, else `acc`, else `acc_norm`, else `pass@1`."""
     for pattern in _SCORES:
-        for key in fnmatch.filter(results, pattern):
-            return float(results[key])
+        if keys := fnmatch.filter(results, pattern):
+            return float(results[keys[0]])
     metrics = sorted(key for key in results if "," in key and "_stderr," not in key)
     raise ValueError(
         f"The task {task!r} has no metric exact_match, acc, acc_norm or pass@1, but {metrics or 'none of its own'}. "

@@ -172,10 +172,7 @@ def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor
     """Return loss in nats and top-1 (0 or 1) of each sample, both `[B]`."""
     if not isinstance(batch, dict) or "image" not in batch:
         got = f"a dict of {sorted(map(str, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
-        raise TypeError(
-            f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'. Let the data set "
-            "return such dicts."
-        )
+        raise TypeError(f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'.")
     logits, targets = _logits(module, batch), batch["target"]
     return cross_entropy(logits, targets), top_k_correct(logits, targets).float()
 

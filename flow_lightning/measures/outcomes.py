@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -34,19 +35,14 @@ _MEMORY = 2**30
 
 
 class Outcomes(ABC):
-    """Outcomes of a model on the samples of one loader.
-
-    Attributes:
-        loader: Where the samples come from.
-        groups: What each sample was taken from: samples of one photograph are not independent.
-    """
+    """Outcomes of a model on the samples of one loader."""
 
     loader: DataLoader[Any]
-    groups: Sequence[Hashable]
+    groups: Sequence[Hashable]  #: what each sample was taken from: samples of one photograph are not independent
 
-    @abstractmethod
     def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
-        """Find the data, and refuse a module that they do not fit. `samples` are those of the training."""
+        """Find the data, by default the samples of the training; refuse a module that they do not fit."""
+        self.take(samples.loader)
 
     def take(self, loader: DataLoader[Any], dataset: Any = None, groups: Sequence[Hashable] | None = None) -> None:
         """Take the samples of a loader, or of a data set in its place; without workers each is read once."""
@@ -68,8 +64,8 @@ class Outcomes(ABC):
         self, trainer: Trainer, module: LightningModule, positions: Sequence[int], description: str
     ) -> tuple[Tensor, ...]:
         """Return the outcomes of the samples at these positions, in their order, the same on every rank."""
+        function: BatchFunction = partial(self.of_batch, module)
         with self.context(trainer, module):
-            function: BatchFunction = partial(self.of_batch, module)
             batches = [positions[start : start + self._size] for start in range(0, len(positions), self._size)]
             blocks = score_blocks(trainer, module, self.loader, batches, function, description)
             outcomes = by_index(blocks, len(self.loader.dataset))  # type: ignore[arg-type]
@@ -79,31 +75,23 @@ class Outcomes(ABC):
 class ImageOutcomes(Outcomes):
     """Answers with the pre-trained head: whether they are right, `[B]`, or the class itself.
 
-    Args:
-        of: `accuracy`, which needs labels, or `agreement`.
-        source: The images; None for the inputs of the training.
+    For `accuracy`, which needs labels, or `agreement`; `source` is None for the inputs of the training.
     """
 
     def __init__(self, of: str, source: PretrainedImages | None) -> None:
         self.of, self.source = of, source
 
     def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
-        """Open the images.
-
-        Raises:
-            ValueError: If accuracy is asked for and they have no labels.
-        """
-        source = self.source
-        if source is None:
-            self.take(samples.loader)
-            return
+        """Open the images; a ValueError if accuracy is asked for and they have no labels."""
+        if (source := self.source) is None:
+            return super().prepare(trainer, module, samples)
         source.prepare(trainer, module)
         if self.of == "accuracy" and not source.labelled:
             raise ValueError(
                 f"The images {source.images} have no labels, so a budget cannot be on accuracy. Set of='agreement'."
             )
-        views: Any = source.loader.dataset
-        self.take(source.loader, groups=[view.file for view in views.views])
+        images: Any = source.loader.dataset
+        self.take(source.loader, groups=[view.file for view in images.views])
 
     def context(self, trainer: Trainer, module: Any) -> AbstractContextManager[Any]:
         """Put the pre-trained head back."""
@@ -112,9 +100,7 @@ class ImageOutcomes(Outcomes):
     def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """See the class."""
         logits = module(batch["image"]).float()
-        if self.of == "accuracy":
-            return (top_k_correct(logits, batch["target"]).float(),)
-        return (_choices(logits),)
+        return (top_k_correct(logits, batch["target"]).float() if self.of == "accuracy" else _choices(logits),)
 
 
 class TextOutcomes(Outcomes):
@@ -139,20 +125,12 @@ class StepOutcomes(Outcomes):
     def __init__(self) -> None:
         self.kind = StepLosses("cross_entropy")
 
-    def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
-        """Take the inputs of the training."""
-        self.take(samples.loader)
-
     def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
         """Let steps run without a trace."""
         return self.kind.context(trainer, module)
 
     def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
-        """See the class.
-
-        Raises:
-            TypeError: If there is no cross-entropy with one row of logits for each sample.
-        """
+        """See the class; a TypeError if no cross-entropy has one row of logits for each sample."""
         size = len(vars(module)["batch_samples"])
         _, interception = self.kind.step(module, batch, size)
         for term in interception.terms:
@@ -170,14 +148,10 @@ class TargetOutcomes(Outcomes):
 
     Without such a set they are those of training samples, with their weights. The fit has seen these: their loss tells
     how far it has come, not how well it generalises.
-
-    Attributes:
-        is_held_out: Whether the samples are those of the validation set.
-        positions: Of the samples that are measured.
     """
 
-    is_held_out: bool
-    positions: list[int]
+    is_held_out: bool  #: whether the samples are those of the validation set
+    positions: list[int]  #: of the samples that are measured
 
     def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
         """Choose the samples."""
@@ -189,8 +163,7 @@ class TargetOutcomes(Outcomes):
             self.take(validation, IndexedDataset(validation.dataset))
         else:
             self.take(samples.loader)
-        one, other = halves(self.groups, _TARGET_SAMPLES // 2)
-        self.positions = sorted(one + other)
+        self.positions = sorted(chain(*halves(self.groups, _TARGET_SAMPLES // 2)))
 
     def context(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[Any]:
         """Let steps of an unchanged module run without a trace."""
@@ -214,11 +187,7 @@ class TargetOutcomes(Outcomes):
 
 
 def watched(of: str, data: str | Sequence[str] | Measure | None, module: LightningModule) -> Outcomes:
-    """Return what a budget watches: see `RetentionBudgetCallback`.
-
-    Raises:
-        TypeError: If the data are of another kind than what is to be kept.
-    """
+    """Return what a budget watches: see `RetentionBudgetCallback`; a TypeError if the data are of another kind."""
     if of == "perplexity" and data is not None and not isinstance(data, Measure):
         data = GeneralText([data] if isinstance(data, str) else list(data), window=_WINDOW)
     elif isinstance(data, str):
@@ -236,30 +205,25 @@ def watched(of: str, data: str | Sequence[str] | Measure | None, module: Lightni
 def halves(groups: Sequence[Hashable], most: int) -> tuple[list[int], list[int]]:
     """Divide samples at random into two halves of at most `most`, the same in every run; no group is in both.
 
-    Example:
-        >>> [len(half) for half in halves(["a", "a", "b", "b", "c", "d"], 9)]
-        [3, 3]
+    >>> [len(half) for half in halves(["a", "a", "b", "b", "c", "d"], 9)]
+    [3, 3]
     """
     members: dict[Hashable, list[int]] = {}
     for position, group in enumerate(groups):
         members.setdefault(group, []).append(position)
-    parts = list(members.values())
-    one: list[int] = []
-    other: list[int] = []
-    for order in torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist():
-        min(one, other, key=len).extend(parts[order])
-        if len(one) >= most and len(other) >= most:
-            break
-    return sorted(one[:most]), sorted(other[:most])
+    parts, order = list(members.values()), torch.randperm(len(members), generator=torch.Generator().manual_seed(0))
+    both: tuple[list[int], list[int]] = [], []
+    for number in order.tolist():
+        if min(map(len, both)) < most:
+            min(both, key=len).extend(parts[number])
+    return sorted(both[0][:most]), sorted(both[1][:most])
 
 
 class _InMemory(Dataset[Any]):
     """Samples of a data set, kept once they are read, up to `_MEMORY`."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self._samples: dict[int, Any] = {}
-        self._size = 0
+        self.dataset, self._samples, self._size = dataset, dict[int, Any](), 0
 
     def __len__(self) -> int:
         return len(self.dataset)

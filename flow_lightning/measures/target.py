@@ -34,15 +34,11 @@ def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
 
     Warns and returns None if there is no test set. A TypeError refuses anything but one DataLoader.
     """
-    loader = _test_dataloader(trainer)
-    if loader is None:
+    if (loader := _test_dataloader(trainer)) is None:
         rank_zero_warn("There is no test_dataloader(), so nothing is measured on the target task.")
         return None
     if not isinstance(loader, DataLoader):
-        raise TypeError(
-            f"test_dataloader() returned a {type(loader).__name__}; expected one DataLoader of the target test set. "
-            "Return a single DataLoader."
-        )
+        raise TypeError(f"test_dataloader() returned a {type(loader).__name__}; expected one DataLoader.")
     return loader_like(loader, cut_batches(loader), IndexedDataset(loader.dataset))
 
 

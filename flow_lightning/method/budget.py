@@ -26,15 +26,10 @@ _FEWEST_TEXTS = 30
 
 
 class Kept(NamedTuple):
-    """The share of what the pre-trained model did that a model still does.
+    """The share of what the pre-trained model did that a model still does."""
 
-    Attributes:
-        share: As measured.
-        bound: With the confidence that was asked for, the true share is at least this.
-    """
-
-    share: float
-    bound: float
+    share: float  #: as measured
+    bound: float  #: with the confidence that was asked for, the true share is at least this
 
 
 def agreement_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
@@ -45,10 +40,9 @@ def agreement_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
         after: Those that the other model chose.
         confidence: Of the bound.
 
-    Example:
-        >>> import torch
-        >>> agreement_kept(torch.zeros(513), torch.tensor([1] * 4 + [0] * 509), 0.95).bound > 0.98
-        True
+    >>> import torch
+    >>> agreement_kept(torch.zeros(513), torch.tensor([1] * 4 + [0] * 509), 0.95).bound > 0.98
+    True
     """
     flips, n = int((before != after).sum()), len(before)
     return Kept(1 - flips / n, 1 - upper_bound(flips, n, confidence))
@@ -81,12 +75,8 @@ def perplexity_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
 
     The bound is that of a bootstrap over the texts (bootstrap-t, Efron and Tibshirani 1993, chapter 12), with 2,000
     resamples of a fixed seed. It looks at the difference of the losses in each text, so that it does not matter how
-    much texts differ from each other.
-
-    Args:
-        before: Sum of the token losses in nats, and number of tokens, of each text, `[n, 2]`.
-        after: The same of the other model.
-        confidence: Of the bound.
+    much texts differ from each other. `before` and `after` are the sum of the token losses in nats, and the number of
+    tokens, of each text, `[n, 2]`.
     """
     worse, tokens = (after[:, 0] - before[:, 0]).double().numpy(), before[:, 1].double().numpy()
     if not np.isfinite(worse).all():  # it has diverged
@@ -94,7 +84,7 @@ def perplexity_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
     if len(worse) < _FEWEST_TEXTS:
         return Kept(math.exp(-worse.sum() / tokens.sum()), 0.0)
     columns = np.stack([worse, tokens, worse**2, worse * tokens, tokens**2], axis=1)
-    draws = np.random.default_rng(0).multinomial(len(worse), np.full(len(worse), 1 / len(worse)), _RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(len(worse), [1 / len(worse)] * len(worse), _RESAMPLES)
     mean, error = _mean_and_error(columns.sum(0))
     means, errors = _mean_and_error((draws @ columns).T)
     t = (means - mean) / np.maximum(errors, 1e-300)
@@ -117,13 +107,8 @@ def last_kept(bounds: Sequence[float], keep: float) -> int:
     below `keep` ends it, whatever comes behind. So only the first truly bad point can be chosen wrongly, and no
     correction for the number of points is needed.
 
-    Args:
-        bounds: Lower bounds of the share that each point keeps.
-        keep: The budget.
-
-    Example:
-        >>> last_kept([0.999, 0.985, 0.97, 0.99], keep=0.98)
-        1
+    >>> last_kept([0.999, 0.985, 0.97, 0.99], keep=0.98)
+    1
     """
     return next((order for order, bound in enumerate(bounds) if bound < keep), len(bounds)) - 1
 
@@ -139,9 +124,8 @@ def samples_needed(keep: float, confidence: float, of: str = "agreement") -> int
         confidence: Of the bound, in (0, 1).
         of: What is kept: `accuracy`, `agreement` or `perplexity`.
 
-    Example:
-        >>> samples_needed(0.98, 0.95)
-        149
+    >>> samples_needed(0.98, 0.95)
+    149
     """
     if of == "perplexity":
         return _FEWEST_TEXTS
@@ -156,14 +140,8 @@ def upper_bound(events: int, n: int, confidence: float) -> float:
 
     It is the largest rate at which so few events have a probability of `1 - confidence`.
 
-    Args:
-        events: Samples that had the event.
-        n: All samples, at least 1.
-        confidence: Of the bound.
-
-    Example:
-        >>> round(upper_bound(0, 149, 0.95), 4)
-        0.0199
+    >>> round(upper_bound(0, 149, 0.95), 4)
+    0.0199
     """
     if events >= n:
         return 1.0
@@ -189,11 +167,10 @@ def net_p_value(relevant: int, lost: int, gained: int, keep: float, confidence: 
         lost: Those that only the pre-trained model has right.
         gained: Those that only the other model has right.
         keep: The share that is to be refused.
-        confidence: With which it is to be refused; the range of `g` is 500 times surer.
+        confidence: Of the refusal; the range of `g` is 500 times surer.
 
-    Example:
-        >>> round(net_p_value(relevant=480, lost=10, gained=8, keep=0.98), 3)
-        0.059
+    >>> round(net_p_value(relevant=480, lost=10, gained=8, keep=0.98), 3)
+    0.059
     """
     if not 0 < keep < 1:
         return 0.0 if keep <= 0 else 1.0
@@ -232,9 +209,7 @@ def _log_binomial(k: Counts, n: Counts, p: float) -> Array:
 
 def _binomial_cdf(k: Array | Counts, n: Counts, p: float) -> Array:
     """Return the probability of at most k of n, elementwise."""
-    if len(k) == 0:
-        return np.zeros(0)
-    counts = np.arange(int(k.max()) + 1)[None]
+    counts = np.arange(int(k.max(initial=0)) + 1)[None]
     inside = counts <= np.minimum(k, n)[:, None]
     logs = _log_binomial(np.where(inside, counts, 0), n[:, None], p)
     return np.asarray(np.minimum(1.0, np.where(inside, np.exp(logs), 0.0).sum(axis=1)))

@@ -18,23 +18,19 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def temperature(losses: Tensor, quantile: float = 0.5) -> float:
-    """Compute the temperature tau: the median of the losses, or another quantile of them.
+    """Compute the temperature tau, in the unit of the losses: their median, or another quantile of them.
 
     Quantiles interpolate linearly between neighbours, as `numpy.quantile` does.
 
     Args:
         losses: Losses of the frozen pre-trained model, `[n]`.
-        quantile: Which quantile to take, in `[0, 1]`; 0.5 is the paper's choice and leaves the method without a knob.
-
-    Returns:
-        The temperature, in the unit of the losses.
+        quantile: In `[0, 1]`; 0.5 is the paper's choice and leaves the method without a knob.
 
     Raises:
         ValueError: If losses are missing, not finite or negative, or if the temperature comes out as 0.
 
-    Example:
-        >>> temperature(torch.tensor([0.0, 0.25, 0.75, 4.0]))
-        0.5
+    >>> temperature(torch.tensor([0.0, 0.25, 0.75, 4.0]))
+    0.5
     """
     check_losses(losses)
     if not 0.0 <= quantile <= 1.0:
@@ -53,21 +49,13 @@ def temperature(losses: Tensor, quantile: float = 0.5) -> float:
 
 
 def flow_weights(losses: Tensor, temperature: float) -> Tensor:
-    """Compute the weight of each sample, `w_i = exp(-l_i / tau)`, in float32 whatever the training precision.
-
-    Args:
-        losses: Losses of the frozen pre-trained model, any shape.
-        temperature: tau, positive, in the unit of the losses.
-
-    Returns:
-        Weights in `[0, 1]`, float32, of the losses' shape.
+    """Compute the weights `w_i = exp(-l_i / tau)` of losses of any shape, in `[0, 1]`, float32 in any precision.
 
     Raises:
-        ValueError: If the temperature is not a positive finite number.
+        ValueError: If the temperature, in the unit of the losses, is not a positive finite number.
 
-    Example:
-        >>> flow_weights(torch.tensor([0.0, 0.5, 5.0]), temperature=0.5)
-        tensor([1.0000e+00, 3.6788e-01, 4.5400e-05])
+    >>> flow_weights(torch.tensor([0.0, 0.5, 5.0]), temperature=0.5)
+    tensor([1.0000e+00, 3.6788e-01, 4.5400e-05])
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a positive finite number, in the unit of the losses.")
@@ -77,18 +65,11 @@ def flow_weights(losses: Tensor, temperature: float) -> Tensor:
 def keep_below(losses: Tensor, bound: float) -> Tensor:
     """Keep what the pre-trained model finds likely enough: weight 1 where the loss is below the bound, else 0.
 
-    On token losses this is selective token masking, another rule in the place of `flow_weights`.
+    On token losses this is selective token masking, another rule in the place of `flow_weights`. Losses have any shape,
+    the bound is in their unit, the weights are float32.
 
-    Args:
-        losses: Losses of the frozen pre-trained model, any shape.
-        bound: In the unit of the losses.
-
-    Returns:
-        Weights 0 or 1, float32, of the losses' shape.
-
-    Example:
-        >>> keep_below(torch.tensor([0.1, 2.0, 3.5]), 2.5)
-        tensor([1., 1., 0.])
+    >>> keep_below(torch.tensor([0.1, 2.0, 3.5]), 2.5)
+    tensor([1., 1., 0.])
     """
     return (losses.detach().float() < bound).float()
 
@@ -98,11 +79,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights
 
 
 def weighting_rule(name: str) -> Callable[[Tensor, float], Tensor]:
-    """Return the weighting rule of a name.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Return the weighting rule of a name; a ValueError if there is none."""
     if name not in WEIGHTINGS:
         raise ValueError(
             f"weighting is {name!r}; expected one of {sorted(WEIGHTINGS)}. Add a rule of your own to "
@@ -126,9 +103,8 @@ def summarise(weights: Tensor, temperature: float) -> dict[str, float]:
 def effective_sample_size(weights: Tensor) -> float:
     """Compute Kish's effective sample size, `(sum w)^2 / sum w^2`: n for equal weights, 1 if one sample has them all.
 
-    Example:
-        >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
-        2.0
+    >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    2.0
     """
     square = sum(float(block.double().square().sum()) for block in weights.flatten().split(_BLOCK))
     return float(weights.sum(dtype=torch.float64)) ** 2 / square if square > 0 else 0.0
@@ -141,11 +117,7 @@ def _ranked(values: Tensor, ranks: list[int]) -> list[float]:
 
 
 def check_losses(losses: Tensor) -> None:
-    """Refuse losses from which no weights can be computed.
-
-    Raises:
-        ValueError: If there are none, or if some are NaN, infinite or negative; the message names the samples.
-    """
+    """Refuse losses that are missing, NaN, infinite or negative with a ValueError, which names the samples."""
     if losses.numel() == 0:
         raise ValueError("There are no losses: the data set is empty. Check its path and its split.")
     least, most = losses.aminmax()  # NaN if any loss is

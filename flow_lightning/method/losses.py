@@ -15,31 +15,19 @@ IGNORED = -100
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the cross-entropy of each sample, in float32 whatever precision the logits have.
 
-    Args:
-        logits: Class scores, `[B, C]`.
-        targets: Class indices, `[B]`, integers in `[0, C)`.
+    Logits are `[B, C]`, targets class indices `[B]`. Losses are in nats, `[B]`, float32 (float64 for float64 logits).
 
-    Returns:
-        Losses in nats, `[B]`, float32 (float64 for float64 logits).
-
-    Example:
-        >>> import torch
-        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4 for an even guess among four
-        tensor([1.3863, 1.3863])
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4 for an even guess among four
+    tensor([1.3863, 1.3863])
     """
     return F.cross_entropy(logits if logits.dtype.itemsize >= 4 else logits.float(), targets, reduction="none")
 
 
 def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
-    """Count the supervised tokens of each row of `labels` `[B, T]`. The first token has no prediction, so never counts.
+    """Count the supervised tokens, `[B]`, of `labels` `[B, T]`. The first token has no prediction, so never counts.
 
-    Returns:
-        `[B]`, int64.
-
-    Example:
-        >>> import torch
-        >>> supervised_counts({"labels": torch.tensor([[5, IGNORED, 6, 7]])})
-        tensor([2])
+    >>> supervised_counts({"labels": torch.tensor([[5, IGNORED, 6, 7]])})
+    tensor([2])
     """
     return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
 
@@ -53,7 +41,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     chunk_tokens: int = 256,
 ) -> Tensor:
-    """Compute the cross-entropy of each token from hidden states and output head, without the full logits.
+    """Compute the cross-entropy of each token, `[K]` in nats, float32, without the full logits.
 
     Logits exist for `chunk_tokens` tokens at a time and are computed anew in the backward pass, by torch's
     `linear_cross_entropy` where it gives the same in float32, else by checkpoints.
@@ -67,13 +55,8 @@ def linear_cross_entropy(
         scale: Factor of the logits, before the bound.
         chunk_tokens: Tokens whose logits exist at one time.
 
-    Returns:
-        Losses in nats, `[K]`, float32.
-
-    Example:
-        >>> import torch
-        >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))
-        tensor([1.3863, 1.3863])
+    >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))
+    tensor([1.3863, 1.3863])
     """
     if softcap is None and scale == 1.0 and _torch_serves(hidden, head_weight):
         options = torch.nn.LinearCrossEntropyOptions(
@@ -82,7 +65,10 @@ def linear_cross_entropy(
         return F.linear_cross_entropy(hidden, head_weight, targets, linear_bias=bias, reduction="none", options=options)
 
     def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
-        return _chunk_losses(hidden, targets, head_weight, bias, softcap, scale)
+        logits = scale * F.linear(hidden, head_weight, bias).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return F.cross_entropy(logits, targets, reduction="none")
 
     chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     if not torch.is_grad_enabled():
@@ -97,14 +83,3 @@ def _torch_serves(hidden: Tensor, head_weight: Tensor) -> bool:
     """
     plain = hidden.dtype == head_weight.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     return plain and len(hidden) > 0 and hasattr(F, "linear_cross_entropy")
-
-
-def _chunk_losses(
-    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> Tensor:
-    logits = F.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="none")

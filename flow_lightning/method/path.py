@@ -37,15 +37,13 @@ def point(
         pretrained: Tensors by name, of any floating type.
         finetuned: The same names and shapes.
         alpha: The position, from 0 (pre-trained) to 1 (fine-tuned).
-        shape: `even`: the factor is 1. `depth`: it grows from 0 in the first block to 1 in the last, see
-            `depth_factors`.
+        shape: `even`: the factor is 1. `depth`: it grows from block to block, see `depth_factors`.
 
     Raises:
         ValueError: If names or shapes differ, or `shape` is unknown.
 
-    Example:
-        >>> point({"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([1.0, 4.0])}, 0.5)
-        {'w': tensor([0.5000, 3.0000])}
+    >>> point({"w": torch.tensor([0.0, 2.0])}, {"w": torch.tensor([1.0, 4.0])}, 0.5)
+    {'w': tensor([0.5000, 3.0000])}
     """
     check_path(pretrained, finetuned)
     check_shape(shape)
@@ -62,14 +60,12 @@ def depth_factors(names: Iterable[str]) -> dict[str, float]:
     Blocks are in the order of the names, as a state dict has them: the order in which a model defines its parts. A
     block is what has the same numbers in its name (`layers.5`, `blocks.3.1`); a part without a number is its own block.
 
-    Example:
-        >>> depth_factors(["stem.weight", "blocks.0.conv.weight", "blocks.0.bn.weight", "blocks.1.conv.weight"])
-        {'stem.weight': 0.0, 'blocks.0.conv.weight': 0.5, 'blocks.0.bn.weight': 0.5, 'blocks.1.conv.weight': 1.0}
+    >>> depth_factors(["stem.weight", "blocks.0.conv.weight", "blocks.0.bn.weight", "blocks.1.conv.weight"])
+    {'stem.weight': 0.0, 'blocks.0.conv.weight': 0.5, 'blocks.0.bn.weight': 0.5, 'blocks.1.conv.weight': 1.0}
     """
-    blocks = {name: _block(name) for name in names}
-    order = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()))}
-    last = len(order) - 1
-    return {name: order[block] / last if last else 1.0 for name, block in blocks.items()}
+    blocks = {name: match[1] if (match := _BLOCK.match(name)) else name.rpartition(".")[0] for name in names}
+    order = list(dict.fromkeys(blocks.values()))
+    return {name: order.index(block) / (len(order) - 1) if order[1:] else 1.0 for name, block in blocks.items()}
 
 
 def check_path(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:
@@ -88,11 +84,6 @@ def check_shape(shape: str) -> None:
     """Refuse an unknown shape with a ValueError."""
     if shape not in get_args(Shape):
         raise ValueError(f"shape is {shape!r}; expected one of {', '.join(get_args(Shape))}.")
-
-
-def _block(name: str) -> str:
-    found = _BLOCK.match(name)
-    return found[1] if found else name.rpartition(".")[0]
 
 
 def _between(name: str, start: Tensor, end: Tensor, factor: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
+_SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8, "history_size": 20}
 _ROWS = 65_536
 
 
@@ -51,9 +52,9 @@ class Probe:
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file."""
         validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
-        head = {"weight": self.head.weight, "bias": self.head.bias}
-        numbers = {"strength": torch.tensor(self.strength, dtype=torch.float64)}
-        return head | numbers | {"losses": self.losses, "validation": torch.tensor(validation, dtype=torch.float64)}
+        numbers = {"strength": self.strength, "validation": validation}
+        exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        return {"weight": self.head.weight, "bias": self.head.bias, "losses": self.losses, **exact}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
@@ -111,32 +112,22 @@ def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> 
 
     The weights of FLOW need losses that still tell easy samples from hard ones. At the penalty with the lowest held-out
     loss nearly all training losses have often collapsed to 0. One that is no worse, for all that the held-out samples
-    can tell, keeps them apart.
+    can tell, keeps them apart. `validation` has, by strength, the mean held-out loss and its standard error.
 
-    Args:
-        validation: Strength to mean held-out loss and its standard error.
-
-    Example:
-        >>> strongest_within_one_error({1.0: (0.46, 0.03), 0.1: (0.26, 0.04), 0.01: (0.22, 0.05)})
-        0.1
+    >>> strongest_within_one_error({1.0: (0.46, 0.03), 0.1: (0.26, 0.04), 0.01: (0.22, 0.05)})
+    0.1
     """
     best, error = min(validation.values())
     return max(strength for strength, (loss, _) in validation.items() if loss <= best + error)
 
 
 def stratified_parts(targets: Tensor, parts: int) -> Tensor:
-    """Divide samples into parts of equal size with equal shares of each class, by index alone: the same on every run.
+    """Divide samples into equal parts with equal shares of each class, by index alone: the same on every run.
 
-    Args:
-        targets: Class indices, `[n]`.
-        parts: How many.
+    Targets are class indices `[n]`; returns the part of each sample, `[n]`, integers in `[0, parts)`.
 
-    Returns:
-        The part of each sample, `[n]`, integers in `[0, parts)`.
-
-    Example:
-        >>> stratified_parts(torch.tensor([0, 1, 0, 1, 0, 1]), 3)
-        tensor([1, 2, 0, 1, 2, 0])
+    >>> stratified_parts(torch.tensor([0, 1, 0, 1, 0, 1]), 3)
+    tensor([1, 2, 0, 1, 2, 0])
     """
     shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     order = shuffled[targets[shuffled].argsort(stable=True)]
@@ -174,16 +165,7 @@ class _Problem:
         self.mean, self.scale = mean.float(), float(variance.clamp_min(0).mean().sqrt()) or 1.0
 
     def solve(self, chosen: Tensor, strength: float, start: LinearHead | None = None) -> LinearHead:
-        """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` by L-BFGS, in float32.
-
-        Args:
-            chosen: Which samples count, `[n]` booleans.
-            strength: The L2 penalty, for standardised features.
-            start: Where to begin; by default at 0.
-
-        Returns:
-            The head, for features as they are.
-        """
+        """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` on `chosen` samples by L-BFGS, in float32."""
         weight = torch.zeros(self.num_classes, len(self.mean), device=self.device)
         bias = torch.zeros(self.num_classes, device=self.device)
         if start is not None:
@@ -192,14 +174,8 @@ class _Problem:
         rows = chosen.nonzero().flatten().split(_ROWS)
         resident = list(self._blocks(rows)) if len(rows) == 1 else None
         total_weight = float(self.weights[chosen].double().sum().clamp_min(1e-30))
-        optimizer = torch.optim.LBFGS(
-            [weight.requires_grad_(), bias.requires_grad_()],
-            max_iter=500,
-            tolerance_grad=1e-5,
-            tolerance_change=1e-8,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
+        parameters = [weight.requires_grad_(), bias.requires_grad_()]
+        optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **_SOLVER)
 
         def objective() -> Tensor:
             optimizer.zero_grad()
@@ -247,10 +223,9 @@ def _held_out_losses(
 def _check(features: Tensor, targets: Tensor, num_classes: int, folds: int) -> None:
     if len(features) == 0:
         raise ValueError("There are no features: the training set is empty. Check its path and its split.")
-    for start, block in zip(range(0, len(features), _ROWS), features.split(_ROWS)):
-        wrong = ~torch.isfinite(block).all(dim=1)
-        if wrong.any():
-            shown = (wrong.nonzero().flatten()[:10] + start).tolist()
+    for start, block in enumerate(features.split(_ROWS)):
+        if len(wrong := (~torch.isfinite(block).all(dim=1)).nonzero().flatten()):
+            shown = (wrong[:10] + start * _ROWS).tolist()
             raise ValueError(
                 f"Features of samples {shown} are NaN or infinite. Score in 32-bit precision, or look there."
             )

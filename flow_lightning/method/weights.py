@@ -52,12 +52,7 @@ class _Stored:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is damaged, or holds something else.
-        """
+        """Read a file that `save` wrote; FileNotFoundError or, if it is damaged or something else, a ValueError."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"No weights file at {path}: `score` writes one, and a fit with the callback.")
         try:
@@ -74,12 +69,7 @@ class _Stored:
         return loaded
 
     def verify(self) -> None:
-        """Check that losses, temperature and weights fit together.
-
-        Raises:
-            ValueError: If shapes or types are wrong, a loss is not usable, or a weight is not what the rule gives.
-        """
-        raise NotImplementedError
+        """Refuse, with a ValueError, wrong shapes or types, unusable losses, weights that the rule does not give."""
 
 
 @dataclass
@@ -128,9 +118,7 @@ class SampleWeights(_Stored):
         Raises:
             ValueError: If a loss is negative or not finite, tau comes out as 0, or the weighting is unknown.
         """
-        flow.check_losses(losses)
-        losses = losses.detach().float().cpu()
-        tau = flow.temperature(losses, quantile) if temperature is None else float(temperature)
+        losses, tau = _on_cpu(losses, temperature, quantile)
         return cls(losses, tau, flow.weighting_rule(weighting)(losses, tau), dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
@@ -150,11 +138,7 @@ class SampleWeights(_Stored):
         write_bytes(path, "".join(["index,loss,flow_weight\n", *rows]).encode())
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write the table of `to_csv` as a Parquet file.
-
-        Raises:
-            ImportError: If pyarrow is not installed.
-        """
+        """Write the table of `to_csv` as a Parquet file, with pyarrow."""
         arrow, parquet = (optional_import(name, "language", "Parquet files") for name in ("pyarrow", "pyarrow.parquet"))
         loss, weight = self._columns()
         buffer = arrow.BufferOutputStream()
@@ -162,11 +146,7 @@ class SampleWeights(_Stored):
         write_bytes(path, buffer.getvalue().to_pybytes())
 
     def to_dataset(self, dataset: Any) -> Any:
-        """Return a `datasets.Dataset` of Hugging Face with a further column, `flow_weight`.
-
-        Raises:
-            TypeError: If it is no such data set.
-            ValueError: If it has another number of samples.
+        """Return a `datasets.Dataset` of Hugging Face, of as many samples, with a further column, `flow_weight`.
 
         Example:
             The Trainer of transformers takes the weights through `compute_loss_func`::
@@ -259,9 +239,7 @@ class TokenWeights(_Stored):
         weighting: str = "flow",
     ) -> "TokenWeights":
         """Compute the temperature of token losses `[K]` with offsets `[n + 1]`; see `SampleWeights.from_losses`."""
-        flow.check_losses(losses)
-        losses = losses.detach().float().cpu()
-        tau = flow.temperature(losses, quantile) if temperature is None else float(temperature)
+        losses, tau = _on_cpu(losses, temperature, quantile)
         return cls(_halved(losses, tau, weighting), offsets.cpu(), tau, dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
@@ -299,14 +277,19 @@ def token_positions(offsets: Tensor, index: Tensor) -> Tensor:
 
     Sample i has the positions `offsets[i]` to `offsets[i + 1]`.
 
-    Example:
-        >>> token_positions(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 1, 0]))
-        tensor([2, 3, 4, 0, 1])
+    >>> token_positions(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 1, 0]))
+    tensor([2, 3, 4, 0, 1])
     """
     starts, counts = offsets[index], offsets[index + 1] - offsets[index]
     ends = counts.cumsum(0)
     within = torch.arange(int(ends[-1]) if len(ends) else 0, device=index.device)
     return within + (starts - (ends - counts)).repeat_interleave(counts)
+
+
+def _on_cpu(losses: Tensor, temperature: float | None, quantile: float) -> tuple[Tensor, float]:
+    flow.check_losses(losses)
+    losses = losses.detach().float().cpu()
+    return losses, flow.temperature(losses, quantile) if temperature is None else float(temperature)
 
 
 def _halved(losses: Tensor, tau: float, weighting: str) -> Tensor:

@@ -55,7 +55,6 @@ class CausalLanguageModule(WeightedLossModule):
         chunk_tokens: Supervised tokens whose logits exist at one time.
 
     Raises:
-        ImportError: If transformers (or for `lora` peft) is not installed.
         ValueError: If the model cannot be loaded, or an argument is unknown.
     """
 
@@ -144,9 +143,8 @@ class CausalLanguageModule(WeightedLossModule):
 
     def sample_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the mean loss of each sequence's supervised tokens, `[B]`, in nats."""
-        counts = supervised_counts(batch)
+        counts, losses = supervised_counts(batch), self.token_losses(batch)
         rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        losses = self.token_losses(batch)
         return losses.new_zeros(len(counts)).index_add(0, rows, losses) / counts.clamp_min(1)
 
     def training_losses(self, batch: dict[str, Tensor]) -> Tensor:
@@ -210,8 +208,10 @@ class CausalLanguageModule(WeightedLossModule):
     @torch.no_grad()
     def _agrees_with_model(self) -> bool:
         """Compare the losses of a few tokens with those of the model's own logits."""
-        device = next(self.parameters()).device
-        ids = torch.arange(16, device=device).reshape(2, 8) % self.causal_lm.config.get_text_config().vocab_size
+        ids = (
+            torch.arange(16, device=next(self.parameters()).device).reshape(2, 8)
+            % self.causal_lm.config.get_text_config().vocab_size
+        )
         with evaluation(self):
             logits = self(ids)[:, :-1].float().flatten(0, 1)
             own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")

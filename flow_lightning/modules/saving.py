@@ -21,21 +21,17 @@ def save_pretrained(module: LightningModule, folder: str | Path, merge: bool = F
     """Write the model of a module into a folder.
 
     Who writes it: the module's own `save_pretrained`; else timm, transformers or peft, if all parameters belong to one
-    model of theirs. Otherwise it is the module's `state_dict`, in `model.safetensors`.
-
-    Args:
-        module: Any module.
-        folder: Where to write.
-        merge: Whether adapters of peft are merged into a copy of the model; by default the adapters alone are written.
+    model of theirs. Otherwise it is the module's `state_dict`, in `model.safetensors`. Of a model with adapters of peft
+    the adapters alone are written, or with `merge` a copy of the model with the adapters in it.
     """
     own, model = module_contract(module).save_pretrained, _only_model(module)
     if own is not None:
         own(folder, merge=merge)
     elif model is None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         # Copies, as safetensors takes no tensors that share their memory.
         copies = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(copies, Path(folder) / "model.safetensors")
     elif hasattr(model, "save_pretrained"):
         merged = deepcopy(model).merge_and_unload() if merge and hasattr(model, "merge_and_unload") else model

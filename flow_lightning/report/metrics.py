@@ -67,9 +67,10 @@ class Declared(NamedTuple):
 def declared_by(measures: Iterable[Measure | type[Measure]] = ()) -> Declared:
     """Return what the measures of this library declare, and further measures, once for each key."""
     of_all = [*MEASURES, *measures]
-    of_measures = [metric for measure in of_all for metric in measure.metrics]
-    results = [metric for metric in of_measures if metric.unit not in _SIZES]
-    sizes = [metric for metric in of_measures if metric.unit in _SIZES]
+    results, sizes = (
+        [metric for measure in of_all for metric in measure.metrics if (metric.unit in _SIZES) == is_size]
+        for is_size in (False, True)
+    )
     metrics = {metric.key: metric for metric in (*results, *_AVERAGES, *_BUDGET, *_OTHERS, *sizes, *_TIMES)}
     panels = {panel.title: panel for measure in of_all for panel in measure.panels}
     return Declared(tuple(metrics.values()), (*panels.values(), _AVERAGE))
@@ -146,8 +147,7 @@ def metrics_table(
 
     A column is the metrics of a run, or of several, which become mean ± standard deviation.
     """
-    table = Table(title=title or None)
-    table.add_column("")
+    table = Table("", title=title or None)
     for name in columns:
         table.add_column(name, justify="right")
     runs = [[column] if isinstance(column, Mapping) else list(column) for column in columns.values()]

@@ -84,8 +84,8 @@ def _draw_losses(axes: Axes, losses: Tensor, temperature: float) -> None:
     axes.hist(losses.numpy(), bins=60, range=(0.0, limit), color=SKY, alpha=0.75)
     axes.axvline(temperature, color="black", linestyle="--", linewidth=1)
     axes.text(temperature, 0.97, f" τ = {temperature:.3g}", transform=axes.get_xaxis_transform(), va="top")
-    axes.set(xlim=(0, limit), ylabel="samples", title="Losses of the pre-trained model")
-    axes.set_xlabel("loss" + (f"   ({beyond:.1%} of the samples lie further right)" if beyond else ""))
+    label = "loss" + (f"   ({beyond:.1%} of the samples lie further right)" if beyond else "")
+    axes.set(xlim=(0, limit), xlabel=label, ylabel="samples", title="Losses of the pre-trained model")
     grid = np.linspace(0.0, limit, 200)
     curve = axes.twinx()
     curve.plot(grid, np.exp(-grid / temperature), color=RED, linewidth=2)
@@ -142,8 +142,8 @@ def _draw_course(axes: Axes, panel: Panel, before: float | None, course: Sequenc
     for (label, heights), colour in zip(_after_epochs(panel, course).items(), (GREEN, ORANGE)):
         axes.plot(epochs, heights, color=colour, marker="o", label=label.removeprefix("after,\n").replace("\n", " "))
     top = 108 if panel.is_percent else 1.12 * axes.get_ylim()[1]
-    axes.set(xticks=epochs[:: -(-len(epochs) // 6)], xlabel="epoch", title="Kept, by epoch")
-    axes.set(ylim=(0, top), ylabel=_label(panel))
+    axes.set(xticks=epochs[:: -(-len(epochs) // 6)], xlabel="epoch", ylabel=_label(panel), title="Kept, by epoch")
+    axes.set_ylim(0, top)
     axes.legend(frameon=False, loc="lower left")
 
 
@@ -157,21 +157,17 @@ def _after_epochs(panel: Panel, course: Sequence[Mapping[str, Any]]) -> dict[str
 def plot_path(points: Sequence[Mapping[str, float]], alpha: float, keep: float, of: str, path: str | Path) -> None:
     """Draw the path of a fit: what its points keep, with the bound and the budget, and what they have learned.
 
-    Args:
-        points: `alpha`, `kept`, `bound`, `target_loss` and perhaps `target_top1` of each point.
-        alpha: The chosen one.
-        keep: The share to keep.
-        of: What is kept, such as `accuracy`.
-        path: The PNG file to write.
+    Points have `alpha`, `kept`, `bound`, `target_loss` and perhaps `target_top1`; `alpha` is that of the chosen one.
     """
-    alphas = [point["alpha"] for point in points]
-    kept, bound = (np.array([100 * point[name] for point in points]) for name in ("kept", "bound"))
+    alphas, kept, bound = (np.array([point[name] for point in points]) for name in ("alpha", "kept", "bound"))
     learned = "target_top1" if "target_top1" in points[0] else "target_loss"
     scale, label = (100, "target accuracy (%)") if learned == "target_top1" else (1, "target loss (lower is better)")
     with picture(path, [4.1, 4.1], 3.6) as (_, axes):
         left, right = next(axes), next(axes)
-        left.fill_between(alphas, bound, kept, color=GREEN, alpha=0.2, linewidth=0, label="down to the bound")
-        left.plot(alphas, kept, color=GREEN, marker="o", label="kept")
+        left.fill_between(
+            alphas, 100 * bound, 100 * kept, color=GREEN, alpha=0.2, linewidth=0, label="down to the bound"
+        )
+        left.plot(alphas, 100 * kept, color=GREEN, marker="o", label="kept")
         left.axhline(100 * keep, color="black", linestyle="--", linewidth=1, label="budget")
         left.set(ylabel=f"{of} kept (%)", title="Kept")
         right.plot(alphas, [scale * point[learned] for point in points], color=BLUE, marker="o")
@@ -235,8 +231,8 @@ def _draw_plane(axes: Axes, runs: Runs, learned: Panel, kept: Panel) -> None:
         where = axes.get_yaxis_transform()
         axes.annotate("pre-trained", (0.01, level), (0, -3), where, "offset points", va="top", color=GREY)
     axes.margins(0.15)
-    axes.set(xlabel=f"learned: {_label(learned)}", ylabel=f"kept: {_label(kept)}")
-    axes.set_title("Each run: up and right is better")
+    labels = {"xlabel": f"learned: {_label(learned)}", "ylabel": f"kept: {_label(kept)}"}
+    axes.set(title="Each run: up and right is better", **labels)
     if kept.is_percent:
         axes.set_ylim(top=min(axes.get_ylim()[1], 103))
     axes.xaxis.set_inverted(learned.better == "down")

@@ -1,5 +1,6 @@
 """The point that a fit ends on, and that it is the right one by hand, whatever else is in the fit."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,25 +16,12 @@ from flow_lightning.measures.outcomes import halves
 from flow_lightning.method.budget import accuracy_kept, agreement_kept
 from flow_lightning.method.path import point
 from flow_lightning.report.metrics import METRICS, read_metrics
-from tests import unchanged
+from tests import retention, unchanged
 from tests.processes import launch
-from tests.retention import (
-    IMAGES,
-    SIZE,
-    SizeOfHead,
-    image_fit,
-    image_module,
-    labelled_images,
-    language_fit,
-    language_module,
-    logits,
-    pretrained,
-    text_file,
-    unlabelled_images,
-)
+from tests.retention import SIZE, image_fit, image_module, labelled_images, language_fit, unlabelled_images
 from tests.shards import full
 
-ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
+ALPHAS, CONV = [0.0, 0.25, 0.5, 0.75, 1.0], "model.conv1.0.weight"
 
 
 class Train(Callback):
@@ -50,7 +38,7 @@ class Train(Callback):
                     whole = full(value.detach())
                     size = self.size * whole.abs().mean() if whole.any() else 0.01
                     fill(value, whole + size * torch.randn(whole.shape, generator=generator))
-        self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.state = copy_of(pl_module)
 
 
 def budget(**settings):
@@ -82,19 +70,30 @@ def check_point(module, start, end, alpha, but=("model.fc.",)):
             torch.testing.assert_close(value, line(start, end, alpha)[name], msg=name)
 
 
-@pytest.mark.parametrize("of", ["accuracy", "agreement"])
-@pytest.mark.parametrize("shape", ["even", "depth"])
+def copy_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def saved(name):
+    return torch.load(f"run/checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(("of", "shape"), [("accuracy", "even"), ("agreement", "depth")])
 def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape):
     images = (labelled_images if of == "accuracy" else unlabelled_images)(tmp_path)
-    callback, reference, start = budget(of=of, data=images, shape=shape), pretrained(), image_module().state_dict()
+    callback, reference, start = (
+        budget(of=of, data=images, shape=shape),
+        retention.pretrained(),
+        image_module().state_dict(),
+    )
     _, end = run(callback, size=1.0)
     answers, own = [], reference.state_dict()
     for alpha in ALPHAS:
         body = line(start, end, alpha) if shape == "even" else point(start, end, alpha, "depth")
         body = {name.removeprefix("model."): value for name, value in body.items() if ".fc." not in name}
         reference.load_state_dict(own | {name: value for name, value in body.items() if name in own})
-        answers.append(torch.from_numpy(logits(reference, images)).argmax(1))
-    half = halves([f"{number}.png" for number in range(IMAGES)], 99)[0]
+        answers.append(torch.from_numpy(retention.logits(reference, images)).argmax(1))
+    half = halves([f"{number}.png" for number in range(retention.IMAGES)], 99)[0]
     if of == "accuracy":
         rows = Path(images).read_text().splitlines()[1:]
         labels = torch.tensor([int(row.rpartition(",")[2]) for row in rows])
@@ -108,8 +107,7 @@ def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape)
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_norm, rendered):
     """The first point that is not kept ends the search. Running statistics are on the path."""
-    module = image_module(learning_rate=0.0, batch_norm=batch_norm)
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copy_of(module := image_module(learning_rate=0.0, batch_norm=batch_norm))
     callback = budget(data=unlabelled_images(tmp_path), keep=0.5)
     module, end = run(callback, module=module, size=0.5)
     kept = [each["bound"] >= 0.5 for each in callback.points]
@@ -124,17 +122,15 @@ def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_no
 
 
 def test_a_budget_that_is_kept_changes_nothing(tmp_path):
-    plain, _ = image_fit(max_epochs=2)
-    callback = budget(data=unlabelled_images(tmp_path), keep=0.01)
-    module, _ = image_fit(callback, max_epochs=2)
+    plain, _ = image_fit(max_epochs=1)
+    module, _ = image_fit(callback := budget(data=unlabelled_images(tmp_path), keep=0.01), max_epochs=1)
     assert callback.alpha == 1
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, plain.state_dict()[name]), name
+    torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_if_no_point_keeps_it_the_body_is_the_pretrained_one_with_a_solved_head(tmp_path):
     probe, module = fl.LinearProbeCallback(), image_module(learning_rate=0.0)
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copy_of(module)
     callback = budget(data=unlabelled_images(tmp_path), keep=0.6, alphas=[0.5, 1.0])
     with pytest.warns(UserWarning, match=r"No point of the path surely keeps 60\.0% .* pre-trained one again"):
         module, _ = run(callback, probe, module=module, size=30.0)
@@ -148,23 +144,21 @@ def test_if_no_point_keeps_it_the_body_is_the_pretrained_one_with_a_solved_head(
 def test_a_path_by_depth_ends_beside_the_fine_tuned_model_so_its_model_is_written(tmp_path):
     callback = budget(data=unlabelled_images(tmp_path), keep=0.01, shape="depth")
     module, end = run(callback, size=0.1, enable_checkpointing=True)
-    saved = torch.load("run/checkpoints/budget.ckpt", weights_only=True)["state_dict"]
-    assert callback.alpha == 1 and torch.equal(saved["model.conv1.0.weight"], module.model.conv1[0].weight)
-    assert not torch.equal(module.model.conv1[0].weight, end["model.conv1.0.weight"])
+    assert callback.alpha == 1 and torch.equal(saved("budget")[CONV], module.model.conv1[0].weight)
+    assert not torch.equal(module.model.conv1[0].weight, end[CONV])
 
 
 @pytest.mark.parametrize("turn", [1, -1])
 def test_the_order_of_the_callbacks_does_not_matter(tmp_path, turn):
     """The head is solved on the chosen body, with the weights of the fit; then it is measured and written."""
     callback = budget(data=unlabelled_images(tmp_path), alphas=[0.5])
-    measure = SizeOfHead()
-    others = [fl.LinearProbeCallback(), fl.FlowWeightingCallback(), fl.RetentionCallback(measures=[measure])]
+    measure = fl.RetentionCallback(measures=[retention.SizeOfHead()])
+    others = [fl.LinearProbeCallback(), fl.FlowWeightingCallback(), measure]
     start = image_module().state_dict()
     module, end = run(*[callback, *others][::turn], enable_checkpointing=True)
     assert callback.alpha == 0.5
     check_point(module, start, end, 0.5)
-    saved = torch.load("run/checkpoints/refitted.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+    torch.testing.assert_close(module.state_dict(), saved("refitted"), rtol=0, atol=0)
     metrics = read_metrics("run/metrics.json")
     assert metrics["retention/after/size"] == module.head.weight.abs().max().item() and "refit/strength" in metrics
 
@@ -175,13 +169,10 @@ def test_averaged_weights_are_the_end_of_the_path(tmp_path):
     callback = budget(data=unlabelled_images(tmp_path), alphas=[0.5])
     module, end = run(callback, average, module=module, max_epochs=1, enable_checkpointing=True)
     assert callback.alpha == 0.5
-    mean = {name: value.clone() for name, value in average._average_model.module.state_dict().items()}
-    assert not torch.equal(mean["model.conv1.0.weight"], end["model.conv1.0.weight"])
-    torch.testing.assert_close(
-        module.model.conv1[0].weight, (start["model.conv1.0.weight"] + mean["model.conv1.0.weight"]) / 2
-    )
-    saved = torch.load("run/checkpoints/budget.ckpt", weights_only=True)["state_dict"]
-    assert torch.equal(saved["model.conv1.0.weight"], module.model.conv1[0].weight)
+    mean = average._average_model.module.state_dict()[CONV]
+    assert not torch.equal(mean, end[CONV])
+    torch.testing.assert_close(module.model.conv1[0].weight, (start[CONV] + mean) / 2)
+    assert torch.equal(saved("budget")[CONV], module.model.conv1[0].weight)
 
 
 def fit_frozen(images, folder, **settings):
@@ -211,12 +202,11 @@ def test_two_processes_choose_as_one(tmp_path, in_shards):
 def test_a_resumed_fit_chooses_as_an_unbroken_one(tmp_path):
     images, results = unlabelled_images(tmp_path), []
     for path in (None, "c/epoch=0.ckpt"):
-        keep = ModelCheckpoint("c", "{epoch}", save_top_k=-1)
-        callback, module = budget(data=images), image_module(learning_rate=0.0, batch_norm="frozen")
-        module, _ = run(callback, keep, fl.LinearProbeCallback(), module=module, max_epochs=2, size=0.5, ckpt_path=path,
-                        enable_checkpointing=True)  # fmt: skip
-        results.append((callback.points, callback.alpha, module.state_dict()))
-    assert results[0][:2] == results[1][:2] and len({each["kept"] for each in callback.points}) > 1
+        callbacks = budget(data=images), ModelCheckpoint("c", "{epoch}", save_top_k=-1), fl.LinearProbeCallback()
+        settings = {"max_epochs": 2, "size": 0.5, "ckpt_path": path, "enable_checkpointing": True}
+        module, _ = run(*callbacks, module=image_module(learning_rate=0.0, batch_norm="frozen"), **settings)
+        results.append((callbacks[0].points, callbacks[0].alpha, module.state_dict()))
+    assert results[0][:2] == results[1][:2] and len({each["kept"] for each in results[1][0]}) > 1
     torch.testing.assert_close(results[0][2], results[1][2])
 
 
@@ -232,18 +222,15 @@ def test_a_resumed_fit_must_start_from_the_same_pretrained_model(tmp_path):
         run(budget(data=images), max_epochs=2, ckpt_path="d/epoch=0.ckpt")
 
 
-# -- other modules ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_perplexity_of_text_is_that_of_the_measure(monkeypatch, tune):
     """One half is all of the text here, so that GeneralText measures the same."""
-    module = language_module(learning_rate=0.0, tune=tune, **({"lora_r": 2} if tune == "lora" else {}))
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    module = retention.language_module(learning_rate=0.0, tune=tune, **({"lora_r": 2} if tune == "lora" else {}))
+    start = copy_of(module)
     monkeypatch.setattr("flow_lightning.callbacks.retention_budget.halves", lambda groups, most: [list(groups)] * 2)
     monkeypatch.setattr("flow_lightning.method.budget._FEWEST_TEXTS", 1)
-    callback = budget(of="perplexity", data=text_file(), keep=0.2, alphas=[0.5])
-    report, train = fl.RetentionCallback(measures=[GeneralText([text_file()], window=256)]), Train(0.5)
+    callback = budget(of="perplexity", data=retention.text_file(), keep=0.2, alphas=[0.5])
+    report, train = fl.RetentionCallback(measures=[GeneralText([retention.text_file()], window=256)]), Train(0.5)
     module, _ = language_fit(callback, report, train, module=module, max_epochs=1)
     metrics = read_metrics("run/metrics.json")
     before, after = (metrics[f"retention/{when}/perplexity"] for when in ("before", "after"))
@@ -256,12 +243,10 @@ def test_perplexity_of_text_is_that_of_the_measure(monkeypatch, tune):
         torch.testing.assert_close(value, expected, msg=name)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_an_unchanged_module_agrees_with_itself_on_the_inputs_of_its_training(weighted):
-    dataset, module = unchanged.data(), unchanged.Classifier()
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+@pytest.mark.parametrize("flow", [[], [fl.FlowWeightingCallback()]], ids=len)
+def test_an_unchanged_module_agrees_with_itself_on_the_inputs_of_its_training(flow):
+    dataset, start = unchanged.data(), copy_of(module := unchanged.Classifier())
     callback, train = budget(keep=0.5, alphas=[0.3, 1.0]), Train(2.0)
-    flow = [fl.FlowWeightingCallback()] * weighted
     unchanged.fit(module, dataset, callback, train, *flow, max_epochs=1, default_root_dir="run")
     half = halves(range(len(dataset)), 99)[0]
     answers = []
@@ -283,9 +268,6 @@ def test_a_probed_head_is_not_part_of_what_an_unchanged_module_keeps(probed):
     unchanged.fit(module, dataset, *callbacks, max_epochs=1, default_root_dir="run")
     shares = [each["kept"] for each in callback.points]
     assert (shares == [1] * 5) == probed and len({each["target_loss"] for each in callback.points}) == 5
-
-
-# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -310,21 +292,25 @@ class NoTraining(Callback):
         raise AssertionError("trained")
 
 
-def test_too_small_a_retention_set_is_refused_before_training_with_the_number_that_would_do(tmp_path):
-    with pytest.raises(ValueError, match="needs at least 149 samples; it has 4"):
-        image_fit(budget(data=unlabelled_images(tmp_path), keep=0.98, confidence=0.95), NoTraining())
+def wrong_labels(folder):
+    path = Path(labelled_images(folder))
+    path.write_text(re.sub(r",\d+", ",0", path.read_text()))
+    return str(path)
 
 
-def test_for_accuracy_only_images_count_that_the_pretrained_model_has_right(tmp_path):
-    path = Path(labelled_images(tmp_path))
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0]] + [line.rpartition(",")[0] + ",0" for line in lines[1:]]))
-    with pytest.raises(ValueError, match=r"at least 1 images that the pre-trained model has right; it has 0"):
-        image_fit(budget(data=str(path), of="accuracy"), NoTraining())
+@pytest.mark.parametrize(
+    ("images", "settings", "message"),
+    [
+        (unlabelled_images, {"keep": 0.98, "confidence": 0.95}, "needs at least 149 samples; it has 4"),
+        (wrong_labels, {"of": "accuracy"}, r"at least 1 images that the pre-trained model has right; it has 0"),
+        (unlabelled_images, {"of": "accuracy"}, "have no labels, so a budget cannot be on accuracy"),
+    ],
+)
+def test_an_unfit_retention_set_is_refused_before_training(tmp_path, images, settings, message):
+    with pytest.raises(ValueError, match=message):
+        image_fit(budget(data=images(tmp_path), **settings), NoTraining())
 
 
-def test_accuracy_needs_labels_and_answers_need_logits(tmp_path):
-    with pytest.raises(ValueError, match="have no labels, so a budget cannot be on accuracy"):
-        image_fit(budget(data=unlabelled_images(tmp_path), of="accuracy"), NoTraining())
+def test_answers_need_logits():
     with pytest.raises(TypeError, match="no cross-entropy has one row of logits for each sample"):
         language_fit(budget(), NoTraining())

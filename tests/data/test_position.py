@@ -1,9 +1,10 @@
 """ExactResumeCallback with plain loaders: a killed fit, resumed, ends as the unbroken one, to the last bit."""
 
 import random
-import shutil
 import warnings
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +12,13 @@ import torch
 from lightning import LightningModule, seed_everything
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    RandomSampler,
-    Sampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, default_collate
+from torch.utils.data import SubsetRandomSampler as Subset
+from torch.utils.data import WeightedRandomSampler as Weighted
 
 import flow_lightning as fl
 from flow_lightning.data.position import LoaderPosition
+from tests import examples
 from tests.examples import Kill, make_trainer, regression_data
 from tests.processes import launch
 
@@ -32,6 +28,8 @@ BATCHES = 6  # of an epoch of 23 samples, 4 in a batch
 
 class Plain(LightningModule):
     """Knows nothing of this library. Has dropout and momentum, and notes the samples that it sees."""
+
+    learning_rate = 0.05
 
     def __init__(self):
         super().__init__()
@@ -45,7 +43,7 @@ class Plain(LightningModule):
         return nn.functional.mse_loss(self.net(x), y)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9)
 
 
 class AsksForSteps(Plain):
@@ -89,15 +87,14 @@ def own_generator():
     return torch.Generator().manual_seed(5)
 
 
-WEIGHTS = torch.arange(1.0, 24)
 LOADERS = {
     "shuffled": lambda: DataLoader(DATA, 4, True),
     "in order": lambda: DataLoader(DATA, 4),
     "drop_last": lambda: DataLoader(DATA, 4, True, drop_last=True),
     "own generator": lambda: DataLoader(DATA, 4, True, generator=own_generator()),
     "replacement": lambda: DataLoader(DATA, 4, sampler=RandomSampler(DATA, True, 24, own_generator())),
-    "weighted": lambda: DataLoader(DATA, 4, sampler=WeightedRandomSampler(WEIGHTS, 23)),
-    "subset": lambda: DataLoader(DATA, 4, sampler=SubsetRandomSampler(range(1, 23))),
+    "weighted": lambda: DataLoader(DATA, 4, sampler=Weighted(torch.arange(1.0, 24), 23)),
+    "subset": lambda: DataLoader(DATA, 4, sampler=Subset(range(1, 23))),
     "batch sampler": lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, False)),
     "draws as it goes": lambda: DataLoader(DATA, batch_sampler=DrawsAsItGoes()),
     "noisy": lambda: DataLoader(Noisy(), 4, True),
@@ -108,7 +105,7 @@ LOADERS = {
 
 
 def without_index(samples):
-    return torch.utils.data.default_collate([sample for sample, _ in samples])
+    return default_collate([sample for sample, _ in samples])
 
 
 def exact():
@@ -116,21 +113,21 @@ def exact():
 
 
 def flow_before():
-    return [fl.FlowWeightingCallback(scoring_dataset=DataLoader(DATA, 4)), fl.ExactResumeCallback()]
+    return [fl.FlowWeightingCallback(scoring_dataset=DataLoader(DATA, 4)), *exact()]
 
 
 def flow_after():
     return flow_before()[::-1]
 
 
-def fit(make_loader, *callbacks, make=Plain, ckpt_path=None, noise=0, val=False, **settings):
-    """Fit from a fixed seed, after drawing some numbers that an unbroken run has not drawn."""
+def fit(make_loader, make_callbacks, *callbacks, make=Plain, ckpt_path=None, val=False, **settings):
+    """Fit from a fixed seed; a resumed fit has drawn some numbers more."""
     seed_everything(3, verbose=False)
-    module, loader = make(), make_loader()
-    torch.rand(noise), np.random.rand(noise), [random.random() for _ in range(noise)]
+    module, loader, drawn = make(), make_loader(), len(list(Path("ckpt").glob("*")))
+    torch.rand(drawn), np.random.rand(drawn), [random.random() for _ in range(drawn)]
     checkpoint = ModelCheckpoint("ckpt", save_last=True, every_n_train_steps=1, save_top_k=0)
     settings = {"max_epochs": 3, "num_sanity_val_steps": 0} | settings
-    trainer = make_trainer(*callbacks, checkpoint, enable_checkpointing=True, **settings)
+    trainer = make_trainer(*make_callbacks(), *callbacks, checkpoint, enable_checkpointing=True, **settings)
     try:
         trainer.fit(module, loader, loader if val else None, ckpt_path=ckpt_path)
     finally:
@@ -140,11 +137,7 @@ def fit(make_loader, *callbacks, make=Plain, ckpt_path=None, noise=0, val=False,
 
 def chain(make_loader, make_callbacks, *kills, **settings):
     """Fit, die, resume from the last checkpoint, and so on; return the module of the last fit."""
-    shutil.rmtree("ckpt", ignore_errors=True)
-    for number, after in enumerate(kills):
-        with suppress(SystemExit):
-            fit(make_loader, *make_callbacks(), Kill(after), ckpt_path="last", noise=number, **settings)
-    return fit(make_loader, *make_callbacks(), ckpt_path="last", noise=len(kills), **settings)
+    return examples.chain(partial(fit, make_loader, make_callbacks, **settings), *kills)
 
 
 def assert_same(found, expected, left):
@@ -155,31 +148,33 @@ def assert_same(found, expected, left):
 
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.filterwarnings("error:.*(resum|twice)")
-def test_a_killed_fit_ends_as_the_unbroken_one(name):
+def test_a_fit_that_is_killed_twice_ends_as_the_unbroken_one(name):
+    """In the middle of the first epoch, and of the next."""
     expected = chain(LOADERS[name], exact)
     total = len(expected.seen)
-    for kills in ((2,), (total // 3 + 4,), (4, total // 3 + 1)):
-        assert_same(chain(LOADERS[name], exact, *kills), expected, total - sum(kills))
+    kills = 4, total // 3 + 1
+    assert_same(chain(LOADERS[name], exact, *kills), expected, total - sum(kills))
 
 
-@pytest.mark.parametrize("callbacks", [flow_before, flow_after])
-@pytest.mark.parametrize("name", ["shuffled", "weighted", "batch sampler", "one worker"])
-def test_flow_weighs_the_right_samples_after_a_kill(name, callbacks):
+@pytest.mark.parametrize(
+    ("name", "callbacks"),
+    [("shuffled", flow_before), ("weighted", flow_after), ("batch sampler", flow_before), ("one worker", flow_before)],
+)
+def test_flow_weighs_the_right_samples_after_two_kills(name, callbacks):
     expected = chain(LOADERS[name], callbacks)
     assert torch.equal(torch.cat(expected.seen), torch.cat(chain(LOADERS[name], exact).seen))
-    for kills in ((2,), (4, 7)):
-        assert_same(chain(LOADERS[name], callbacks, *kills), expected, 3 * BATCHES - sum(kills))
+    assert_same(chain(LOADERS[name], callbacks, 4, 7), expected, 3 * BATCHES - 11)
+
+
+VALIDATED = {"make": Validated, "val": True, "val_check_interval": 2}
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("shuffled", {"make": AsksForSteps}),
-        ("one worker", {"make": AsksForSteps}),
-        ("shuffled", {"make": Validated, "val": True, "val_check_interval": 2}),
-        ("one worker", {"make": Validated, "val": True, "val_check_interval": 2}),
-        ("shuffled", {"reload_dataloaders_every_n_epochs": 1}),
-        ("one worker", {"reload_dataloaders_every_n_epochs": 1}),
+        *[(name, VALIDATED) for name in ("shuffled", "one worker")],
+        *[(name, {"reload_dataloaders_every_n_epochs": 1}) for name in ("shuffled", "one worker")],
         ("shuffled", {"limit_train_batches": 4}),
         ("shuffled", {"max_epochs": -1, "max_steps": 11}),
     ],
@@ -187,33 +182,25 @@ def test_flow_weighs_the_right_samples_after_a_kill(name, callbacks):
 def test_flags_of_the_trainer_and_hooks_of_the_module_change_nothing(name, settings):
     settings = {"max_epochs": 2} | settings
     expected = chain(LOADERS[name], flow_after, **settings)
-    for kills in ((4,), (3, 4)):
-        found = chain(LOADERS[name], flow_after, *kills, **settings)
-        assert_same(found, expected, len(expected.seen) - sum(kills))
+    assert_same(chain(LOADERS[name], flow_after, 3, 4, **settings), expected, len(expected.seen) - 7)
 
 
 def test_accumulation_goes_on_after_the_last_step():
     expected = chain(LOADERS["shuffled"], exact, accumulate_grad_batches=4)
-    for kills, left in (((3,), 18), ((5,), 14), ((9, 1), 12)):
+    for kills, left in (((3,), 18), ((9, 1), 12)):
         assert_same(chain(LOADERS["shuffled"], exact, *kills, accumulate_grad_batches=4), expected, left)
 
 
 def test_a_tuner_in_a_resumed_fit_changes_nothing():
     def tuned():
-        return [LearningRateFinder(num_training_steps=3, update_attr=False), fl.ExactResumeCallback()]
+        return [LearningRateFinder(num_training_steps=3, update_attr=False), *exact()]
 
-    def make():
-        module = Plain()
-        module.learning_rate = 0.05
-        return module
-
-    expected = chain(LOADERS["shuffled"], tuned, make=make)
-    found = chain(LOADERS["shuffled"], tuned, 8, make=make)
+    expected, found = chain(LOADERS["shuffled"], tuned), chain(LOADERS["shuffled"], tuned, 8)
     assert torch.equal(torch.cat(found.seen[-10:]), torch.cat(expected.seen[-10:]))
 
 
 def chain_on_two_processes(name, kills) -> None:
-    module = chain(LOADERS[name], flow_after, *kills, devices=2, strategy="ddp")
+    module = chain(LOADERS[name], flow_after, *kills, devices=2, strategy="ddp", max_epochs=2)
     torch.save((module.state_dict(), torch.cat(module.seen)), f"{torch.distributed.get_rank()}.pt")
 
 
@@ -239,16 +226,12 @@ def test_processes_have_one_order_and_random_transforms_of_their_own():
     assert orders[0] == orders[1] and len(set(drawn)) == 2 * BATCHES
 
 
-def test_epochs_differ_and_the_order_of_two_seeds_does():
-    seen = torch.cat(chain(LOADERS["shuffled"], exact).seen).view(3, 23)
-    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[0].sort().values, seen[1].sort().values)
-
-
-def test_generators_and_loaders_are_as_before_the_fit():
+def test_epochs_differ_and_generators_and_loaders_are_as_before_the_fit():
     generator = own_generator()
     loader = DataLoader(DATA, 4, True, generator=generator)
     own = loader.batch_sampler
-    fit(lambda: loader, *exact())
+    seen = torch.cat(fit(lambda: loader, exact, max_epochs=2).seen).view(2, 23)
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[0].sort().values, seen[1].sort().values)
     assert loader.batch_sampler is own and generator.initial_seed() == 5
 
 
@@ -273,23 +256,23 @@ def test_a_sampler_that_does_not_repeat_itself_is_refused():
 
 def test_without_exact_resume_flow_names_the_line_that_helps_once():
     def flow():
-        return [fl.FlowWeightingCallback()]
+        return flow_before()[:1]
 
     with pytest.warns(UserWarning, match=r"middle of an epoch.*Add flow_lightning.ExactResumeCallback\(\)") as caught:
         chain(LOADERS["shuffled"], flow, 3)
     assert len([one for one in caught if "some samples come twice" in str(one.message)]) == 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chain(LOADERS["shuffled"], flow, 6)  # between two epochs
+        chain(LOADERS["shuffled"], flow, BATCHES)  # between two epochs
         chain(LOADERS["shuffled"], flow_after, 3)
     assert not [one for one in caught if "come twice" in str(one.message)]
 
 
 def test_a_checkpoint_of_a_run_without_exact_resume_is_named():
     with suppress(SystemExit):
-        fit(LOADERS["shuffled"], Kill(3))
+        fit(LOADERS["shuffled"], list, Kill(3))
     with pytest.warns(UserWarning, match="written without ExactResumeCallback"):
-        fit(LOADERS["shuffled"], *exact(), ckpt_path="last")
+        fit(LOADERS["shuffled"], exact, ckpt_path="last")
 
 
 def test_several_training_loaders_are_left_to_lightning():

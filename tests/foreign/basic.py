@@ -1,6 +1,7 @@
 """Lightning's demos, transformers, a table and pairs: projects that need no package beyond those of the tests."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from torch import Generator, Tensor, nn
 
-from tests.foreign.project import CLASSES, QUIET, Project, Task, loader
+from tests.foreign.project import CLASSES, OTHERS, QUIET, Project, Task, fit_elsewhere, loader, mean_of_all, means
 
 WORDS, LENGTH = 30, 6
 
@@ -21,10 +22,12 @@ def demo_transformer() -> LightningModule:
     return module
 
 
-def boring() -> LightningModule:
-    from lightning.pytorch.demos.boring_classes import BoringModel
+def boring(library: str) -> Callable[[], Any]:
+    return lambda: import_module(f"{library}.demos.boring_classes").BoringModel()
 
-    return BoringModel()
+
+def boring_losses(module: Any, x: Any) -> Tensor:
+    return (module(x) - 1).square().mean(1)
 
 
 def demo_losses(module: Any, batch: Any) -> Tensor:
@@ -49,13 +52,8 @@ def transformer(kind: str, **settings: Any) -> Callable[[], LightningModule]:
     return make
 
 
-BERT = {
-    "initializer_range": 0.3,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
+BERT: Any = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BERT["initializer_range"] = 0.3
 
 
 def labelled_text(g: Generator) -> dict[str, Tensor]:
@@ -89,20 +87,8 @@ def token_losses(module: Any, batch: Any, shift: int = 0) -> tuple[Tensor, Tenso
     return losses, labels != -100
 
 
-def token_means(shift: int) -> Any:
-    def means(module: Any, batch: Any) -> Tensor:
-        losses, counts = token_losses(module, batch, shift)
-        return losses.sum(1) / counts.sum(1)
-
-    return means
-
-
-def token_weighted(shift: int) -> Any:
-    def weighted(module: Any, batch: Any, weights: Tensor) -> Tensor:
-        losses, counts = token_losses(module, batch, shift)
-        return (weights[:, None] * losses).sum() / counts.sum()
-
-    return weighted
+def next_token_losses(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    return token_losses(module, batch, 1)
 
 
 class Table(nn.Module):
@@ -161,33 +147,17 @@ def pair_losses(module: Any, batch: Any) -> Tensor:
     return torch.where(batch[2] > 0, 1 - cosine, (cosine + 0.9).clamp_min(0))
 
 
-def other_lightning(module: Any, batches: Any, callbacks: list[Any]) -> None:
-    """Train with the classes of `pytorch_lightning`, which are others than those of `lightning`."""
-    import pytorch_lightning
-
-    datamodule = pytorch_lightning.LightningDataModule()
-    vars(datamodule)["train_dataloader"] = lambda: batches
-    pytorch_lightning.Trainer(callbacks=callbacks, **QUIET).fit(module, datamodule=datamodule)
-
-
 def own_loader(module: Any, batches: Any, callbacks: list[Any]) -> None:
     """Train on what the module itself loads: other random numbers each time."""
     Trainer(callbacks=callbacks, **QUIET).fit(module)
-
-
-def other_boring() -> Any:
-    from pytorch_lightning.demos.boring_classes import BoringModel
-
-    return BoringModel()
 
 
 def hardest() -> LightningModule:
     """Online hard example mining: the mean of the larger half of the losses."""
 
     def step(module: Any, batch: Any) -> Tensor:
-        losses = F.cosine_embedding_loss(
-            module(batch[0]), module(batch[1]), torch.ones(len(batch[0])), reduction="none"
-        )
+        one, two = module(batch[0]), module(batch[1])
+        losses = F.cosine_embedding_loss(one, two, torch.ones(len(one)), reduction="none")
         return losses.topk(max(1, len(losses) // 2)).values.mean()
 
     return Task(nn.Linear(8, 4), step)
@@ -201,90 +171,36 @@ def time_first() -> LightningModule:
     return Task(nn.GRU(3, CLASSES), step)
 
 
+VECTORS, PAIRS = loader(lambda g: torch.randn(32, generator=g)), loader(pair)
+SERIES = loader(lambda g: (torch.randn(8, 3, generator=g), torch.randint(CLASSES, (8,), generator=g)))
+TEXTS, LABELLED, PADDED, TAGGED = (
+    loader(f) for f in (lambda g: (words(g), words(g)), labelled_text, padded_text, tagged_text)
+)
+SEQUENCES = transformer("BertConfig BertForSequenceClassification", num_labels=CLASSES, **BERT)
+TOKENS = transformer("BertConfig BertForTokenClassification", num_labels=CLASSES, **BERT)
+GPT = transformer("GPT2Config GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+BORING, ELSEWHERE = boring("lightning.pytorch"), boring("pytorch_lightning")
+BY_TOKEN, BY_NEXT_TOKEN = ((means(parts), mean_of_all(parts)) for parts in (token_losses, next_token_losses))
+NEW_SAMPLES, BY_TIME = "gives other samples than when they were scored", "its row is not its place in the batch"
+
 PROJECTS = [
-    Project(
-        "lightning",
-        "BoringModel, mse_loss",
-        boring,
-        loader(lambda g: torch.randn(32, generator=g)),
-        lambda module, x: (module(x) - 1).square().mean(1),
-    ),
-    Project(
-        "lightning",
-        "BoringModel, its own train_dataloader",
-        boring,
-        loader(lambda g: torch.randn(32, generator=g)),
-        lambda module, x: (module(x) - 1).square().mean(1),
-        refused="gives other samples than when they were scored",
-        note="the samples are drawn anew at each call",
-        fit=own_loader,
-    ),
+    Project("lightning", "BoringModel, mse_loss", BORING, VECTORS, boring_losses),
+    Project("lightning", "BoringModel, its own train_dataloader", BORING, VECTORS, refused=NEW_SAMPLES, fit=own_loader),
     Project(
         "pytorch-lightning",
         "its BoringModel, LightningDataModule and Trainer",
-        other_boring,
-        loader(lambda g: torch.randn(32, generator=g)),
-        lambda module, x: (module(x) - 1).square().mean(1),
-        fit=other_lightning,
+        ELSEWHERE,
+        VECTORS,
+        boring_losses,
+        fit=fit_elsewhere,
     ),
-    Project(
-        "lightning",
-        "LightningTransformer, nll_loss of tokens",
-        demo_transformer,
-        loader(lambda g: (words(g), words(g))),
-        demo_losses,
-    ),
-    Project(
-        "transformers",
-        "BertForSequenceClassification",
-        transformer("BertConfig BertForSequenceClassification", num_labels=CLASSES, **BERT),
-        loader(labelled_text),
-        label_losses,
-    ),
-    Project(
-        "transformers",
-        "GPT2LMHeadModel, padded",
-        transformer("GPT2Config GPT2LMHeadModel", n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
-        loader(padded_text),
-        token_means(1),
-        token_weighted(1),
-        note="a sample's loss is the mean of its own tokens",
-    ),
-    Project(
-        "transformers",
-        "BertForTokenClassification, padded",
-        transformer("BertConfig BertForTokenClassification", num_labels=CLASSES, **BERT),
-        loader(tagged_text),
-        token_means(0),
-        token_weighted(0),
-    ),
+    Project("lightning", "LightningTransformer, nll_loss of tokens", demo_transformer, TEXTS, demo_losses),
+    Project("transformers", "BertForSequenceClassification", SEQUENCES, LABELLED, label_losses),
+    Project("transformers", "GPT2LMHeadModel, padded", GPT, PADDED, *BY_NEXT_TOKEN),
+    Project("transformers", "BertForTokenClassification, padded", TOKENS, TAGGED, *BY_TOKEN),
     Project("torch", "a table, BCEWithLogitsLoss with pos_weight", table, loader(row), table_losses),
-    Project("torch", "CosineEmbeddingLoss of pairs", pairs, loader(pair), pair_losses),
-    Project(
-        "torch",
-        "the hardest half of a batch",
-        hardest,
-        loader(pair),
-        pair_losses,
-        refused="depends on the others",
-        note="which losses count depends on the others of the batch",
-    ),
-    Project(
-        "torch",
-        "GRU, its losses time by time",
-        time_first,
-        loader(lambda g: (torch.randn(8, 3, generator=g), torch.randint(CLASSES, (8,), generator=g))),
-        pair_losses,
-        refused="its row is not its place in the batch",
-        note="rows of losses in the order of time, not of samples",
-    ),
-    Project(
-        "torch",
-        "contrastive cross_entropy, B x B",
-        contrastive,
-        loader(pair),
-        pair_losses,
-        refused="depends on the others",
-        note="each sample against all others of its batch",
-    ),
+    Project("torch", "CosineEmbeddingLoss of pairs", pairs, PAIRS, pair_losses),
+    Project("torch", "the hardest half of a batch", hardest, PAIRS, refused=OTHERS),
+    Project("torch", "GRU, its losses time by time", time_first, SERIES, refused=BY_TIME),
+    Project("torch", "contrastive cross_entropy, B x B", contrastive, PAIRS, refused=OTHERS),
 ]

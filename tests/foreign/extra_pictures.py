@@ -1,6 +1,7 @@
 """Projects on images, of packages that the tests do not need."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,22 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.foreign.pictures import IMAGE, hard_losses, image
-from tests.foreign.project import CLASSES, QUIET, SIZE, Project, Samples, Task, loader, order
+from tests.foreign.project import (
+    CLASSES,
+    GIVE_LOSSES,
+    ONLY_TRAINS,
+    OTHERS,
+    QUIET,
+    SIZE,
+    Project,
+    Samples,
+    Task,
+    fit_elsewhere,
+    loader,
+    mean_of_all,
+    means,
+    order,
+)
 
 
 def torchgeo(kind: str, **arguments: Any) -> Callable[[], Any]:
@@ -43,17 +59,14 @@ def multilabel_losses(module: Any, batch: Any) -> Tensor:
     return -(y * p.log() + (1 - y) * (1 - p).log()).mean(1)
 
 
-def pixel_losses(module: Any, batch: Any) -> Tensor:
-    """Return the mean over the pixels of each image that are not of class 0, which is ignored."""
+def pixel_losses(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the losses of all pixels; those of class 0 are ignored."""
     y = batch["mask"]
-    losses = F.cross_entropy(module(batch["image"]), y, reduction="none", ignore_index=0)
-    return losses.sum((1, 2)) / (y != 0).sum((1, 2))
+    return F.cross_entropy(module(batch["image"]), y, reduction="none", ignore_index=0), y != 0
 
 
-def pixel_weighted(module: Any, batch: Any, weights: Tensor) -> Tensor:
-    y = batch["mask"]
-    losses = F.cross_entropy(module(batch["image"]), y, reduction="none", ignore_index=0)
-    return (weights[:, None, None] * losses).sum() / (y != 0).sum()
+def squared_errors(module: Any, batch: Any) -> Tensor:
+    return (module(batch["image"]) - batch["label"]).square().mean(1)
 
 
 def detection() -> Any:
@@ -68,14 +81,14 @@ def detection() -> Any:
     return loader(make, collate_fn=collate)
 
 
-def segmentation(loss: str, **arguments: Any) -> Callable[[], Any]:
+def segmentation(loss: str) -> Callable[[], Any]:
     """Return what makes a Unet of segmentation-models-pytorch with one of its losses."""
 
     def make() -> Any:
         import segmentation_models_pytorch as smp
 
         network = smp.Unet("resnet18", encoder_weights=None, classes=1)
-        criterion = getattr(smp.losses, loss)(**arguments)
+        criterion = getattr(smp.losses, loss)(*["binary"] * (loss != "SoftBCEWithLogitsLoss"))
         return Task(network, lambda module, b: criterion(module(b["image"]), b["mask"].float()))
 
     return make
@@ -112,20 +125,22 @@ def linear_losses(module: Any, batch: Any) -> Tensor:
     return hard_losses(module, batch)
 
 
+def flat_network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE * IMAGE, 8))
+
+
 def simclr() -> Any:
     from lightly.loss import NTXentLoss
 
     criterion = NTXentLoss()
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE * IMAGE, 8))
-    return Task(network, lambda module, b: criterion(module(b[0]), module(b[0] + 0.1)))
+    return Task(flat_network(), lambda module, b: criterion(module(b[0]), module(b[0] + 0.1)))
 
 
 def metric_learning() -> Any:
     from pytorch_metric_learning.losses import NTXentLoss
 
     criterion = NTXentLoss()
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE * IMAGE, 8))
-    return Task(network, lambda module, b: criterion(module(b[0]), b[1] % 2))
+    return Task(flat_network(), lambda module, b: criterion(module(b[0]), b[1] % 2))
 
 
 def monai(loss: str) -> Callable[[], Any]:
@@ -143,16 +158,8 @@ def monai(loss: str) -> Callable[[], Any]:
 def dice_ce_weighted(module: Any, batch: Any, weights: Tensor) -> Tensor:
     from monai.losses import DiceLoss
 
-    logits, y = module(batch["image"]), batch["mask"].float()
-    losses = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean((1, 2, 3))
-    return (weights * losses).mean() + DiceLoss(sigmoid=True)(logits, y)
-
-
-def other_trainer(module: Any, batches: Any, callbacks: list[Any]) -> None:
-    """Train with the Trainer of `pytorch_lightning`, which is another class than that of `lightning`."""
-    import pytorch_lightning
-
-    pytorch_lightning.Trainer(callbacks=callbacks, **QUIET).fit(module, batches)
+    dice = DiceLoss(sigmoid=True)(module(batch["image"]), batch["mask"].float())
+    return (weights * binary_pixel_losses(module, batch)).mean() + dice
 
 
 def with_validation(module: Any, batches: Any, callbacks: list[Any]) -> None:
@@ -177,143 +184,33 @@ def anomaly() -> Any:
     )
 
 
-PIXELS = scene(IMAGE, IMAGE, name="mask")
-
-
-BINARY = scene(1, IMAGE, IMAGE, name="mask", kind="binary")
-
+PIXELS, BINARY = scene(IMAGE, IMAGE, name="mask"), scene(1, IMAGE, IMAGE, name="mask", kind="binary")
+CLASSIFIER = torchgeo("ClassificationTask", model="resnet18", num_classes=CLASSES)
+MULTILABEL = torchgeo("ClassificationTask", model="resnet18", task="multilabel", num_labels=3, loss="bce")
+UNET: Any = {"model": "unet", "backbone": "resnet18", "num_classes": CLASSES}
+SEGMENTATION = torchgeo("SemanticSegmentationTask", **UNET, ignore_index=0)
+JACCARD = torchgeo("SemanticSegmentationTask", **UNET, loss="jaccard")
+REGRESSION = torchgeo("RegressionTask", model="resnet18", num_outputs=2)
+DETECTION = torchgeo("ObjectDetectionTask", model="faster-rcnn", backbone="resnet18", num_classes=2)
+BCE, DICE, FOCAL = segmentation("SoftBCEWithLogitsLoss"), segmentation("DiceLoss"), segmentation("FocalLoss")
+GEO = partial(Project, "torchgeo", fit=with_validation)
+UNETS = partial(Project, "segmentation-models-pytorch", loader=BINARY)
 
 PROJECTS = [
-    Project(
-        "torchgeo",
-        "ClassificationTask",
-        torchgeo("ClassificationTask", model="resnet18", num_classes=CLASSES),
-        scene(),
-        label_losses,
-        fit=with_validation,
-    ),
-    Project(
-        "torchgeo",
-        "ClassificationTask, multilabel",
-        torchgeo("ClassificationTask", model="resnet18", task="multilabel", num_labels=3, loss="bce"),
-        scene(3, kind="binary"),
-        multilabel_losses,
-        fit=with_validation,
-    ),
-    Project(
-        "torchgeo",
-        "SemanticSegmentationTask",
-        torchgeo("SemanticSegmentationTask", model="unet", backbone="resnet18", num_classes=CLASSES, ignore_index=0),
-        PIXELS,
-        pixel_losses,
-        pixel_weighted,
-        fit=with_validation,
-    ),
-    Project(
-        "torchgeo",
-        "SemanticSegmentationTask, jaccard",
-        torchgeo("SemanticSegmentationTask", model="unet", backbone="resnet18", num_classes=CLASSES, loss="jaccard"),
-        PIXELS,
-        pixel_losses,
-        refused="Give the losses",
-        note="written in tensor operations, not with a loss of torch",
-        fit=with_validation,
-    ),
-    Project(
-        "torchgeo",
-        "RegressionTask",
-        torchgeo("RegressionTask", model="resnet18", num_outputs=2),
-        scene(2, kind="number"),
-        lambda m, b: (m(b["image"]) - b["label"]).square().mean(1),
-        fit=with_validation,
-    ),
-    Project(
-        "torchgeo",
-        "ObjectDetectionTask",
-        torchgeo("ObjectDetectionTask", model="faster-rcnn", backbone="resnet18", num_classes=2),
-        detection(),
-        label_losses,
-        refused="fails in evaluation mode",
-        note="in evaluation mode the network gives boxes, no losses",
-        fit=with_validation,
-    ),
-    Project(
-        "segmentation-models-pytorch",
-        "Unet, SoftBCEWithLogitsLoss",
-        segmentation("SoftBCEWithLogitsLoss"),
-        BINARY,
-        binary_pixel_losses,
-    ),
-    Project(
-        "segmentation-models-pytorch",
-        "Unet, DiceLoss",
-        segmentation("DiceLoss", mode="binary"),
-        BINARY,
-        dice_by_hand,
-        refused="Give the losses",
-        note="written in tensor operations, not with a loss of torch",
-    ),
-    Project(
-        "segmentation-models-pytorch",
-        "Unet, DiceLoss of each image as sample_losses",
-        segmentation("DiceLoss", mode="binary"),
-        BINARY,
-        dice_by_hand,
-        arguments={"sample_losses": image_dice},
-    ),
-    Project(
-        "segmentation-models-pytorch",
-        "Unet, FocalLoss",
-        segmentation("FocalLoss", mode="binary"),
-        BINARY,
-        dice_by_hand,
-        refused="Give the losses",
-        note="not linear in the losses that it calls",
-    ),
-    Project("lightly", "LinearClassifier", linear_probe, loader(image), linear_losses, fit=other_trainer),
-    Project(
-        "lightly",
-        "NTXentLoss",
-        simclr,
-        loader(image),
-        hard_losses,
-        refused="depends on the others",
-        note="each sample against all others of its batch",
-    ),
-    Project(
-        "pytorch-metric-learning",
-        "NTXentLoss",
-        metric_learning,
-        loader(image),
-        hard_losses,
-        refused="Give the losses",
-        note="each sample against all others of its batch",
-    ),
-    Project(
-        "monai",
-        "UNet, DiceLoss",
-        monai("DiceLoss"),
-        BINARY,
-        dice_by_hand,
-        refused="Give the losses",
-        note="written in tensor operations, not with a loss of torch",
-    ),
-    Project(
-        "monai",
-        "UNet, DiceCELoss",
-        monai("DiceCELoss"),
-        BINARY,
-        binary_pixel_losses,
-        dice_ce_weighted,
-        note="the dice term is no loss of torch: it is not weighted, and the callback says so",
-    ),
-    Project(
-        "anomalib",
-        "Ganomaly",
-        anomaly,
-        anomaly_loader,
-        label_losses,
-        refused="fails in evaluation mode",
-        note="in evaluation mode the network gives scores, no images",
-    ),
+    GEO("ClassificationTask", CLASSIFIER, scene(), label_losses),
+    GEO("ClassificationTask, multilabel", MULTILABEL, scene(3, kind="binary"), multilabel_losses),
+    GEO("SemanticSegmentationTask", SEGMENTATION, PIXELS, means(pixel_losses), mean_of_all(pixel_losses)),
+    GEO("SemanticSegmentationTask, jaccard", JACCARD, PIXELS, refused=GIVE_LOSSES),
+    GEO("RegressionTask", REGRESSION, scene(2, kind="number"), squared_errors),
+    GEO("ObjectDetectionTask", DETECTION, detection(), refused=ONLY_TRAINS),
+    UNETS("Unet, SoftBCEWithLogitsLoss", BCE, losses=binary_pixel_losses),
+    UNETS("Unet, DiceLoss", DICE, refused=GIVE_LOSSES),
+    UNETS("Unet, DiceLoss of each image as sample_losses", DICE, losses=dice_by_hand, sample_losses=image_dice),
+    UNETS("Unet, FocalLoss", FOCAL, refused=GIVE_LOSSES),
+    Project("lightly", "LinearClassifier", linear_probe, loader(image), linear_losses, fit=fit_elsewhere),
+    Project("lightly", "NTXentLoss", simclr, loader(image), refused=OTHERS),
+    Project("pytorch-metric-learning", "NTXentLoss", metric_learning, loader(image), refused=GIVE_LOSSES),
+    Project("monai", "UNet, DiceLoss", monai("DiceLoss"), BINARY, refused=GIVE_LOSSES),
+    Project("monai", "UNet, DiceCELoss", monai("DiceCELoss"), BINARY, binary_pixel_losses, dice_ce_weighted),
+    Project("anomalib", "Ganomaly", anomaly, anomaly_loader, refused=ONLY_TRAINS),
 ]

@@ -1,6 +1,7 @@
 """Projects on graphs, series, sentences and speech, of packages that the tests do not need."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from tests.foreign.basic import BERT
-from tests.foreign.project import CLASSES, QUIET, SIZE, Project, Task, loader, order
+from tests.foreign.project import CLASSES, GIVE_LOSSES, QUIET, SIZE, Project, Task, loader, mean_of_all, means, order
 
 
 def graph_loader() -> Any:
@@ -32,9 +33,7 @@ def graphs(pooled: bool) -> Callable[[], Any]:
 
         def step(module: Any, batch: Any) -> Tensor:
             out = module(batch.x, batch.edge_index)
-            return F.cross_entropy(
-                global_mean_pool(out, batch.batch) if pooled else out, batch.y if pooled else batch.nodes
-            )
+            return F.cross_entropy(*(global_mean_pool(out, batch.batch), batch.y) if pooled else (out, batch.nodes))
 
         return Task(GIN(4, 8, 2, CLASSES, dropout=0.1), step)
 
@@ -135,14 +134,17 @@ def sentence_pair(g: Generator) -> dict[str, Any]:
     return {"one": one, "two": two, "label": torch.rand((), generator=g)}
 
 
-def cosine_losses(module: Any, batch: Any) -> Tensor:
+def similarities(module: Any, batch: Any) -> Tensor:
     one, two = (module.network.model(batch[name])["sentence_embedding"] for name in ("one", "two"))
-    return (F.cosine_similarity(one, two) - batch["label"]).square()
+    return F.cosine_similarity(one, two)
+
+
+def cosine_losses(module: Any, batch: Any) -> Tensor:
+    return (similarities(module, batch) - batch["label"]).square()
 
 
 def contrastive_losses(module: Any, batch: Any) -> Tensor:
-    one, two = (module.network.model(batch[name])["sentence_embedding"] for name in ("one", "two"))
-    far, y = 1 - F.cosine_similarity(one, two), batch["label"]
+    far, y = 1 - similarities(module, batch), batch["label"]
     return 0.5 * (y * far.square() + (1 - y) * (0.5 - far).relu().square())
 
 
@@ -159,26 +161,13 @@ def speech() -> Any:
 
 def utterance(g: Generator) -> dict[str, Tensor]:
     length = int(torch.randint(2, 9, (), generator=g)) / 8
-    return {
-        "x": torch.randn(8, 4, generator=g),
-        "y": torch.randint(CLASSES, (8,), generator=g),
-        "length": torch.tensor(length),
-    }
+    x, y = torch.randn(8, 4, generator=g), torch.randint(CLASSES, (8,), generator=g)
+    return {"x": x, "y": y, "length": torch.tensor(length)}
 
 
 def speech_losses(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
     losses = F.cross_entropy(module(batch["x"])[0].transpose(1, 2), batch["y"], reduction="none")
     return losses, torch.arange(8) < (8 * batch["length"]).round()[:, None]
-
-
-def speech_means(module: Any, batch: Any) -> Tensor:
-    losses, mask = speech_losses(module, batch)
-    return (losses * mask).sum(1) / mask.sum(1)
-
-
-def speech_weighted(module: Any, batch: Any, weights: Tensor) -> Tensor:
-    losses, mask = speech_losses(module, batch)
-    return (weights[:, None] * losses * mask).sum() / mask.sum()
 
 
 def molecules() -> Any:
@@ -207,12 +196,8 @@ def darts_fit(kind: str, series: Any, callbacks: list[Any]) -> None:
     """Train as darts does: it makes module, loader and Trainer itself."""
     import darts.models
 
-    model = getattr(darts.models, kind)(
-        input_chunk_length=6,
-        output_chunk_length=2,
-        batch_size=SIZE,
-        pl_trainer_kwargs={**QUIET, "callbacks": callbacks},
-    )
+    settings = {**QUIET, "callbacks": callbacks}
+    model = getattr(darts.models, kind)(6, 2, batch_size=SIZE, pl_trainer_kwargs=settings)
     model.fit(series, dataloader_kwargs={"sampler": order(len(series) - 7), "shuffle": False})
 
 
@@ -227,78 +212,33 @@ def chunk_losses(module: Any, batch: Any) -> Tensor:
     return (out - batch.future_target).square().mean((1, 2))
 
 
+PAIRS, CONTRASTIVE = loader(sentence_pair), sentences("ContrastiveLoss")
+QUANTILES, POISSON = forecaster("QuantileLoss"), forecaster("PoissonLoss")
+GRAPHS = partial(Project, "torch-geometric", loader=graph_loader)
+FORECASTS = partial(Project, "pytorch-forecasting", loader=series_loader)
+SENTENCES = partial(Project, "sentence-transformers", loader=PAIRS)
+DARTS = partial(Project, "darts", loader=series, losses=chunk_losses, fit=darts_fit)
+BY_STEP = (means(speech_losses), mean_of_all(speech_losses))
+
 PROJECTS = [
-    Project("torch-geometric", "GIN, one class for each graph", graphs(True), graph_loader, graph_losses),
-    Project(
-        "torch-geometric",
-        "GIN, one class for each node",
-        graphs(False),
-        graph_loader,
-        graph_losses,
-        refused="Give the losses",
-        note="graphs have different numbers of nodes",
-    ),
-    Project(
-        "pytorch-forecasting",
-        "TemporalFusionTransformer, PoissonLoss",
-        forecaster("PoissonLoss"),
-        series_loader,
-        poisson_losses,
-        refused="FLOW needs losses >= 0",
-        note="negative losses",
-    ),
-    Project(
-        "pytorch-forecasting",
-        "TemporalFusionTransformer, QuantileLoss",
-        forecaster("QuantileLoss"),
-        series_loader,
-        quantiles_by_hand,
-        refused="Give the losses",
-        note="written in tensor operations, not with a loss of torch",
-    ),
-    Project(
-        "pytorch-forecasting",
+    GRAPHS("GIN, one class for each graph", graphs(True), losses=graph_losses),
+    GRAPHS("GIN, one class for each node", graphs(False), refused=GIVE_LOSSES),
+    FORECASTS("TemporalFusionTransformer, PoissonLoss", POISSON, refused="FLOW needs losses >= 0"),
+    FORECASTS("TemporalFusionTransformer, QuantileLoss", QUANTILES, refused=GIVE_LOSSES),
+    FORECASTS(
         "TemporalFusionTransformer, QuantileLoss as sample_losses",
-        forecaster("QuantileLoss"),
-        series_loader,
-        quantiles_by_hand,
-        arguments={"sample_losses": quantile_losses},
+        QUANTILES,
+        losses=quantiles_by_hand,
+        sample_losses=quantile_losses,
     ),
-    Project(
-        "sentence-transformers",
-        "CosineSimilarityLoss",
-        sentences("CosineSimilarityLoss"),
-        loader(sentence_pair),
-        cosine_losses,
+    SENTENCES("CosineSimilarityLoss", sentences("CosineSimilarityLoss"), losses=cosine_losses),
+    SENTENCES("ContrastiveLoss of pairs", CONTRASTIVE, refused=GIVE_LOSSES),
+    SENTENCES(
+        "ContrastiveLoss as sample_losses", CONTRASTIVE, losses=contrastive_losses, sample_losses=contrastive_losses
     ),
-    Project(
-        "sentence-transformers",
-        "ContrastiveLoss of pairs",
-        sentences("ContrastiveLoss"),
-        loader(sentence_pair),
-        contrastive_losses,
-        refused="Give the losses",
-        note="written in tensor operations, not with a loss of torch",
-    ),
-    Project(
-        "sentence-transformers",
-        "ContrastiveLoss as sample_losses",
-        sentences("ContrastiveLoss"),
-        loader(sentence_pair),
-        contrastive_losses,
-        arguments={"sample_losses": contrastive_losses},
-    ),
-    Project(
-        "sentence-transformers",
-        "MultipleNegativesRankingLoss",
-        sentences("MultipleNegativesRankingLoss"),
-        loader(sentence_pair),
-        cosine_losses,
-        refused="Give the losses",
-        note="each sample against all others of its batch",
-    ),
-    Project("speechbrain", "GRU, nll_loss with lengths", speech, loader(utterance), speech_means, speech_weighted),
-    Project("darts", "NLinearModel, MSELoss", lambda: "NLinearModel", series, chunk_losses, fit=darts_fit),
-    Project("darts", "TiDEModel, MSELoss", lambda: "TiDEModel", series, chunk_losses, fit=darts_fit),
+    SENTENCES("MultipleNegativesRankingLoss", sentences("MultipleNegativesRankingLoss"), refused=GIVE_LOSSES),
+    Project("speechbrain", "GRU, nll_loss with lengths", speech, loader(utterance), *BY_STEP),
+    DARTS("NLinearModel, MSELoss", lambda: "NLinearModel"),
+    DARTS("TiDEModel, MSELoss", lambda: "TiDEModel"),
     Project("chemprop", "MPNN, MSE", molecular, molecules, molecule_losses),
 ]

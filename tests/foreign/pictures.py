@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Generator, Tensor, nn
 
-from tests.foreign.project import CLASSES, Project, Task, loader
+from tests.foreign.project import CLASSES, GIVE_LOSSES, ONLY_TRAINS, OTHERS, Project, Task, loader
 
 IMAGE = 32
 
@@ -17,7 +17,7 @@ def image(g: Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(3, IMAGE, IMAGE, generator=g), torch.randint(CLASSES, (), generator=g)
 
 
-def torchvision_reference() -> LightningModule:
+def resnet_18() -> LightningModule:
     import torchvision
 
     network = torchvision.models.resnet18(num_classes=CLASSES)
@@ -44,27 +44,17 @@ def mix(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return share * x + (1 - share) * x[other], share * y + (1 - share) * y[other]
 
 
-def mixup_in_training() -> LightningModule:
+def mixup(always: bool) -> Callable[[], LightningModule]:
     def step(module: Any, batch: Any) -> Tensor:
-        x, y = mix(*batch) if module.training else batch
+        x, y = mix(*batch) if always or module.training else batch
         return F.cross_entropy(module(x), y)
 
-    return Task(timm_network(), step)
+    return lambda: Task(timm_network(), step)
 
 
 def mixup_losses(module: Any, batch: Any) -> Tensor:
-    if not module.training:
-        return -module(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).squeeze(1)
-    x, y = mix(*batch)
+    x, y = mix(*batch) if module.training else (batch[0], F.one_hot(batch[1], CLASSES))
     return -(y * module(x).log_softmax(1)).sum(1)
-
-
-def mixup_always() -> LightningModule:
-    def step(module: Any, batch: Any) -> Tensor:
-        x, y = mix(*batch)
-        return F.cross_entropy(module(x), y)
-
-    return Task(timm_network(), step)
 
 
 def timm_mixup() -> Any:
@@ -123,11 +113,10 @@ def only_trains() -> LightningModule:
 def focal() -> Any:
     from torchvision.ops import sigmoid_focal_loss
 
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE * IMAGE, CLASSES))
-    return Task(
-        network,
-        lambda module, b: sigmoid_focal_loss(module(b[0]), F.one_hot(b[1], CLASSES).float(), reduction="mean"),
-    )
+    def step(module: Any, b: Any) -> Tensor:
+        return sigmoid_focal_loss(module(b[0]), F.one_hot(b[1], CLASSES).float(), reduction="mean")
+
+    return Task(nn.Sequential(nn.Flatten(), nn.Linear(3 * IMAGE * IMAGE, CLASSES)), step)
 
 
 def focal_losses(module: Any, batch: Any) -> Tensor:
@@ -152,77 +141,32 @@ def focal_parts(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return torch.where(y == 1, 0.25, 0.75) * (1 - p).square(), -p.log()
 
 
+IMAGES, MIX_TRAINING, MIX_ALWAYS = loader(image), mixup(always=False), mixup(always=True)
+BINARY, SOFT = timm_recipe("BinaryCrossEntropy"), timm_recipe("SoftTargetCrossEntropy")
+IN_TRAINING = "test_resnet, mixup in training, cross_entropy of soft targets"
+
 PROJECTS = [
-    Project(
-        "torchvision",
-        "ResNet-18, cross_entropy with label smoothing",
-        torchvision_reference,
-        loader(image),
-        smoothed_losses,
-    ),
-    Project(
-        "timm",
-        "test_resnet, mixup in training, cross_entropy of soft targets",
-        mixup_in_training,
-        loader(image),
-        mixup_losses,
-        note="a mixed image has the weight of the sample in its row",
-    ),
-    Project(
-        "timm",
-        "test_resnet, Mixup, BinaryCrossEntropy",
-        timm_recipe("BinaryCrossEntropy"),
-        loader(image),
-        mixed_binary_losses,
-    ),
-    Project(
-        "timm",
-        "test_resnet, Mixup, SoftTargetCrossEntropy",
-        timm_recipe("SoftTargetCrossEntropy"),
-        loader(image),
-        hard_losses,
-        refused="Give the losses yourself",
-        note="written in tensor operations, not with a loss of torch",
-    ),
+    Project("torchvision", "ResNet-18, cross_entropy with label smoothing", resnet_18, IMAGES, smoothed_losses),
+    Project("timm", IN_TRAINING, MIX_TRAINING, IMAGES, mixup_losses),
+    Project("timm", "test_resnet, Mixup, BinaryCrossEntropy", BINARY, IMAGES, mixed_binary_losses),
+    Project("timm", "test_resnet, Mixup, SoftTargetCrossEntropy", SOFT, IMAGES, refused=GIVE_LOSSES),
     Project(
         "timm",
         "test_resnet, SoftTargetCrossEntropy as sample_losses",
-        timm_recipe("SoftTargetCrossEntropy"),
-        loader(image),
+        SOFT,
+        IMAGES,
         hard_losses,
-        arguments={"sample_losses": soft_target_losses},
+        sample_losses=soft_target_losses,
     ),
-    Project(
-        "timm",
-        "test_resnet, mixup in evaluation, too",
-        mixup_always,
-        loader(image),
-        hard_losses,
-        refused="depends on the others",
-        note="mixup only `if self.training` is one line",
-    ),
-    Project(
-        "torch",
-        "a network with other outputs in evaluation mode",
-        only_trains,
-        loader(image),
-        hard_losses,
-        refused="fails in evaluation mode",
-    ),
-    Project(
-        "torchvision",
-        "sigmoid_focal_loss",
-        focal,
-        loader(image),
-        scored_focal_losses,
-        note="scored: the mean of the elements, weighted by their focal factors",
-    ),
+    Project("timm", "test_resnet, mixup in evaluation, too", MIX_ALWAYS, IMAGES, refused=OTHERS),
+    Project("torch", "a network with other outputs in evaluation mode", only_trains, IMAGES, refused=ONLY_TRAINS),
+    Project("torchvision", "sigmoid_focal_loss", focal, IMAGES, scored_focal_losses),
     Project(
         "torchvision",
         "sigmoid_focal_loss as sample_losses",
         focal,
-        loader(image),
+        IMAGES,
         focal_losses,
-        arguments={"sample_losses": own_focal_losses},
+        sample_losses=own_focal_losses,
     ),
 ]

@@ -1,9 +1,8 @@
 """One project that is not ours: how it trains, what its losses are by hand, and how far FLOW is from that."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,10 @@ class Project:
         name: Of the module and its loss.
         module: Makes the module.
         loader: Makes the loader that it trains on, with a list as its sampler.
-        losses: Of module and batch, by hand, `[B]`.
+        losses: Of module and batch, by hand, `[B]`; none where a module is refused.
         weighted: Of module, batch and weights, by hand; by default `mean(w l)`.
-        arguments: Of the callback: what needs a second line.
+        sample_losses: What the callback gets as a second line.
         refused: Words of the error, where a module is refused.
-        note: What a reader should know.
         fit: Trains module and loader with callbacks, where that is not Lightning's own Trainer.
     """
 
@@ -38,37 +36,19 @@ class Project:
     name: str
     module: Callable[[], Any]
     loader: Callable[[], Any]
-    losses: Callable[[Any, Any], Tensor]
+    losses: Callable[[Any, Any], Tensor] | None = None
     weighted: Callable[[Any, Any, Tensor], Tensor] | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    sample_losses: Callable[[Any, Any], Tensor] | None = None
     refused: str = ""
-    note: str = ""
     fit: Callable[[Any, Any, list[Any]], Any] | None = None
 
-    @property
-    def version(self) -> str:
-        return version(self.package)
 
-    @property
-    def lines(self) -> int:
-        return 1 + bool(self.arguments)
-
-
-@dataclass
-class Errors:
-    """The largest errors of losses and gradient, relative to the largest loss and the largest gradient."""
-
-    losses: float
-    gradient: float
+#: Words of the errors that refuse many modules.
+GIVE_LOSSES, OTHERS, ONLY_TRAINS = "Give the losses yourself", "depends on the others", "fails in evaluation mode"
 
 
 class Task(LightningModule):
-    """A network of a package, and a training step as users write it.
-
-    Args:
-        network: The network.
-        step: Computes the loss of module and batch.
-    """
+    """A network of a package, and a training step as users write it; `step` gives the loss of module and batch."""
 
     def __init__(self, network: nn.Module, step: Callable[[Any, Any], Tensor]) -> None:
         super().__init__()
@@ -109,13 +89,17 @@ class FirstStep(Callback):
             self.gradients = [None if p.grad is None else p.grad.clone() for p in pl_module.parameters()]
 
 
-def measure(project: Project) -> Errors:
-    """Fit with FLOW weights, and compare losses and the first step with what is computed by hand."""
+def measure(project: Project) -> tuple[float, float]:
+    """Fit with FLOW weights, and compare with what is computed by hand; return the largest errors, as shares.
+
+    The first is that of the losses, relative to the largest loss, the second that of the first step's gradient.
+    """
     torch.manual_seed(0)
     module, batches = project.module(), project.loader()
-    flow, first = fl.FlowWeightingCallback(**project.arguments), FirstStep()
+    flow, first = fl.FlowWeightingCallback(sample_losses=project.sample_losses), FirstStep()
     torch.manual_seed(1)
     (project.fit or fit)(module, batches, [flow, first])
+    assert project.losses is not None, "not refused"
     frozen, twin, loader = copy.deepcopy(first.module).eval(), first.module.train(), first.loader
     assert not (set(vars(first.fitted)) - set(vars(twin))) & {"training_step", "sample_losses", "sample_weights", "log"}
     with torch.no_grad():
@@ -126,20 +110,16 @@ def measure(project: Project) -> Errors:
     torch.testing.assert_close(weights, (-flow.weights.losses[order] / flow.weights.temperature).exp())
     torch.set_rng_state(first.random[0])
     np.random.set_state(first.random[1])
-    if project.weighted is not None:
-        loss = project.weighted(twin, first.batch, weights)
-    else:
-        loss = (weights * project.losses(twin, first.batch)).mean()
-    loss.backward()
+    weighted = project.weighted or (lambda module, batch, weights: (weights * project.losses(module, batch)).mean())
+    weighted(twin, first.batch, weights).backward()
     pairs = [(a, b.grad) for a, b in zip(first.gradients, twin.parameters())]
     assert all((a is None) == (b is None) for a, b in pairs)
     mine, theirs = (torch.cat([pair[i].flatten() for pair in pairs if pair[0] is not None]) for i in (0, 1))
-    return Errors(_apart(flow.weights.losses, torch.cat(each).float()), _apart(mine, theirs))
+    return _apart(flow.weights.losses, torch.cat(each).float()), _apart(mine, theirs)
 
 
-def fit(module: LightningModule, loader: Any, callbacks: list[Callback]) -> None:
-    """Train for two epochs with Lightning's own Trainer."""
-    Trainer(callbacks=callbacks, **QUIET).fit(module, loader)
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
 
 
 QUIET: dict[str, Any] = {
@@ -150,6 +130,43 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_checkpointing": False,
 }
+
+
+def fit(module: LightningModule, loader: Any, callbacks: list[Callback]) -> None:
+    """Train for two epochs with Lightning's own Trainer."""
+    Trainer(callbacks=callbacks, **QUIET).fit(module, loader)
+
+
+def fit_elsewhere(module: Any, loader: Any, callbacks: list[Any]) -> None:
+    """Train with the classes of `pytorch_lightning`, which are others than those of `lightning`."""
+    import pytorch_lightning
+
+    datamodule = pytorch_lightning.LightningDataModule()
+    vars(datamodule)["train_dataloader"] = lambda: loader
+    pytorch_lightning.Trainer(callbacks=callbacks, **QUIET).fit(module, datamodule=datamodule)
+
+
+Parts = Callable[[Any, Any], tuple[Tensor, Tensor]]
+
+
+def means(parts: Parts) -> Callable[[Any, Any], Tensor]:
+    """Return each sample's mean over its own elements; `parts` gives losses and which of them count, `[B, ...]`."""
+
+    def losses(module: Any, batch: Any) -> Tensor:
+        losses, counts = (part.flatten(1) for part in parts(module, batch))
+        return (losses * counts).sum(1) / counts.sum(1)
+
+    return losses
+
+
+def mean_of_all(parts: Parts) -> Callable[[Any, Any, Tensor], Tensor]:
+    """Return the mean over all elements of the batch, each with the weight of its sample."""
+
+    def weighted(module: Any, batch: Any, weights: Tensor) -> Tensor:
+        losses, counts = (part.flatten(1) for part in parts(module, batch))
+        return (weights[:, None] * losses * counts).sum() / counts.sum()
+
+    return weighted
 
 
 class Samples(Dataset[Any]):
@@ -179,7 +196,3 @@ def loader(make: Callable[[torch.Generator], Any], n: int = 10, **arguments: Any
 def order(n: int) -> list[int]:
     """Return a shuffled order that is always the same."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(3)).tolist()
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())

@@ -24,23 +24,23 @@ QUESTIONS = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two local multiple-choice tasks, which differ in their name only, and one that has a perplexity."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    data = folder / "questions.jsonl"
+    """Two local multiple-choice tasks, which differ in their name only."""
+    data, task = tmp_path / "tasks" / "questions.jsonl", {"test_split": "test", "dataset_path": "json"}
+    data.parent.mkdir()
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
-    choice = (
-        'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_target: label\ndoc_to_choice: choices\n'
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
+    task |= {
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    task |= {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "label",
+        "doc_to_choice": "choices",
+    }
     for name in ("tiny", "tiny_too"):
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{choice}")
-    (folder / "words.yaml").write_text(
-        f"task: words\n{common}output_type: loglikelihood\n"
-        'doc_to_text: "{{question}}"\ndoc_to_target: "{{choices[label]}}"\nmetric_list: [{metric: perplexity}]\n'
-    )
-    return str(folder)
+        (data.parent / f"{name}.yaml").write_text(json.dumps(task | {"task": name}))  # JSON is YAML, too
+    return str(data.parent)
 
 
 @torch.no_grad()
@@ -117,9 +117,11 @@ def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
         measured(HarnessTasks(["helaswag"]))
 
 
-def test_a_task_without_a_score_is_named(folder):
-    with pytest.raises(ValueError, match=r"'words' has no metric .* but \['perplexity,none'\]"):
-        measured(HarnessTasks(["words"], tasks_path=folder))
+def test_a_task_without_a_score_is_named(folder, monkeypatch):
+    results = {"tiny": {"alias": "tiny", "perplexity,none": 3.0, "perplexity_stderr,none": "N/A"}}
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *args, **settings: {"results": results})
+    with pytest.raises(ValueError, match=r"'tiny' has no metric .* but \['perplexity,none'\]"):
+        measured(HarnessTasks(["tiny"], tasks_path=folder))
 
 
 def test_a_model_in_shards_is_refused():

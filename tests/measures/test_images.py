@@ -1,7 +1,6 @@
 """Accuracy, agreement and divergence, each against another way to get there."""
 
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,33 +17,23 @@ import flow_lightning as fl
 from flow_lightning.measures import PretrainedImages, TargetAccuracy
 from flow_lightning.measures.images import target_outcomes
 from flow_lightning.report.metrics import METRICS, read_metrics, write_metrics
+from tests import retention
 from tests.images import Pictures
 from tests.processes import launch
-from tests.retention import (
-    CLASSES,
-    IMAGES,
-    SIZE,
-    TrainingOnly,
-    image_fit,
-    image_module,
-    labelled_images,
-    logits,
-    pretrained,
-    unlabelled_images,
-)
+from tests.retention import TrainingOnly, image_fit, image_module, labelled_images, logits, unlabelled_images
 
 CONFIG = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 
 
 def measure_images(path, **settings):
-    measures = [TargetAccuracy(), PretrainedImages(path, image_size=SIZE, batch_size=3)]
+    measures = [TargetAccuracy(), PretrainedImages(path, image_size=retention.SIZE, batch_size=3)]
     module, _ = image_fit(fl.RetentionCallback(measures=measures), **settings)
     return module, read_metrics("run/metrics.json")
 
 
 def original(module, batch_norm):
     """Rebuild the fine-tuned body with the pre-trained head (and BatchNorm layers) by parameter names alone."""
-    model = pretrained()
+    model = retention.pretrained()
     kept = [name for name, layer in model.named_modules() if batch_norm and isinstance(layer, torch.nn.BatchNorm2d)]
     trained = module.model.state_dict().items()
     state = {name: value for name, value in trained if name.rpartition(".")[0] not in ["fc", *kept]}
@@ -58,10 +47,10 @@ def test_accuracy_is_measured_before_and_after_with_both_kinds_of_batch_norm(tmp
     labels = np.loadtxt(path, int, delimiter=",", skiprows=1, usecols=1)
 
     def accuracy(model, k):
-        return top_k_accuracy_score(labels, logits(model, path), k=k, labels=range(CLASSES))
+        return top_k_accuracy_score(labels, logits(model, path), k=k, labels=range(retention.CLASSES))
 
     for key, model in {
-        "retention/before/top{}": pretrained(),
+        "retention/before/top{}": retention.pretrained(),
         "retention/after/top{}": original(module, batch_norm=False),
         "retention/after/top{}_original_bn": original(module, batch_norm=True),
     }.items():
@@ -75,7 +64,7 @@ def test_accuracy_is_measured_before_and_after_with_both_kinds_of_batch_norm(tmp
 def test_without_labels_agreement_and_kl_are_measured(tmp_path):
     path = unlabelled_images(tmp_path)
     module, metrics = measure_images(path)
-    reference = logits(pretrained(), path)
+    reference = logits(retention.pretrained(), path)
     for kind, batch_norm in (("", False), ("_original_bn", True)):
         now = logits(original(module, batch_norm), path)
         p, q = (torch.from_numpy(x).softmax(1).numpy() for x in (reference, now))
@@ -114,7 +103,7 @@ def test_without_test_set_only_the_pretrained_task_is_measured(tmp_path):
 
 def test_without_batch_norm_both_kinds_are_equal(tmp_path):
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", pretrained=False, num_classes=CLASSES, img_size=SIZE)
+    model = timm.create_model("test_vit", pretrained=False, num_classes=retention.CLASSES, img_size=retention.SIZE)
     module = fl.ImageClassificationModule(model, num_classes=3, learning_rate=0.05)
     _, metrics = measure_images(unlabelled_images(tmp_path), module=module)
     for name in ("agreement", "kl"):
@@ -128,26 +117,24 @@ def measure_still(path, **settings):
     return {key: value for key, value in metrics.items() if "time/" not in key}
 
 
-def measure_in_shards(*paths):
-    for path in paths:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        metrics = measure_still(path, devices=2, strategy=strategy)
-        write_metrics(f"{Path(path).name}.json", metrics)
+def measure_in_shards(path):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    write_metrics("shards.json", measure_still(path, devices=2, strategy=strategy))
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    paths = [labelled_images(tmp_path), str(tmp_path / "images")]
-    launch(measure_in_shards, *paths)
-    for path in paths:
+    labelled, unlabelled = labelled_images(tmp_path), str(tmp_path / "images")
+    launch(measure_in_shards, unlabelled)
+    two = [measure_still(path, devices=2, strategy="ddp_fork") for path in (labelled, unlabelled)]
+    for path, metrics in zip((labelled, unlabelled, unlabelled), (*two, read_metrics("shards.json"))):
         one = measure_still(path)
-        assert measure_still(path, devices=2, strategy="ddp_fork") == pytest.approx(one, abs=1e-6)
-        assert read_metrics(f"{Path(path).name}.json") == pytest.approx(one, abs=1e-6)
+        assert metrics == pytest.approx(one, abs=1e-6)
         assert {"target/hard_top1", "retention/samples", "average"} < set(one)
 
 
 def test_more_processes_than_images(tmp_path):
     path = unlabelled_images(tmp_path)
-    for number in range(1, IMAGES):
+    for number in range(1, retention.IMAGES):
         (tmp_path / "images" / f"{number}.png").unlink()
     assert measure_still(path, devices=2, strategy="ddp_fork")["retention/samples"] == 1
 

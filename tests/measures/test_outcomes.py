@@ -29,23 +29,15 @@ def test_halves_have_no_group_in_common_and_are_the_same_in_every_run(most):
     assert (one, other) == halves(groups, most) and one == sorted(one) and one != list(range(len(one)))
 
 
-@pytest.mark.parametrize(("workers", "reads"), [(0, 6), (1, 0)])
-def test_a_sample_is_read_once(workers, reads):
+@pytest.mark.parametrize(("workers", "memory", "reads"), [(0, 2**30, 6), (1, 2**30, 0), (0, 200, 2 + 3 * 4)])
+def test_a_sample_is_read_once_while_there_is_memory(monkeypatch, workers, memory, reads):
     """Workers read it each time, in processes of their own."""
-    dataset, outcomes = Counting([{"x": torch.ones(2)}] * 6), StepOutcomes()
+    monkeypatch.setattr("flow_lightning.measures.outcomes._MEMORY", memory)
+    dataset, outcomes = Counting([(torch.ones(16), 1)] * 6), StepOutcomes()
     outcomes.take(DataLoader(dataset, batch_size=4, num_workers=workers))
     for _ in range(3):
-        assert [len(batch["x"]) for batch in outcomes.loader] == [4, 2]
+        assert [len(x) for x, _ in outcomes.loader] == [4, 2]
     assert dataset.reads == reads
-
-
-def test_samples_beyond_the_memory_are_read_each_time(monkeypatch):
-    monkeypatch.setattr("flow_lightning.measures.outcomes._MEMORY", 200)
-    dataset, outcomes = Counting([(torch.ones(16), 1)] * 6), StepOutcomes()
-    outcomes.take(DataLoader(dataset, batch_size=4))
-    for _ in range(3):
-        list(outcomes.loader)
-    assert dataset.reads == 2 + 3 * 4
 
 
 def test_a_diverged_model_agrees_with_nothing_and_has_nothing_right():

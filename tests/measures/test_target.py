@@ -75,12 +75,9 @@ def test_an_error_of_the_user_comes_through_as_it_is(data, error, message):
         assert "call setup first" in str(raised.value.__context__)
 
 
-def test_the_module_can_have_the_test_set():
+def test_the_module_can_have_the_test_set_else_a_warning_says_what_is_left_out():
     for data in (None, LightningDataModule()):
         assert len(find(data, WithTestSet()).dataset) == 3
-
-
-def test_without_test_set_a_warning_says_what_is_left_out():
     for data in (None, LightningDataModule(), language_data(test=False)):
         with pytest.warns(UserWarning, match="nothing is measured on the target task"):
             assert find(data) is None

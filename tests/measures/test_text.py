@@ -87,11 +87,8 @@ def test_a_model_that_diverged_has_no_perplexity(loss, expected):
     assert values["perplexity"] == pytest.approx(expected, nan_ok=True)
 
 
-def test_without_test_set_there_is_no_loss():
+def test_without_test_set_there_is_no_loss_and_another_module_is_refused():
     with pytest.warns(UserWarning, match=r"no test_dataloader\(\)"):
         assert measured(TargetLoss(), data=language_data(test=False)) == [{}]
-
-
-def test_another_module_is_refused():
     with pytest.raises(TypeError, match="LinearRegression has no token_losses"):
         fit(fl.RetentionCallback(measures=[TargetLoss()]), module=LinearRegression(), data=RegressionData())

@@ -42,7 +42,6 @@ class Timm(LightningModule):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (tiny_module, "test_resnet.r160_in1k"),
         (lambda: tiny_module("test_vit.r160_in1k", model_kwargs={"img_size": 32}), "test_vit.r160_in1k"),
         (Timm, "test_resnet.r160_in1k"),
         (lambda: Timm(compiled=True), "test_resnet.r160_in1k"),

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from flow_lightning.report import metrics as m
 from flow_lightning.report.metrics import (
-    METRICS,
-    averages,
     declared_by,
     main_panel,
     metrics_table,
     path_table,
-    print_table,
     read_metrics,
     write_metrics,
 )
@@ -63,7 +61,7 @@ def test_table_has_a_row_for_each_finite_number_and_for_each_task_after_their_me
 
 def test_table_is_at_most_80_columns_wide_and_no_number_is_lost(capsys):
     runs = {name: [RUN, RUN | {"target/top1": 0.85}] for name in ("standard", "small_step", "flow_of_tokens")}
-    print_table(metrics_table(runs, "A title"), f"/a/{'long/' * 30}path")
+    m.print_table(metrics_table(runs, "A title"), f"/a/{'long/' * 30}path")
     *table, last = capsys.readouterr().out.splitlines()
     assert max(map(len, table)) <= 80 and last.endswith("/path")
     assert sum(line.count("82.5 ± 3.5 %") for line in table) == 3
@@ -81,7 +79,7 @@ def test_table_is_at_most_80_columns_wide_and_no_number_is_lost(capsys):
     ],
 )
 def test_only_fractions_are_averaged(metrics, expected):
-    assert averages(metrics) == pytest.approx(expected)
+    assert m.averages(metrics) == pytest.approx(expected)
 
 
 def test_the_first_result_that_a_run_has_leads():
@@ -111,6 +109,6 @@ def test_the_table_of_a_path_marks_the_chosen_point():
 
 
 def test_every_key_is_declared_once():
-    keys = [metric.key for metric in METRICS]
+    keys = [metric.key for metric in m.METRICS]
     assert len(keys) == len(set(keys))
     assert {"target/top1", "target/hard_top1", "average", "flow/temperature", "flow/mean_weight"} <= set(keys)
