@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flow_lightning.__main__ import main
 from flow_lightning.configurations import FOLDER, OptionError, find_configuration, find_method, shipped, with_files
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +86,10 @@ def test_a_wheel_carries_the_configurations_and_finds_them_by_name():
     code = "from flow_lightning.configurations import find_configuration as f; print(f('cifar10'))"
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert Path(found.stdout.strip()) == Path("site/flow_lightning/configs/vision/cifar10.yaml").absolute()
+
+
+def test_the_data_of_a_budget_stay_the_name_of_a_file(capsys):
+    Path("labels.csv").write_text("file,class_index\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "quickstart", "-c", "budget", "--trainer.callbacks.data=labels.csv", "--print_config"])
+    assert "data: labels.csv" in capsys.readouterr().out

@@ -20,7 +20,6 @@ from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
-from flow_lightning.measures.base import Measure
 from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, halves, watched
 from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
@@ -78,7 +77,7 @@ class RetentionBudgetCallback(RunCallback):
         keep: float = 0.98,
         confidence: float = 0.95,
         of: Literal["accuracy", "agreement", "perplexity"] = "accuracy",
-        data: str | Sequence[str] | Measure | None = None,
+        data: Any = None,  # of other types the command line would read the file of that name
         alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
         shape: Shape = "even",
         samples: int = 1000,
