@@ -17,6 +17,7 @@ from flow_lightning.data.indexing import batch_index, find_index, part_of
 from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
+from flow_lightning.lightning_internals import iterates_anew
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.interception import LOSSES
 from flow_lightning.method.weights import SampleWeights, TokenWeights
@@ -157,7 +158,7 @@ class FlowWeightingCallback(RunCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the loader of this epoch, made anew perhaps; refuse one of other samples than those scored."""
         loader = part_of(trainer.train_dataloader, self.loader)
-        self._tracker.begin(loader)
+        self._tracker.begin(loader, is_iterated_anew=iterates_anew(trainer))
         if self.scoring_dataset is None:
             check_trained_data(trainer, pl_module, self.run.scoring.samples, loader)
 

@@ -209,6 +209,22 @@ def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
     assert module.checked == 46
 
 
+class Statistics(Callback):
+    """Looks at all samples before the first batch of an epoch, as for their mean."""
+
+    def __init__(self, hook):
+        setattr(self, hook, lambda trainer, pl_module: list(trainer.train_dataloader))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 1}])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start"])
+def test_a_hook_that_looks_at_the_samples_before_the_first_batch_does_not_count(hook, settings):
+    module = Plain()
+    trainer = make_trainer(fl.FlowWeightingCallback(), Statistics(hook), max_epochs=2)
+    trainer.fit(module, DataLoader(DATA, 4, True, **settings))
+    assert module.checked == 46
+
+
 def test_several_training_loaders_ask_for_a_name():
     loaders = {"new": DataLoader(DATA, 4, True), "old": DataLoader(DATA, 4, True)}
     with pytest.raises(TypeError, match=r"2 training loaders. Name the one .* FlowWeightingCallback\(loader='new'\)"):
