@@ -152,7 +152,9 @@ class FlowWeightingCallback(RunCallback):
         weights.lookups = 0
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
             weights_of = partial(self._weights_of, pl_module)
-            self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses)
+            kind = self.run.scoring.kind
+            alone = kind.alone if isinstance(kind, StepLosses) else None
+            self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses, alone)
             self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -59,6 +59,8 @@ class Interception(TorchFunctionMode):
         weights: Their weights, `[B]`; None for weights of 1.
         name: Weigh only losses of this name; None for all.
         is_noting: Whether to keep all calls in `terms`, their elements as leaves of a graph, to score them.
+        alone: Which calls of a step have elements without the batch's dimension: name, number of the call, shape. Noted
+            here, so that they are left alone in a batch whose size happens to divide them, too.
 
     Example:
         >>> logits, targets = torch.zeros(2, 4), torch.tensor([0, 3])
@@ -68,9 +70,16 @@ class Interception(TorchFunctionMode):
     """
 
     def __init__(
-        self, size: int, weights: Tensor | None = None, name: str | None = None, is_noting: bool = False
+        self,
+        size: int,
+        weights: Tensor | None = None,
+        name: str | None = None,
+        is_noting: bool = False,
+        alone: set[tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__()
+        self.alone = set() if alone is None else alone
+        self.calls = 0  #: losses that were seen
         self.size, self.weights, self.name, self.is_noting = size, weights, name, is_noting
         self.terms: list[Term] = []
         self.weighed = 0  #: losses that were weighed
@@ -87,7 +96,10 @@ class Interception(TorchFunctionMode):
         bound.apply_defaults()
         reduction = _reduction(bound.arguments)
         elements = func(*bound.args, **bound.kwargs)
-        if elements.ndim == 0 or elements.shape[0] == 0 or elements.shape[0] % self.size:
+        self.calls += 1
+        call = func.__name__, self.calls, tuple(elements.shape)
+        if elements.ndim == 0 or elements.shape[0] == 0 or elements.shape[0] % self.size or call in self.alone:
+            self.alone.add(call)
             self.left_alone[func.__name__] = tuple(elements.shape)
             return func(*args, **kwargs)
         losses, counts = _elements(func, bound.arguments, elements, reduction)
@@ -184,10 +196,12 @@ def _elements(
     if function in (F.cross_entropy, F.nll_loss, getattr(F, "linear_cross_entropy", None)):
         target, weight = arguments["target"], arguments.get("weight")
         if not target.is_floating_point():
-            ignored = target == arguments["ignore_index"]
+            ignored = target == (-100 if arguments["ignore_index"] is None else arguments["ignore_index"])
             if weight is not None:
                 counts = weight.to(losses.dtype)[target.masked_fill(ignored, 0)]
             counts = counts.masked_fill(ignored, 0).reshape(losses.shape)
+    elif function is F.mse_loss and arguments.get("weight") is not None:
+        counts = arguments["weight"].to(losses.dtype)
     elif function is F.ctc_loss and reduction == "mean":
         lengths = torch.as_tensor(arguments["target_lengths"], device=losses.device)
         losses = losses / lengths.clamp_min(1)

@@ -39,6 +39,7 @@ class WeightedStep:
         weights_of: Gives the weights `[B]` of a batch; None if it has no samples to weigh.
         loss: The one loss that is weighted, by name; None for all.
         function: Gives the losses `[B]` of module and batch, in place of the module's own step.
+        alone: Losses that have no batch dimension, as scoring found them, see `Interception`.
     """
 
     def __init__(
@@ -48,10 +49,13 @@ class WeightedStep:
         weights_of: Callable[[Any], Tensor | None],
         loss: str | None = None,
         function: SampleLossFunction | None = None,
+        alone: set[tuple[Any, ...]] | None = None,
     ) -> None:
         self.trainer, self.module, self.weights_of = trainer, module, weights_of
-        self.loss, self.function = loss, function
+        self.loss, self.function, self.alone = loss, function, set() if alone is None else alone
         self._is_proven = False
+        self._is_reentrant = False  # whether checkpoints of activations allow no backward pass but `backward()`
+        self._proven: set[str] = set()  # losses that were weighed in the proof
         self._own: dict[str, Any] = {}
         self._seen: Interception | None = None  # of the step that runs
 
@@ -84,13 +88,26 @@ class WeightedStep:
         run = partial(self._run, partial(step, batch, *args, **kwargs))
         if not self._is_proven:
             self._is_proven = self._prove(run, torch.ones_like(weights))
-        return run(weights)
+        output = run(weights)
+        if self._is_proven:
+            self._check_batch(has_loss=output is not None)
+        return output
+
+    def _check_batch(self, has_loss: bool) -> None:
+        """Refuse a batch whose losses are not weighed, though they were in the proof."""
+        seen = self._seen
+        assert seen is not None
+        if self._proven & (set(seen.left_alone) - set(seen.rows)) or (has_loss and not seen.weighed):
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step cannot be weighted in this batch, as it was before: "
+                f"{describe(seen)} {HOW_TO_GIVE_LOSSES}"
+            )
 
     def _run(self, step: Callable[[], Any], weights: Tensor | None) -> Any:
         """Run a step with weights; with None, as the module itself does."""
         if weights is None:
             return step()
-        with Interception(len(weights), weights, self.loss) as self._seen:
+        with Interception(len(weights), weights, self.loss, alone=self.alone) as self._seen:
             try:
                 return step()
             finally:
@@ -117,25 +134,35 @@ class WeightedStep:
         if own is None or own.is_zero:
             return False
         name = f"{type(self.module).__name__}.training_step"
-        one, none, half = (self._measure(run, weight * ones) for weight in (1.0, 0.0, 0.5))
-        assert one is not None and none is not None and half is not None and self._seen is not None
         tolerance = _TOLERANCES[own.is_half]
+        one = self._measure(run, ones)
+        assert one is not None and self._seen is not None
         if not own.is_near(one, tolerance):
             raise RuntimeError(
                 f"{name} gives {one} with weights of 1, but {own} without: its losses cannot be weighted where "
                 f"they are computed (random parts with a generator of their own?). {HOW_TO_GIVE_LOSSES}"
             )
-        if not none.middle(one).is_near(half, tolerance):
+        del own  # no more than two gradients at once
+        none = self._measure(run, 0 * ones)
+        assert none is not None
+        is_weighted, in_words = not none.is_near(one, tolerance), f"{one} with weights of 1, {none} with 0"
+        loss, rest = one.loss, none.loss
+        one.move_half_way_to(none)
+        del none
+        half = self._measure(run, 0.5 * ones)
+        assert half is not None
+        if not one.is_near(half, tolerance):
             raise RuntimeError(
-                f"{name} gives {one} with weights of 1, {none} with 0 and {half} with 1/2: its loss is no weighted "
-                f"mean of the samples' losses. {HOW_TO_GIVE_LOSSES}"
+                f"{name} gives {in_words} and {half} with 1/2: its loss is no weighted mean of the samples' losses. "
+                f"{HOW_TO_GIVE_LOSSES}"
             )
+        self._proven = set(self._seen.rows)
         self._check_rows(run, ones, self._seen.rows)
-        if none.is_near(one, tolerance):
+        if not is_weighted:
             raise RuntimeError(f"{name} cannot be weighted: {describe(self._seen)} {HOW_TO_GIVE_LOSSES}")
-        if abs(none.loss) > tolerance[0] * abs(one.loss):
+        if abs(rest) > tolerance[0] * abs(loss):
             rank_zero_info(
-                f"FLOW: {none.loss:.3g} of the first batch's loss {one.loss:.3g} has no loss per sample (a penalty, an "
+                f"FLOW: {rest:.3g} of the first batch's loss {loss:.3g} has no loss per sample (a penalty, an "
                 "auxiliary loss), so it is not weighted."
             )
         return True
@@ -160,12 +187,33 @@ class WeightedStep:
             loss = loss_of(run(weights))
             if loss is None:
                 return None
-            gradients: Sequence[Tensor | None] = ()
-            # Gradients of shards are made in the backward hooks of their wrapper alone.
-            if loss.requires_grad and not any(isinstance(parameter, DTensor) for parameter in trained):
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            try:
+                gradients = self._gradients(loss, trained)
+            except RuntimeError as error:
+                if self._is_reentrant or "use_reentrant" not in str(error):
+                    raise
+                gradients = None
+        if gradients is None:
+            self._is_reentrant = True
+            return self._measure(run, weights)
         is_half = "16" in str(self.trainer.precision) or loss.dtype.itemsize < 4
         return _Measured(float(loss.detach()), [each for each in gradients if each is not None], is_half)
+
+    def _gradients(self, loss: Tensor, trained: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        # Gradients of shards are made in the backward hooks of their wrapper alone.
+        if not loss.requires_grad or any(isinstance(parameter, DTensor) for parameter in trained):
+            return ()
+        if not self._is_reentrant:
+            return torch.autograd.grad(loss, trained, allow_unused=True)
+        kept = [parameter.grad for parameter in trained]
+        try:
+            for parameter in trained:
+                parameter.grad = None
+            loss.backward()
+            return [parameter.grad for parameter in trained]
+        finally:
+            for parameter, gradient in zip(trained, kept):
+                parameter.grad = gradient
 
 
 @dataclass
@@ -189,10 +237,11 @@ class _Measured:
         is_near = abs(self.loss - other.loss) <= tolerance[0] * max(abs(self.loss), abs(other.loss), 1e-30)
         return is_near and apart <= tolerance[1] * size
 
-    def middle(self, other: "_Measured") -> "_Measured":
-        """Return the mean of both."""
-        gradients = [(one + two) / 2 for one, two in zip(self.gradients, other.gradients)]
-        return _Measured((self.loss + other.loss) / 2, gradients, self.is_half)
+    def move_half_way_to(self, other: "_Measured") -> None:
+        """Become the mean of both, in place."""
+        self.loss = (self.loss + other.loss) / 2
+        for one, two in zip(self.gradients, other.gradients):
+            one.add_(two).div_(2)
 
     def __str__(self) -> str:
         size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
