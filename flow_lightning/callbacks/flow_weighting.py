@@ -28,6 +28,7 @@ from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
 from flow_lightning.scoring.samples import check_trained_data
 from flow_lightning.scoring.soundness import (
     Weights,
+    check_drawn,
     check_length,
     check_origin,
     in_words,
@@ -167,7 +168,10 @@ class FlowWeightingCallback(RunCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
         if part_of(batch, self.loader) is not None:  # a shorter loader may be over
-            vars(pl_module)["batch_samples"] = self._tracker.index(batch_idx)
+            index, weights = self._tracker.index(batch_idx), self.weights
+            if index is not None and weights is not None:
+                check_drawn(index, len(weights))
+            vars(pl_module)["batch_samples"] = index
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the next epoch's batches."""

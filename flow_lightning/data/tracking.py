@@ -74,6 +74,7 @@ class BatchTracker:
 
         Raises:
             RuntimeError: If the loader's sampler gave no more indices.
+            TypeError: If what it gave are no positions.
         """
         skipped = 0 if self._expected is None else batch_idx - self._expected
         self._expected = batch_idx + 1
@@ -87,7 +88,7 @@ class BatchTracker:
             )
         for _ in range(skipped):
             self._recorder.lists.popleft()
-        return torch.tensor(self._recorder.lists.popleft())
+        return _positions(self._recorder.lists.popleft())
 
     def end_epoch(self) -> None:
         """Expect the next epoch's iteration."""
@@ -187,6 +188,19 @@ def watch_training_loader(trainer: Trainer, follow: Callable[[Any, Callable[[], 
 def stop_watching(trainer: Trainer) -> None:
     """Leave the strategy as it was."""
     vars(trainer.strategy).pop("process_dataloader", None)
+
+
+def _positions(drawn: list[Any]) -> Tensor:
+    try:
+        positions = torch.tensor(drawn)
+    except (TypeError, ValueError):
+        positions = torch.empty(0)
+    if positions.ndim != 1 or positions.is_floating_point():
+        raise TypeError(
+            f"The sampler of the training loader yields {drawn[0]!r}, which is no position in a data set, so it is not "
+            "known which samples are in a batch. Let it yield integers, and let the data set do the rest."
+        )
+    return positions
 
 
 def _is_indexed(loader: DataLoader[Any]) -> bool:

@@ -3,12 +3,14 @@
 In: a module of any class, the weights of a batch. Out: its own step, weighted. Next: `scoring/own_step.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -134,35 +136,26 @@ class WeightedStep:
         if own is None or own.is_zero:
             return False
         name = f"{type(self.module).__name__}.training_step"
+        one, none, half = (self._measure(run, weight * ones) for weight in (1.0, 0.0, 0.5))
+        assert one is not None and none is not None and half is not None and self._seen is not None
         tolerance = _TOLERANCES[own.is_half]
-        one = self._measure(run, ones)
-        assert one is not None and self._seen is not None
         if not own.is_near(one, tolerance):
             raise RuntimeError(
                 f"{name} gives {one} with weights of 1, but {own} without: its losses cannot be weighted where "
                 f"they are computed (random parts with a generator of their own?). {HOW_TO_GIVE_LOSSES}"
             )
-        del own  # no more than two gradients at once
-        none = self._measure(run, 0 * ones)
-        assert none is not None
-        is_weighted, in_words = not none.is_near(one, tolerance), f"{one} with weights of 1, {none} with 0"
-        loss, rest = one.loss, none.loss
-        one.move_half_way_to(none)
-        del none
-        half = self._measure(run, 0.5 * ones)
-        assert half is not None
-        if not one.is_near(half, tolerance):
+        if not none.middle(one).is_near(half, tolerance):
             raise RuntimeError(
-                f"{name} gives {in_words} and {half} with 1/2: its loss is no weighted mean of the samples' losses. "
-                f"{HOW_TO_GIVE_LOSSES}"
+                f"{name} gives {one} with weights of 1, {none} with 0 and {half} with 1/2: its loss is no weighted "
+                f"mean of the samples' losses. {HOW_TO_GIVE_LOSSES}"
             )
         self._proven = set(self._seen.rows)
         self._check_rows(run, ones, self._seen.rows)
-        if not is_weighted:
+        if none.is_near(one, tolerance):
             raise RuntimeError(f"{name} cannot be weighted: {describe(self._seen)} {HOW_TO_GIVE_LOSSES}")
-        if abs(rest) > tolerance[0] * abs(loss):
+        if abs(none.loss) > tolerance[0] * abs(one.loss):
             rank_zero_info(
-                f"FLOW: {rest:.3g} of the first batch's loss {loss:.3g} has no loss per sample (a penalty, an "
+                f"FLOW: {none.loss:.3g} of the first batch's loss {one.loss:.3g} has no loss per sample (a penalty, an "
                 "auxiliary loss), so it is not weighted."
             )
         return True
@@ -197,28 +190,44 @@ class WeightedStep:
             self._is_reentrant = True
             return self._measure(run, weights)
         is_half = "16" in str(self.trainer.precision) or loss.dtype.itemsize < 4
-        return _Measured(float(loss.detach()), [each for each in gradients if each is not None], is_half)
+        return _Measured(float(loss.detach()), gradients, is_half)
 
-    def _gradients(self, loss: Tensor, trained: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def _gradients(self, loss: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
+        """Return a short form of the gradient of each parameter that has one."""
         # Gradients of shards are made in the backward hooks of their wrapper alone.
         if not loss.requires_grad or any(isinstance(parameter, DTensor) for parameter in trained):
-            return ()
+            return []
         if not self._is_reentrant:
-            return torch.autograd.grad(loss, trained, allow_unused=True)
+            return [_sketch(each) for each in torch.autograd.grad(loss, trained, allow_unused=True) if each is not None]
         kept = [parameter.grad for parameter in trained]
         try:
             for parameter in trained:
                 parameter.grad = None
             loss.backward()
-            return [parameter.grad for parameter in trained]
+            return [_sketch(parameter.grad) for parameter in trained if parameter.grad is not None]
         finally:
             for parameter, gradient in zip(trained, kept):
                 parameter.grad = gradient
 
 
+def _sketch(gradient: Tensor) -> Tensor:
+    """Sum elements with random signs to 1,024 numbers, whose length and distances are those of the gradient, nearly.
+
+    So no more than one gradient is in memory. Source: Charikar, Chen and Farach-Colton, 2002 (count sketch).
+    """
+    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+    flat = (torch.view_as_real(dense) if dense.is_complex() else dense).flatten()
+    generator = torch.Generator(flat.device).manual_seed(0)
+    sums = torch.zeros(1024, dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+    for part in flat.split(2**18):
+        signs = 2 * torch.randint(2, part.shape, generator=generator, dtype=torch.int8, device=flat.device) - 1
+        sums += F.pad(part.to(sums.dtype) * signs, (0, -len(part) % 1024)).view(-1, 1024).sum(dim=0)
+    return sums.cpu().double()
+
+
 @dataclass
 class _Measured:
-    """Loss and gradient of one batch."""
+    """Loss and gradient of one batch, the gradient in short form."""
 
     loss: float
     gradients: list[Tensor]
@@ -231,18 +240,18 @@ class _Measured:
 
     def is_near(self, other: "_Measured", tolerance: tuple[float, float]) -> bool:
         """Tell whether loss and gradient are the same but for rounding."""
-        size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
-        pairs = zip(self.gradients, other.gradients)
-        apart = sum(float((one - two).double().square().sum()) for one, two in pairs) ** 0.5
+        apart = _norm([one - two for one, two in zip(self.gradients, other.gradients)])
         is_near = abs(self.loss - other.loss) <= tolerance[0] * max(abs(self.loss), abs(other.loss), 1e-30)
-        return is_near and apart <= tolerance[1] * size
+        return is_near and apart <= tolerance[1] * _norm(self.gradients)
 
-    def move_half_way_to(self, other: "_Measured") -> None:
-        """Become the mean of both, in place."""
-        self.loss = (self.loss + other.loss) / 2
-        for one, two in zip(self.gradients, other.gradients):
-            one.add_(two).div_(2)
+    def middle(self, other: "_Measured") -> "_Measured":
+        """Return the mean of both."""
+        gradients = [(one + two) / 2 for one, two in zip(self.gradients, other.gradients)]
+        return _Measured((self.loss + other.loss) / 2, gradients, self.is_half)
 
     def __str__(self) -> str:
-        size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
-        return f"loss {self.loss:.6g}, gradient of norm {size:.6g}"
+        return f"loss {self.loss:.6g}, gradient of norm {_norm(self.gradients):.3g}"
+
+
+def _norm(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))

@@ -13,6 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flow_lightning.data.indexing import part_of
 from flow_lightning.lightning_internals import training_source
@@ -65,13 +66,14 @@ class StepLosses(SampleLosses):
         collate: Any = samples.loader.collate_fn
 
         def losses(*items: Any) -> Tensor:
-            own = [copy.deepcopy(item) for item in items]  # a collate function may change what it gets
+            with _CopyViews():
+                own = [copy.deepcopy(item) for item in items]  # a collate function may change what it gets
             (batch,) = on_device(trainer, module, [collate(own)])
             return self._sample_losses(module, batch, len(items))
 
         with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
             # Of another size, so that losses without the batch's dimension show.
-            with isolate_rng(), suppress(TypeError, ValueError, RuntimeError):
+            with isolate_rng(), suppress(Exception):
                 losses(*chosen[:1] * (2 if len(chosen) in (1, 3) else 3))
             with isolate_rng():
                 whole = losses(*chosen)
@@ -116,7 +118,7 @@ class StepLosses(SampleLosses):
             if not _differ(whole, other) or _differ(whole, drawn_alike(*chosen)) or rows != self._rows:
                 return
             own = drawn_alike(*first[1:], first[0], *rest)
-        except (TypeError, ValueError, RuntimeError):  # the proof at the first batch says what is wrong in training
+        except Exception:  # the proof at the first batch says what is wrong in training
             return
         name = f"{type(module).__name__}.training_step"
         if any(
@@ -189,6 +191,14 @@ class StepLosses(SampleLosses):
         if isinstance(self._company, dict):
             return self._company | {self.key: batch}
         return [batch if number == self.key else other for number, other in enumerate(self._company)]
+
+
+class _CopyViews(TorchFunctionMode):
+    """Lets `deepcopy` copy the elements of a tensor alone: by itself it copies all of which the tensor is a view."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Copy a tensor; call anything else as it is."""
+        return args[0].detach().clone() if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 def _first_batches(trainer: Trainer, module: LightningModule) -> Any:

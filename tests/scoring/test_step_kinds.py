@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
+from flow_lightning.scoring.step_kinds import _CopyViews
 from tests.unchanged import Classifier, data, fit
 
 
@@ -79,3 +80,21 @@ def test_a_penalty_is_left_alone_in_batches_whose_size_divides_it_too(samples: i
         (weighted + 5 * F.mse_loss(anchor, torch.ones_like(anchor))).backward()
         optimizer.step()
     torch.testing.assert_close(module.state_dict(), by_hand.state_dict())
+
+
+def test_samples_that_are_views_are_copied_without_what_they_are_views_of() -> None:
+    whole = torch.arange(1000.0)
+    with _CopyViews():
+        part = copy.deepcopy({"x": [whole[3:5]]})["x"][0]
+    assert torch.equal(part, whole[3:5])
+    assert part.untyped_storage().nbytes() == 8
+
+
+def test_samples_that_a_collate_function_leaves_out_are_named() -> None:
+    def collate(samples: list[Any]) -> Any:
+        return torch.utils.data.default_collate([sample for sample in samples if sample[0][0] != first])
+
+    dataset = data()
+    first = dataset.tensors[0][0, 0]
+    with pytest.raises(ValueError, match=r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"):
+        fit(Classifier(), dataset, fl.FlowWeightingCallback(), loader=DataLoader(dataset, 5, collate_fn=collate))
