@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: All losses of `torch.nn.functional`: what has a `reduction`.
-LOSSES: dict[Any, inspect.Signature] = {
-    function: inspect.signature(function)
+#: All losses of `torch.nn.functional`, what has a `reduction`: their arguments in order, with defaults.
+LOSSES: dict[Any, dict[str, Any]] = {
+    function: {argument.name: argument.default for argument in inspect.signature(function).parameters.values()}
     for name, function in vars(F).items()
     if inspect.isfunction(function) and name[0] != "_" and "reduction" in inspect.signature(function).parameters
 }
@@ -92,20 +92,19 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in LOSSES or self.is_paused or self.name not in (None, func.__name__):
             return func(*args, **kwargs)
-        bound = LOSSES[func].bind(*args, **kwargs)
-        bound.apply_defaults()
-        reduction = _reduction(bound.arguments)
-        elements = func(*bound.args, **bound.kwargs)
+        arguments = {**LOSSES[func], **dict(zip(LOSSES[func], args)), **kwargs}
+        reduction = _reduction(arguments)
+        elements = func(**arguments)
         self.calls += 1
         call = func.__name__, self.calls, tuple(elements.shape)
         if elements.ndim == 0 or elements.shape[0] == 0 or elements.shape[0] % self.size or call in self.alone:
             self.alone.add(call)
             self.left_alone[func.__name__] = tuple(elements.shape)
             return func(*args, **kwargs)
-        losses, counts = _elements(func, bound.arguments, elements, reduction)
-        first, target, *_ = (*bound.arguments.values(), None)
+        losses, counts = _elements(func, arguments, elements, reduction)
+        first, target, *_ = arguments.values()
         weighted = self._weigh(func.__name__, losses, counts, first, target)
-        return _reduce(weighted, counts, reduction, bound.arguments).to(elements.dtype)
+        return _reduce(weighted, counts, reduction, arguments).to(elements.dtype)
 
     def weigh(self, losses: Tensor) -> Tensor:
         """Weigh losses `[B]` that were not computed by a loss of torch."""
@@ -130,8 +129,9 @@ class Interception(TorchFunctionMode):
             losses = losses.clone()  # the caller may change them in place
         if self.weights is None:
             return losses
-        weights = self.weights.to(losses.device).repeat_interleave(rows)
-        return losses * weights.view(-1, *[1] * (losses.ndim - 1))
+        weights = self.weights.to(losses.device)
+        weights = weights if rows == 1 else weights.repeat_interleave(rows)
+        return losses * (weights if losses.ndim == 1 else weights.view(-1, *[1] * (losses.ndim - 1)))
 
 
 def sample_losses(loss: Tensor, interception: Interception) -> Tensor:
