@@ -94,11 +94,7 @@ class StepLosses(SampleLosses):
         tolerance = _TOLERANCE / 10 if is_random else _TOLERANCE  # batches of the same size: bit for bit, mostly
         depends = _differ(whole[:half], part, tolerance) and not (is_random and _differ(whole, same, tolerance))
         if depends or (not is_random and bool((least.abs() > _TOLERANCE * whole.abs().mean()).any())):
-            raise ValueError(
-                f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
-                "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
-                f"{HOW_TO_GIVE_LOSSES}"
-            )
+            raise _dependent(module)
         with self.context(trainer, module), evaluation(batch_norms(module)):
             self._check_training(module, chosen[:8], losses)
 
@@ -191,6 +187,14 @@ class StepLosses(SampleLosses):
         if isinstance(self._company, dict):
             return self._company | {self.key: batch}
         return [batch if number == self.key else other for number, other in enumerate(self._company)]
+
+
+def _dependent(module: LightningModule) -> ValueError:
+    return ValueError(
+        f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
+        "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
+        f"{HOW_TO_GIVE_LOSSES}"
+    )
 
 
 class _CopyViews(TorchFunctionMode):
