@@ -30,3 +30,13 @@ def end_restart(trainer: Trainer) -> None:
     """Tell the loops that the resumed run is under way; their public setter may say the contrary."""
     fit_loop = trainer.fit_loop
     fit_loop._restarting = fit_loop.epoch_loop.restarting = False
+
+
+def iterates_anew(trainer: Trainer) -> bool:
+    """Tell, in `on_train_epoch_start`, whether the loops are yet to begin this epoch's iteration of the loader.
+
+    They do not in the first epoch of a fit: that iteration began before `on_train_start`.
+    """
+    fit_loop: Any = trainer.fit_loop
+    is_resuming = getattr(fit_loop, "is_resuming", False)  # lightning 2.6
+    return trainer.current_epoch > 0 and not is_resuming and not fit_loop.epoch_loop.restarting

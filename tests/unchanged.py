@@ -138,6 +138,12 @@ CASES = {
         _binary,
     ),
     "mse": Case(F.mse_loss, lambda x, y: (x - y).square().mean(1), _numbers),
+    "weighted mse": Case(
+        lambda x, y: F.mse_loss(x, y, weight=y.sigmoid()),
+        lambda x, y: (y.sigmoid() * (x - y).square()).sum(1) / y.sigmoid().sum(1),
+        _numbers,
+        weighted=lambda x, y, w: (w[:, None] * y.sigmoid() * (x - y).square()).sum() / y.sigmoid().sum(),
+    ),
     "l1": Case(nn.L1Loss(), lambda x, y: (x - y).abs().mean(1), _numbers),
     "smooth_l1": Case(F.smooth_l1_loss, lambda x, y: F.smooth_l1_loss(x, y, reduction="none").mean(1), _numbers),
     "huber": Case(nn.HuberLoss(), lambda x, y: F.huber_loss(x, y, reduction="none").mean(1), _numbers),
@@ -170,6 +176,11 @@ CASES = {
     ),
     "two terms": Case(_both, _both_losses),
 }
+if hasattr(F, "linear_cross_entropy"):  # not in earlier versions of torch
+    CASES["linear_cross_entropy"] = Case(
+        lambda x, y: F.linear_cross_entropy(x, torch.eye(CLASSES), y),
+        lambda x, y: F.cross_entropy(x, y, reduction="none"),
+    )
 
 
 def data(case: Case = CASES["cross_entropy"], n: int = 23) -> TensorDataset:

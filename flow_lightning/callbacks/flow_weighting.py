@@ -17,6 +17,7 @@ from flow_lightning.data.indexing import batch_index, find_index, part_of
 from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
+from flow_lightning.lightning_internals import iterates_anew
 from flow_lightning.method.flow import weighting_rule
 from flow_lightning.method.interception import LOSSES
 from flow_lightning.method.weights import SampleWeights, TokenWeights
@@ -27,6 +28,7 @@ from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
 from flow_lightning.scoring.samples import check_trained_data
 from flow_lightning.scoring.soundness import (
     Weights,
+    check_drawn,
     check_length,
     check_origin,
     in_words,
@@ -154,20 +156,25 @@ class FlowWeightingCallback(RunCallback):
         weights.lookups = 0
         if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
             weights_of = partial(self._weights_of, pl_module)
-            self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses)
+            kind = self.run.scoring.kind
+            alone = kind.alone if isinstance(kind, StepLosses) else None
+            self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses, alone)
             self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the loader of this epoch, made anew perhaps; refuse one of other samples than those scored."""
         loader = part_of(trainer.train_dataloader, self.loader)
-        self._tracker.begin(loader)
+        self._tracker.begin(loader, is_iterated_anew=iterates_anew(trainer))
         if self.scoring_dataset is None:
             check_trained_data(trainer, pl_module, self.run.scoring.samples, loader)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
         if part_of(batch, self.loader) is not None:  # a shorter loader may be over
-            vars(pl_module)["batch_samples"] = self._tracker.index(batch_idx)
+            index, weights = self._tracker.index(batch_idx), self.weights
+            if index is not None and weights is not None:
+                check_drawn(index, len(weights))
+            vars(pl_module)["batch_samples"] = index
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the next epoch's batches."""

@@ -46,10 +46,12 @@ class BatchTracker:
         if recorder not in self._followed:
             self._followed.append(recorder)
 
-    def begin(self, loader: Any, is_resumed: bool = False) -> None:
+    def begin(self, loader: Any, is_resumed: bool = False, is_iterated_anew: bool = False) -> None:
         """Expect the batches of the loader that is trained on, and let go of others: a tuner may have made some.
 
-        A fit that `is_resumed` may begin in the middle of an epoch.
+        Workers may have drawn its first batches already. What begins to iterate over it now, a hook that looks at the
+        samples, then does not count, unless `is_iterated_anew`: the fit is yet to begin its iteration of this epoch. A
+        fit that `is_resumed` may begin in the middle of an epoch.
         """
         self._expected = None if is_resumed else 0
         for recorder in self._followed:
@@ -57,6 +59,8 @@ class BatchTracker:
                 recorder.release()
         self._followed = [recorder for recorder in self._followed if recorder.loader is loader]
         self._recorder = self._followed[0] if self._followed else None
+        if self._recorder is not None:
+            self._recorder.is_locked = self._recorder.is_begun and not is_iterated_anew
 
     @property
     def is_following(self) -> bool:
@@ -71,6 +75,7 @@ class BatchTracker:
 
         Raises:
             RuntimeError: If the loader's sampler gave no more indices.
+            TypeError: If what it gave are no positions.
         """
         skipped = 0 if self._expected is None else batch_idx - self._expected
         self._expected = batch_idx + 1
@@ -84,7 +89,7 @@ class BatchTracker:
             )
         for _ in range(skipped):
             self._recorder.lists.popleft()
-        return torch.tensor(self._recorder.lists.popleft())
+        return _positions(self._recorder.lists.popleft())
 
     def end_epoch(self) -> None:
         """Expect the next epoch's iteration."""
@@ -107,6 +112,7 @@ class Recorder(Sampler[list[int]]):
         batches: Its own batch sampler.
         is_training: Tells whether an iteration that begins is one of training.
         is_locked: Whether an epoch is under way, so that iterations that begin now do not count.
+        is_begun: Whether an iteration has begun that counts.
         is_noting: Whether indices are written down.
         lists: The indices of the epoch's batches, from the next one on.
         order: Runs the batch sampler for an epoch, in place of `iter`.
@@ -114,7 +120,7 @@ class Recorder(Sampler[list[int]]):
 
     def __init__(self, loader: DataLoader[Any], is_training: Callable[[], bool]) -> None:
         self.loader, self.batches, self.is_training = loader, cast(Any, loader.batch_sampler), is_training
-        self.is_locked, self.is_noting, self._is_at_end = False, False, False
+        self.is_locked, self.is_begun, self.is_noting, self._is_at_end = False, False, False, False
         self.lists: deque[list[int]] = deque()
         self.order: Callable[[Any], Iterator[list[int]]] | None = None
 
@@ -133,13 +139,17 @@ class Recorder(Sampler[list[int]]):
             object.__setattr__(self.loader, "batch_sampler", self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Decide now, not with the first batch, whether this iteration counts: workers draw ahead."""
         lists: deque[list[int]] = deque()
         counts = self.is_training() and not self.is_locked
         if counts:
-            self.lists = lists  # a new epoch: an iterator of the last one writes elsewhere
+            self.lists, self.is_begun = lists, True  # a new epoch: an iterator of the last one writes elsewhere
         elif self.is_training() and self._is_at_end:
             lists = self.lists  # beside a longer loader this one begins anew
         self._is_at_end = False
+        return self._draw(lists, counts)
+
+    def _draw(self, lists: deque[list[int]], counts: bool) -> Iterator[list[int]]:
         for indices in self.order(self.batches) if counts and self.order is not None else self.batches:
             indices = list(indices)
             if self.is_noting:
@@ -179,6 +189,19 @@ def watch_training_loader(trainer: Trainer, follow: Callable[[Any, Callable[[], 
 def stop_watching(trainer: Trainer) -> None:
     """Leave the strategy as it was."""
     vars(trainer.strategy).pop("process_dataloader", None)
+
+
+def _positions(drawn: list[Any]) -> Tensor:
+    try:
+        positions = torch.tensor(drawn)
+    except (TypeError, ValueError):
+        positions = torch.empty(0)
+    if positions.ndim != 1 or positions.is_floating_point():
+        raise TypeError(
+            f"The sampler of the training loader yields {drawn[0]!r}, which is no position in a data set, so it is not "
+            "known which samples are in a batch. Let it yield integers, and let the data set do the rest."
+        )
+    return positions
 
 
 def _is_indexed(loader: DataLoader[Any]) -> bool:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: All losses of `torch.nn.functional`: what has a `reduction`.
-LOSSES: dict[Any, inspect.Signature] = {
-    function: inspect.signature(function)
+#: All losses of `torch.nn.functional`, what has a `reduction`: their arguments in order, with defaults.
+LOSSES: dict[Any, dict[str, Any]] = {
+    function: {argument.name: argument.default for argument in inspect.signature(function).parameters.values()}
     for name, function in vars(F).items()
     if inspect.isfunction(function) and name[0] != "_" and "reduction" in inspect.signature(function).parameters
 }
@@ -59,6 +59,8 @@ class Interception(TorchFunctionMode):
         weights: Their weights, `[B]`; None for weights of 1.
         name: Weigh only losses of this name; None for all.
         is_noting: Whether to keep all calls in `terms`, their elements as leaves of a graph, to score them.
+        alone: Which calls of a step have elements without the batch's dimension: name, number of the call, shape. Noted
+            here, so that they are left alone in a batch whose size happens to divide them, too.
 
     Example:
         >>> logits, targets = torch.zeros(2, 4), torch.tensor([0, 3])
@@ -68,9 +70,16 @@ class Interception(TorchFunctionMode):
     """
 
     def __init__(
-        self, size: int, weights: Tensor | None = None, name: str | None = None, is_noting: bool = False
+        self,
+        size: int,
+        weights: Tensor | None = None,
+        name: str | None = None,
+        is_noting: bool = False,
+        alone: set[tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__()
+        self.alone = set() if alone is None else alone
+        self.calls = 0  #: losses that were seen
         self.size, self.weights, self.name, self.is_noting = size, weights, name, is_noting
         self.terms: list[Term] = []
         self.weighed = 0  #: losses that were weighed
@@ -83,17 +92,19 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in LOSSES or self.is_paused or self.name not in (None, func.__name__):
             return func(*args, **kwargs)
-        bound = LOSSES[func].bind(*args, **kwargs)
-        bound.apply_defaults()
-        reduction = _reduction(bound.arguments)
-        elements = func(*bound.args, **bound.kwargs)
-        if elements.ndim == 0 or elements.shape[0] == 0 or elements.shape[0] % self.size:
+        arguments = {**LOSSES[func], **dict(zip(LOSSES[func], args)), **kwargs}
+        reduction = _reduction(arguments)
+        elements = func(**arguments)
+        self.calls += 1
+        call = func.__name__, self.calls, tuple(elements.shape)
+        if elements.ndim == 0 or elements.shape[0] == 0 or elements.shape[0] % self.size or call in self.alone:
+            self.alone.add(call)
             self.left_alone[func.__name__] = tuple(elements.shape)
             return func(*args, **kwargs)
-        losses, counts = _elements(func, bound.arguments, elements, reduction)
-        first, target, *_ = (*bound.arguments.values(), None)
+        losses, counts = _elements(func, arguments, elements, reduction)
+        first, target, *_ = arguments.values()
         weighted = self._weigh(func.__name__, losses, counts, first, target)
-        return _reduce(weighted, counts, reduction, bound.arguments).to(elements.dtype)
+        return _reduce(weighted, counts, reduction, arguments).to(elements.dtype)
 
     def weigh(self, losses: Tensor) -> Tensor:
         """Weigh losses `[B]` that were not computed by a loss of torch."""
@@ -118,8 +129,9 @@ class Interception(TorchFunctionMode):
             losses = losses.clone()  # the caller may change them in place
         if self.weights is None:
             return losses
-        weights = self.weights.to(losses.device).repeat_interleave(rows)
-        return losses * weights.view(-1, *[1] * (losses.ndim - 1))
+        weights = self.weights.to(losses.device)
+        weights = weights if rows == 1 else weights.repeat_interleave(rows)
+        return losses * (weights if losses.ndim == 1 else weights.view(-1, *[1] * (losses.ndim - 1)))
 
 
 def sample_losses(loss: Tensor, interception: Interception) -> Tensor:
@@ -184,10 +196,12 @@ def _elements(
     if function in (F.cross_entropy, F.nll_loss, getattr(F, "linear_cross_entropy", None)):
         target, weight = arguments["target"], arguments.get("weight")
         if not target.is_floating_point():
-            ignored = target == arguments["ignore_index"]
+            ignored = target == (-100 if arguments["ignore_index"] is None else arguments["ignore_index"])
             if weight is not None:
                 counts = weight.to(losses.dtype)[target.masked_fill(ignored, 0)]
             counts = counts.masked_fill(ignored, 0).reshape(losses.shape)
+    elif function is F.mse_loss and arguments.get("weight") is not None:
+        counts = arguments["weight"].to(losses.dtype)
     elif function is F.ctc_loss and reduction == "mean":
         lengths = torch.as_tensor(arguments["target_lengths"], device=losses.device)
         losses = losses / lengths.clamp_min(1)

@@ -3,12 +3,14 @@
 In: a module of any class, the weights of a batch. Out: its own step, weighted. Next: `scoring/own_step.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -39,6 +41,7 @@ class WeightedStep:
         weights_of: Gives the weights `[B]` of a batch; None if it has no samples to weigh.
         loss: The one loss that is weighted, by name; None for all.
         function: Gives the losses `[B]` of module and batch, in place of the module's own step.
+        alone: Losses that have no batch dimension, as scoring found them, see `Interception`.
     """
 
     def __init__(
@@ -48,10 +51,13 @@ class WeightedStep:
         weights_of: Callable[[Any], Tensor | None],
         loss: str | None = None,
         function: SampleLossFunction | None = None,
+        alone: set[tuple[Any, ...]] | None = None,
     ) -> None:
         self.trainer, self.module, self.weights_of = trainer, module, weights_of
-        self.loss, self.function = loss, function
+        self.loss, self.function, self.alone = loss, function, set() if alone is None else alone
         self._is_proven = False
+        self._is_reentrant = False  # whether checkpoints of activations allow no backward pass but `backward()`
+        self._proven: set[str] = set()  # losses that were weighed in the proof
         self._own: dict[str, Any] = {}
         self._seen: Interception | None = None  # of the step that runs
 
@@ -84,13 +90,26 @@ class WeightedStep:
         run = partial(self._run, partial(step, batch, *args, **kwargs))
         if not self._is_proven:
             self._is_proven = self._prove(run, torch.ones_like(weights))
-        return run(weights)
+        output = run(weights)
+        if self._is_proven:
+            self._check_batch(has_loss=output is not None)
+        return output
+
+    def _check_batch(self, has_loss: bool) -> None:
+        """Refuse a batch whose losses are not weighed, though they were in the proof."""
+        seen = self._seen
+        assert seen is not None
+        if self._proven & (set(seen.left_alone) - set(seen.rows)) or (has_loss and not seen.weighed):
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step cannot be weighted in this batch, as it was before: "
+                f"{describe(seen)} {HOW_TO_GIVE_LOSSES}"
+            )
 
     def _run(self, step: Callable[[], Any], weights: Tensor | None) -> Any:
         """Run a step with weights; with None, as the module itself does."""
         if weights is None:
             return step()
-        with Interception(len(weights), weights, self.loss) as self._seen:
+        with Interception(len(weights), weights, self.loss, alone=self.alone) as self._seen:
             try:
                 return step()
             finally:
@@ -130,6 +149,7 @@ class WeightedStep:
                 f"{name} gives {one} with weights of 1, {none} with 0 and {half} with 1/2: its loss is no weighted "
                 f"mean of the samples' losses. {HOW_TO_GIVE_LOSSES}"
             )
+        self._proven = set(self._seen.rows)
         self._check_rows(run, ones, self._seen.rows)
         if none.is_near(one, tolerance):
             raise RuntimeError(f"{name} cannot be weighted: {describe(self._seen)} {HOW_TO_GIVE_LOSSES}")
@@ -160,17 +180,54 @@ class WeightedStep:
             loss = loss_of(run(weights))
             if loss is None:
                 return None
-            gradients: Sequence[Tensor | None] = ()
-            # Gradients of shards are made in the backward hooks of their wrapper alone.
-            if loss.requires_grad and not any(isinstance(parameter, DTensor) for parameter in trained):
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            try:
+                gradients = self._gradients(loss, trained)
+            except RuntimeError as error:
+                if self._is_reentrant or "use_reentrant" not in str(error):
+                    raise
+                gradients = None
+        if gradients is None:
+            self._is_reentrant = True
+            return self._measure(run, weights)
         is_half = "16" in str(self.trainer.precision) or loss.dtype.itemsize < 4
-        return _Measured(float(loss.detach()), [each for each in gradients if each is not None], is_half)
+        return _Measured(float(loss.detach()), gradients, is_half)
+
+    def _gradients(self, loss: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
+        """Return a short form of the gradient of each parameter that has one."""
+        # Gradients of shards are made in the backward hooks of their wrapper alone.
+        if not loss.requires_grad or any(isinstance(parameter, DTensor) for parameter in trained):
+            return []
+        if not self._is_reentrant:
+            return [_sketch(each) for each in torch.autograd.grad(loss, trained, allow_unused=True) if each is not None]
+        kept = [parameter.grad for parameter in trained]
+        try:
+            for parameter in trained:
+                parameter.grad = None
+            loss.backward()
+            return [_sketch(parameter.grad) for parameter in trained if parameter.grad is not None]
+        finally:
+            for parameter, gradient in zip(trained, kept):
+                parameter.grad = gradient
+
+
+def _sketch(gradient: Tensor) -> Tensor:
+    """Sum elements with random signs to 1,024 numbers, whose length and distances are those of the gradient, nearly.
+
+    So no more than one gradient is in memory. Source: Charikar, Chen and Farach-Colton, 2002 (count sketch).
+    """
+    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+    flat = (torch.view_as_real(dense) if dense.is_complex() else dense).flatten()
+    generator = torch.Generator(flat.device).manual_seed(0)
+    sums = torch.zeros(1024, dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+    for part in flat.split(2**18):
+        signs = 2 * torch.randint(2, part.shape, generator=generator, dtype=torch.int8, device=flat.device) - 1
+        sums += F.pad(part.to(sums.dtype) * signs, (0, -len(part) % 1024)).view(-1, 1024).sum(dim=0)
+    return sums.cpu().double()
 
 
 @dataclass
 class _Measured:
-    """Loss and gradient of one batch."""
+    """Loss and gradient of one batch, the gradient in short form."""
 
     loss: float
     gradients: list[Tensor]
@@ -183,11 +240,9 @@ class _Measured:
 
     def is_near(self, other: "_Measured", tolerance: tuple[float, float]) -> bool:
         """Tell whether loss and gradient are the same but for rounding."""
-        size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
-        pairs = zip(self.gradients, other.gradients)
-        apart = sum(float((one - two).double().square().sum()) for one, two in pairs) ** 0.5
+        apart = _norm([one - two for one, two in zip(self.gradients, other.gradients)])
         is_near = abs(self.loss - other.loss) <= tolerance[0] * max(abs(self.loss), abs(other.loss), 1e-30)
-        return is_near and apart <= tolerance[1] * size
+        return is_near and apart <= tolerance[1] * _norm(self.gradients)
 
     def middle(self, other: "_Measured") -> "_Measured":
         """Return the mean of both."""
@@ -195,5 +250,8 @@ class _Measured:
         return _Measured((self.loss + other.loss) / 2, gradients, self.is_half)
 
     def __str__(self) -> str:
-        size = sum(float(one.double().square().sum()) for one in self.gradients) ** 0.5
-        return f"loss {self.loss:.6g}, gradient of norm {size:.6g}"
+        return f"loss {self.loss:.6g}, gradient of norm {_norm(self.gradients):.3g}"
+
+
+def _norm(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))

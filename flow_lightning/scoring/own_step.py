@@ -3,10 +3,13 @@
 In: Trainer, module and batch. Out: the loss of the batch, and what was seen on the way. Next: `kinds.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -17,14 +20,16 @@ from flow_lightning.scoring.fingerprint import model_fingerprints
 
 #: Methods of a module that a training step may call, and that do nothing meanwhile.
 _SILENT = ("log", "log_dict", "print", "backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+#: What a meter holds.
+_PLAIN = (int, float, complex, str, bytes, type(None), Tensor, np.ndarray, np.generic, list, dict, tuple, set, deque)
 
 
 @contextmanager
 def unnoticed(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[Any], Tensor | None]]:
     """Run training steps without a trace: nothing is logged or optimised, and the module's state is put back.
 
-    Put back are buffers, metrics, and all attributes of the module and its parts, with what lists, dicts and tensors
-    among them hold. Parameters are not kept twice; a step that changes them is refused at the end.
+    Put back are buffers, metrics, and all attributes of the module and its parts, with what containers, tensors, arrays
+    and meters among them hold. Parameters are not kept twice; a step that changes them is refused at the end.
 
     Yields:
         A function that takes what `training_step` returned, and returns its loss; None if it gave none. With manual
@@ -33,8 +38,7 @@ def unnoticed(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[A
     Raises:
         RuntimeError: If a step changed parameters.
     """
-    seen: set[int] = set()
-    put_back = [_remember(vars(part), seen) for part in module.modules()]
+    put_back = _remember(module, set())
     before = model_fingerprints(dict(module.named_parameters()))
     loggers, should_stop = trainer.loggers, trainer.should_stop
     manual: list[Tensor] = []
@@ -53,8 +57,7 @@ def unnoticed(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[A
         yield loss_of
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop
-        for restore in put_back:
-            restore()
+        put_back()
     after = model_fingerprints(dict(module.named_parameters()))
     if changed := [name for name in before if before[name] != after.get(name)]:
         raise RuntimeError(
@@ -104,30 +107,74 @@ class _Idle:
 
 
 def _remember(value: Any, seen: set[int]) -> Callable[[], None]:
-    """Return a function that gives a container what it holds now, and tensors in it their values."""
+    """Return a function that puts back what a value holds now, where that has changed."""
     if id(value) in seen or isinstance(value, torch.nn.Parameter):
         return _nothing
     seen.add(id(value))
-    if isinstance(value, Tensor):
-        copy = value.detach().clone()
-        return lambda: _copy(value, copy)
+    if isinstance(value, Tensor | np.ndarray):
+        return _remember_numbers(value)
+    if isinstance(value, torch.nn.Module):
+        return _all(_remember(vars(part), seen) for part in value.modules())
+    if isinstance(value, tuple):
+        return _all(_remember(item, seen) for item in value)
     if not isinstance(value, MutableMapping | MutableSequence | MutableSet):
-        return _nothing
-    items = list(value.items() if isinstance(value, MutableMapping) else value)
-    inner = [_remember(item, seen) for item in (value.values() if isinstance(value, MutableMapping) else items)]
+        return _remember(vars(value), seen) if _is_record(value) else _nothing
+    before = _items(value)
+    inner = _all(_remember(item, seen) for item in (value.values() if isinstance(value, MutableMapping) else before))
 
     def restore() -> None:
-        value.clear()
-        if isinstance(value, MutableSequence):
-            value.extend(items)
-        else:
-            cast(Any, value).update(items)
-        for each in inner:
-            each()
+        now = _items(value)
+        if len(now) != len(before) or not all(map(_is_same, now, before)):
+            value.clear()
+            for item in before:
+                _put(item, value)
+        inner()
 
     return restore
 
 
-@torch.no_grad()
-def _copy(to: Tensor, values: Tensor) -> None:
-    to.copy_(values)
+def _put(item: Any, into: Any) -> None:
+    if isinstance(into, MutableMapping):
+        into[item[0]] = item[1]  # the `update` of a Counter adds
+    elif isinstance(into, MutableSequence):
+        into.append(item)
+    else:
+        into.add(item)
+
+
+def _remember_numbers(value: Any) -> Callable[[], None]:
+    if isinstance(value, np.ndarray):
+        array = value.copy()
+        return lambda: np.copyto(value, array) if value.flags.writeable else None
+    copy = value.detach().clone()
+
+    @torch.no_grad()
+    def restore() -> None:  # an expanded tensor, or one made in inference mode, refuses even its own values
+        if value.layout != torch.strided or not torch.equal(value, copy):
+            value.copy_(copy)
+
+    return restore
+
+
+def _all(functions: Iterable[Callable[[], None]]) -> Callable[[], None]:
+    kept = list(functions)
+
+    def call() -> None:
+        for each in kept:
+            each()
+
+    return call
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.items() if isinstance(value, MutableMapping) else value)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Tell whether two items are one object; of a dict, key and value."""
+    return one is other or (isinstance(one, tuple) and len(one) == len(other) and all(map(operator.is_, one, other)))
+
+
+def _is_record(value: Any) -> bool:
+    """Tell whether a value is an object that holds numbers and containers alone, as a meter does."""
+    return hasattr(value, "__dict__") and all(isinstance(item, _PLAIN) for item in vars(value).values())

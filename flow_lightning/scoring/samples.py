@@ -144,7 +144,7 @@ def loader_like(
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+        multiprocessing_context=getattr(loader, "multiprocessing_context", None) if loader.num_workers else None,
         prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
         generator=torch.Generator().manual_seed(0),
     )

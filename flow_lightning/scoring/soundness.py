@@ -72,3 +72,13 @@ def check_length(loader: Any, scored: int) -> None:
             f"{scored} samples were scored but the training set has {len(dataset)}: both loaders must hold the same "
             "samples in the same order. Split and wrap the data set once, in setup()."
         )
+
+
+def check_drawn(index: torch.Tensor, scored: int) -> None:
+    """Refuse samples that were not scored: of a sampler that knows others, or of a data set that has grown."""
+    unknown = index[(index >= scored) | (index < -scored)]
+    if unknown.numel():
+        raise ValueError(
+            f"The sampler of the training loader drew sample {int(unknown[0])}, but {scored} samples were scored. Keep "
+            "the data set as it is during a fit, and let the sampler draw from it alone."
+        )

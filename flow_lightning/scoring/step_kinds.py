@@ -5,7 +5,7 @@ In: module and batch. Out: losses of samples, or features and targets for a prob
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flow_lightning.data.indexing import part_of
 from flow_lightning.lightning_internals import training_source
 from flow_lightning.method.interception import Interception, Term, describe, sample_losses
-from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
+from flow_lightning.scoring.evaluation import batch_norms, evaluation, evaluation_stage
 from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
 from flow_lightning.scoring.own_step import call_training_step, unnoticed
 from flow_lightning.scoring.samples import Samples, cut_batches
@@ -41,11 +42,14 @@ class StepLosses(SampleLosses):
 
     Attributes:
         classes: Classes of the first cross-entropy that was seen; 0 if there was none.
+        alone: Losses that have no batch dimension, see `Interception`.
     """
 
     def __init__(self, loss: str | None = None, key: str | int | None = None) -> None:
         super().__init__()
         self.loss, self.key, self.classes = loss, key, 0
+        self.alone: set[tuple[Any, ...]] = set()
+        self._rows: dict[str, set[int]] = {}  # of the last step that ran
         self._company: Any = None  # the batches of all loaders, to be scored beside
         self._loss_of: Callable[[Any], Tensor | None] = lambda output: None
 
@@ -62,11 +66,15 @@ class StepLosses(SampleLosses):
         collate: Any = samples.loader.collate_fn
 
         def losses(*items: Any) -> Tensor:
-            own = [copy.deepcopy(item) for item in items]  # a collate function may change what it gets
+            with _CopyViews():
+                own = [copy.deepcopy(item) for item in items]  # a collate function may change what it gets
             (batch,) = on_device(trainer, module, [collate(own)])
             return self._sample_losses(module, batch, len(items))
 
         with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
+            # Of another size, so that losses without the batch's dimension show.
+            with isolate_rng(), suppress(Exception):
+                losses(*chosen[:1] * (2 if len(chosen) in (1, 3) else 3))
             with isolate_rng():
                 whole = losses(*chosen)
             with isolate_rng():
@@ -86,11 +94,40 @@ class StepLosses(SampleLosses):
         tolerance = _TOLERANCE / 10 if is_random else _TOLERANCE  # batches of the same size: bit for bit, mostly
         depends = _differ(whole[:half], part, tolerance) and not (is_random and _differ(whole, same, tolerance))
         if depends or (not is_random and bool((least.abs() > _TOLERANCE * whole.abs().mean()).any())):
+            raise _dependent(module)
+        with self.context(trainer, module), evaluation(batch_norms(module)):
+            self._check_training(module, chosen[:8], losses)
+
+    def _check_training(self, module: LightningModule, chosen: list[Any], losses: Callable[..., Tensor]) -> None:
+        """Refuse a step that shuffles its batch in training alone, and tell of one that mixes it."""
+        rows, half = self._rows, len(chosen) // 2
+        first, rest = chosen[:half], chosen[half:]
+
+        def drawn_alike(*items: Any) -> Tensor:
+            with isolate_rng():
+                return losses(*items)[:half]
+
+        if half < 2:
+            return
+        try:
+            whole, other = drawn_alike(*chosen), drawn_alike(*first, *rest[1:], rest[0])
+            if not _differ(whole, other) or _differ(whole, drawn_alike(*chosen)) or rows != self._rows:
+                return
+            own = drawn_alike(*first[1:], first[0], *rest)
+        except Exception:  # the proof at the first batch says what is wrong in training
+            return
+        name = f"{type(module).__name__}.training_step"
+        if any(
+            _differ(*each[:2]) and not _differ(*each[::2]) for each in zip(*(x.split(1) for x in (whole, other, own)))
+        ):
             raise ValueError(
-                f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
-                "(contrastive losses, mixup, top-k), or its row is another. "
-                f"{HOW_TO_GIVE_LOSSES}"
+                f"{name} puts the samples of a batch in another order in training, so it is not known whose weight a "
+                "loss gets. Leave that out, or shuffle in the DataLoader."
             )
+        rank_zero_warn(
+            f"{name} mixes the samples of a batch in training (mixup, cutmix, negatives): a mixed sample has the "
+            "weight of the one in whose row it is."
+        )
 
     @contextmanager
     def context(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
@@ -113,14 +150,16 @@ class StepLosses(SampleLosses):
         loss, interception = self.step(module, batch, size)
         try:
             return sample_losses(loss, interception)
-        except ValueError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:  # the latter of losses in a part that torch.utils.checkpoint runs
             raise ValueError(
                 f"{type(module).__name__}.training_step cannot be weighed: {error} {HOW_TO_GIVE_LOSSES}"
             ) from error
 
     def step(self, module: LightningModule, batch: Any, size: int) -> tuple[Tensor, Interception]:
         """Run a step inside of `context`, and return its loss and what was seen of its losses."""
-        with torch.enable_grad(), Interception(size, None, self.loss, is_noting=True) as interception:
+        with torch.enable_grad(), Interception(size, None, self.loss, True, self.alone) as interception:
             try:
                 output = call_training_step(module, self._beside_others(batch), 0)
             except torch.OutOfMemoryError:
@@ -130,7 +169,7 @@ class StepLosses(SampleLosses):
                     f"{type(module).__name__}.training_step fails in evaluation mode, in which samples are scored "
                     f"({type(error).__name__}: {error}). {HOW_TO_GIVE_LOSSES}"
                 ) from error
-            loss = self._loss_of(output)
+            loss, self._rows = self._loss_of(output), interception.rows
         if loss is None:
             raise TypeError(
                 f"{type(module).__name__}.training_step gave no loss for a batch, so its samples cannot be scored. "
@@ -148,6 +187,22 @@ class StepLosses(SampleLosses):
         if isinstance(self._company, dict):
             return self._company | {self.key: batch}
         return [batch if number == self.key else other for number, other in enumerate(self._company)]
+
+
+def _dependent(module: LightningModule) -> ValueError:
+    return ValueError(
+        f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
+        "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
+        f"{HOW_TO_GIVE_LOSSES}"
+    )
+
+
+class _CopyViews(TorchFunctionMode):
+    """Lets `deepcopy` copy the elements of a tensor alone: by itself it copies all of which the tensor is a view."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Copy a tensor; call anything else as it is."""
+        return args[0].detach().clone() if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 def _first_batches(trainer: Trainer, module: LightningModule) -> Any:

@@ -178,6 +178,43 @@ def test_loaders_that_cannot_be_followed_name_the_fix(loader, error, message):
         make_trainer(fl.FlowWeightingCallback()).fit(Plain(), loader)
 
 
+class Wrapped(Dataset):
+    """Takes any position, and pairs."""
+
+    def __init__(self):
+        self.length = len(DATA)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return DATA[(index[0] if isinstance(index, tuple) else index) % len(DATA)]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "error", "message"),
+    [
+        ([3, 23], ValueError, "drew sample 23, but 23 samples were scored"),
+        ([3, -24], ValueError, "drew sample -24, but 23 samples were scored"),
+        ([(3, 0), (4, 0)], TypeError, r"yields \(3, 0\), which is no position in a data set"),
+    ],
+)
+def test_positions_that_were_not_scored_are_named_and_nothing_is_trained(drawn, error, message):
+    module = Plain()
+    before = module.state_dict()["head.weight"].clone()
+    with pytest.raises(error, match=message):
+        make_trainer(fl.FlowWeightingCallback()).fit(module, DataLoader(Wrapped(), 2, sampler=drawn))
+    assert torch.equal(module.state_dict()["head.weight"], before)
+
+
+def test_a_data_set_that_grows_in_the_fit_is_named():
+    dataset = Wrapped()
+    grow = Callback()
+    grow.on_train_epoch_end = lambda trainer, pl_module: setattr(dataset, "length", 24)
+    with pytest.raises(ValueError, match="drew sample 23, but 23 samples were scored"):
+        make_trainer(fl.FlowWeightingCallback(), grow, max_epochs=2).fit(Plain(), DataLoader(dataset, 4))
+
+
 def test_without_the_callback_nothing_is_touched():
     loader = DataLoader(DATA, 4, True)
     own = loader.batch_sampler
@@ -206,6 +243,22 @@ def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
     callbacks = [Peek()] if peek else []
     trainer = make_trainer(fl.FlowWeightingCallback(), *callbacks, max_epochs=2, val_check_interval=2)
     trainer.fit(module, loader, None if peek else loader)
+    assert module.checked == 46
+
+
+class Statistics(Callback):
+    """Looks at all samples before the first batch of an epoch, as for their mean."""
+
+    def __init__(self, hook):
+        setattr(self, hook, lambda trainer, pl_module: list(trainer.train_dataloader))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 1}])
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start"])
+def test_a_hook_that_looks_at_the_samples_before_the_first_batch_does_not_count(hook, settings):
+    module = Plain()
+    trainer = make_trainer(fl.FlowWeightingCallback(), Statistics(hook), max_epochs=2)
+    trainer.fit(module, DataLoader(DATA, 4, True, **settings))
     assert module.checked == 46
 
 

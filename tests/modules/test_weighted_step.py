@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import flow_lightning as fl
 from tests.unchanged import CASES, Case, Classifier, data, fit
@@ -197,6 +198,31 @@ class Stirring(Classifier):
         return F.cross_entropy(self.net(batch[0] + noise), batch[1])
 
 
+class Later(Classifier):
+    """Takes up a home-made loss in the third step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.global_step < 2:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+        return -self.net(batch[0]).log_softmax(1).gather(1, batch[1][:, None]).mean()
+
+
+class Shrinking(Classifier):
+    """Leaves out a sample in the third step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        start = int(self.trainer.global_step >= 2)
+        return F.cross_entropy(self.net(batch[0][start:]), batch[1][start:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Later, "in this batch, .*none is part"), (Shrinking, r"in this batch, .*5 samples.*\[4\]")]
+)
+def test_a_later_batch_that_cannot_be_weighted_is_refused_too(kind: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        fit(kind(), data(), fl.FlowWeightingCallback())
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
@@ -278,3 +304,16 @@ def test_views_that_are_made_in_training_alone_are_refused() -> None:
 
     with pytest.raises(RuntimeError, match="2 rows for each sample in training, but of 1 in evaluation"):
         fit(TwoViews(), data(), fl.FlowWeightingCallback())
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+def test_checkpoints_of_activations_change_nothing(is_reentrant: bool) -> None:
+    class Activations(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = checkpoint(self.net[2:], self.net[:2](batch[0]), use_reentrant=is_reentrant)
+            return F.cross_entropy(logits, batch[1])
+
+    plain, module, flow = Classifier(), Activations(), fl.FlowWeightingCallback()
+    fit(plain, data(), fl.FlowWeightingCallback())
+    fit(module, data(), flow)
+    torch.testing.assert_close(module.state_dict(), plain.state_dict())

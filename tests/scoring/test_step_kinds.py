@@ -1,0 +1,100 @@
+"""Which steps can be scored, and which of their losses are the samples'."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+import flow_lightning as fl
+from flow_lightning.scoring.step_kinds import _CopyViews
+from tests.unchanged import Classifier, data, fit
+
+
+class Shuffled(Classifier):
+    """Changes the order of the samples, in training alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        order = torch.randperm(len(batch[0])) if self.training else torch.arange(len(batch[0]))
+        return F.cross_entropy(self.net(batch[0][order]), batch[1][order])
+
+
+class Checkpointed(Classifier):
+    """The loss is computed inside of a checkpoint of activations, and again in the backward pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return checkpoint(lambda x, y: F.cross_entropy(self.net(x), y), *batch, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Shuffled, "Shuffled.training_step puts the samples of a batch in another order in training"),
+        (Checkpointed, "Checkpointed.training_step cannot be weighed: torch.utils.checkpoint"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_by_name(kind: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(kind(), data(), fl.FlowWeightingCallback())
+
+
+def test_samples_mixed_in_training_alone_are_told() -> None:
+    class Mixed(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            x = 0.6 * x + 0.4 * x[torch.randperm(len(x))] if self.training else x
+            return F.cross_entropy(self.net(x), y)
+
+    with pytest.warns(UserWarning, match="Mixed.training_step mixes the samples of a batch in training"):
+        fit(Mixed(), data(), fl.FlowWeightingCallback(), max_steps=1)
+
+
+class Anchored(Classifier):
+    """A penalty that is computed by a loss of torch, of `[3, 8]` parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1] = self.net[3] = nn.Identity()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight = self.net[4].weight
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + 5 * F.mse_loss(weight, torch.ones_like(weight))
+
+
+@pytest.mark.parametrize(("samples", "size"), [(11, 5), (4, 1), (6, 3), (7, 6)])
+def test_a_penalty_is_left_alone_in_batches_whose_size_divides_it_too(samples: int, size: int) -> None:
+    dataset = TensorDataset(*(part[:samples] for part in data().tensors))
+    module, flow = Anchored(), fl.FlowWeightingCallback()
+    by_hand, x, y = copy.deepcopy(module), *dataset.tensors
+    fit(module, dataset, flow, loader=DataLoader(dataset, size), max_epochs=1)
+    torch.testing.assert_close(flow.weights.losses, F.cross_entropy(by_hand.net(x), y, reduction="none"))
+    optimizer, anchor = by_hand.configure_optimizers(), by_hand.net[4].weight
+    for start in range(0, samples, size):
+        losses = F.cross_entropy(by_hand.net(x[start : start + size]), y[start : start + size], reduction="none")
+        optimizer.zero_grad()
+        weighted = (flow.weights.weights[start : start + size] * losses).mean()
+        (weighted + 5 * F.mse_loss(anchor, torch.ones_like(anchor))).backward()
+        optimizer.step()
+    torch.testing.assert_close(module.state_dict(), by_hand.state_dict())
+
+
+def test_samples_that_are_views_are_copied_without_what_they_are_views_of() -> None:
+    whole = torch.arange(1000.0)
+    with _CopyViews():
+        part = copy.deepcopy({"x": [whole[3:5]]})["x"][0]
+    assert torch.equal(part, whole[3:5])
+    assert part.untyped_storage().nbytes() == 8
+
+
+def test_samples_that_a_collate_function_leaves_out_are_named() -> None:
+    def collate(samples: list[Any]) -> Any:
+        return torch.utils.data.default_collate([sample for sample in samples if sample[0][0] != first])
+
+    dataset = data()
+    first = dataset.tensors[0][0, 0]
+    with pytest.raises(ValueError, match=r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"):
+        fit(Classifier(), dataset, fl.FlowWeightingCallback(), loader=DataLoader(dataset, 5, collate_fn=collate))
