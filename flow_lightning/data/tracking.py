@@ -49,9 +49,9 @@ class BatchTracker:
     def begin(self, loader: Any, is_resumed: bool = False, is_iterated_anew: bool = False) -> None:
         """Expect the batches of the loader that is trained on, and let go of others: a tuner may have made some.
 
-        Workers may have drawn its first batches already. What begins to iterate over it now, a hook that looks at the
-        samples, then does not count, unless `is_iterated_anew`: the fit is yet to begin its iteration of this epoch. A
-        fit that `is_resumed` may begin in the middle of an epoch.
+        Workers may have drawn its first batches already. What begins to iterate over it now, such as a hook that looks
+        at samples, does not count. With `is_iterated_anew` the fit itself is yet to begin this epoch's iteration. A fit
+        that `is_resumed` may begin in the middle of an epoch.
         """
         self._expected = None if is_resumed else 0
         for recorder in self._followed:

@@ -67,7 +67,7 @@ def inspect_dataset(dataset: Any) -> tuple[str, bool]:
     _update(digest, (length, _targets(dataset)))
     positions = sorted({round(i * (length - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)} if length else ())
     for order, position in enumerate(positions):
-        _seed(position)  # random transforms then draw the same in each fit, and on each rank
+        seed_generators(position)  # random transforms then draw the same in each fit, and on each rank
         sample = sample_fingerprint(dataset[position])
         _update(digest, sample)
         if order % 2 == 0 and not is_random:
@@ -75,7 +75,8 @@ def inspect_dataset(dataset: Any) -> tuple[str, bool]:
     return digest.hexdigest(), is_random
 
 
-def _seed(seed: int) -> None:
+def seed_generators(seed: int) -> None:
+    """Seed the generators of python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

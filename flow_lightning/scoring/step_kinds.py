@@ -19,11 +19,14 @@ from flow_lightning.data.indexing import part_of
 from flow_lightning.lightning_internals import training_source
 from flow_lightning.method.interception import Interception, Term, describe, sample_losses
 from flow_lightning.scoring.evaluation import batch_norms, evaluation, evaluation_stage
+from flow_lightning.scoring.fingerprint import seed_generators
 from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
 from flow_lightning.scoring.own_step import call_training_step, unnoticed
 from flow_lightning.scoring.samples import Samples, cut_batches
 from flow_lightning.scoring.score import on_device
 
+#: How often the order of a batch in training is looked at.
+_DRAWS = 5
 #: How far losses of the same sample may be apart, relative to them and to the typical loss.
 _TOLERANCE = 1e-3
 #: What to do about a training_step whose losses cannot be weighed.
@@ -100,34 +103,44 @@ class StepLosses(SampleLosses):
 
     def _check_training(self, module: LightningModule, chosen: list[Any], losses: Callable[..., Tensor]) -> None:
         """Refuse a step that shuffles its batch in training alone, and tell of one that mixes it."""
-        rows, half = self._rows, len(chosen) // 2
-        first, rest = chosen[:half], chosen[half:]
-
-        def drawn_alike(*items: Any) -> Tensor:
-            with isolate_rng():
-                return losses(*items)[:half]
-
-        if half < 2:
+        if len(chosen) < 4:
             return
+        rows = self._rows
         try:
-            whole, other = drawn_alike(*chosen), drawn_alike(*first, *rest[1:], rest[0])
-            if not _differ(whole, other) or _differ(whole, drawn_alike(*chosen)) or rows != self._rows:
-                return
-            own = drawn_alike(*first[1:], first[0], *rest)
+            found = [self._company_in_training(chosen, losses, seed) for seed in range(_DRAWS)]
         except Exception:  # the proof at the first batch says what is wrong in training
             return
+        if rows != self._rows:  # more views in training: the proof refuses them
+            return
         name = f"{type(module).__name__}.training_step"
-        if any(
-            _differ(*each[:2]) and not _differ(*each[::2]) for each in zip(*(x.split(1) for x in (whole, other, own)))
-        ):
+        if found.count("another") >= _DRAWS - 1:  # a mixed sample is another one by chance, now and then
             raise ValueError(
                 f"{name} puts the samples of a batch in another order in training, so it is not known whose weight a "
                 "loss gets. Leave that out, or shuffle in the DataLoader."
             )
-        rank_zero_warn(
-            f"{name} mixes the samples of a batch in training (mixup, cutmix, negatives): a mixed sample has the "
-            "weight of the one in whose row it is."
-        )
+        if found.count("own") < _DRAWS:
+            rank_zero_warn(
+                f"{name} mixes the samples of a batch in training (mixup, cutmix, negatives): a mixed sample has the "
+                "weight of the one in whose row it is."
+            )
+
+    def _company_in_training(self, chosen: list[Any], losses: Callable[..., Tensor], seed: int) -> str:
+        """Tell whose losses the rows of a batch have in training: their "own", those of "another", or "mixed" ones."""
+        half = len(chosen) // 2
+        first, rest = chosen[:half], chosen[half:]
+
+        def drawn_alike(*items: Any) -> Tensor:
+            with isolate_rng():
+                seed_generators(seed)
+                return losses(*items)[:half]
+
+        whole, other = drawn_alike(*chosen), drawn_alike(*first, *rest[1:], rest[0])
+        if not _differ(whole, other) or _differ(whole, drawn_alike(*chosen)):
+            return "own"
+        own = drawn_alike(*first[1:], first[0], *rest)
+        by_row = zip(*(each.split(1) for each in (whole, other, own)))
+        is_another = any(_differ(one, two) and not _differ(one, three) for one, two, three in by_row)
+        return "another" if is_another else "mixed"
 
     @contextmanager
     def context(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
