@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torchvision import datasets
 
 from flow_lightning.data.samplers import split_positions
 from flow_lightning.data.sources import LabelledImages, read_class_folders
 from flow_lightning.data.transforms import RecipeName
 from flow_lightning.optional import optional_import
 
-datasets = optional_import("torchvision.datasets", "vision", "image data sets")
 _DOWNLOAD = "Fetch it with download=True (--data.download true), or set root (--data.root) to the folder that has it."
 
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from torchvision.transforms import v2
 
-from flow_lightning.optional import optional_import
-
-v2 = optional_import("torchvision.transforms.v2", "vision", "image transforms")
 #: For CIFAR, Flowers102 and DTD; for Stanford Dogs and Cars; for Caltech101; for digits, which a flip would change.
 RecipeName = Literal["resize_flip", "crop_jitter", "random_resized_crop", "none"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import timm
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -24,10 +25,7 @@ from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import read_checkpoint
 from flow_lightning.modules.saving import save_timm
-from flow_lightning.optional import optional_import
 from flow_lightning.scoring.evaluation import batch_norms
-
-timm = optional_import("timm", "vision", "ImageClassificationModule")
 
 
 class ImageClassificationModule(WeightedLossModule):

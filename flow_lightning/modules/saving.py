@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flow_lightning.contract import module_contract
-from flow_lightning.optional import optional_import
 
 
 def save_pretrained(module: LightningModule, folder: str | Path, merge: bool = False) -> None:
@@ -47,7 +46,8 @@ def save_timm(model: nn.Module, folder: str | Path) -> None:
     `timm.create_model(NAME, pretrained=True, num_classes=C, pretrained_cfg_overlay={"file": FILE, "num_classes": C})`
     the file.
     """
-    timm = optional_import("timm", "vision", "SavePretrainedCallback")
+    import timm  # slow to import
+
     copy = deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no other
     timm.models.save_for_hf(copy, str(folder), safe_serialization=True)
 
