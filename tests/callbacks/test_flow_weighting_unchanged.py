@@ -59,13 +59,23 @@ CALLBACKS: dict[str, Any] = {
     "SWA": lambda: of_lightning.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
     "EarlyStopping": lambda: of_lightning.EarlyStopping("val/loss", patience=0),
     "GradientAccumulationScheduler": lambda: of_lightning.GradientAccumulationScheduler({0: 1, 1: 2}),
-    "BackboneFinetuning": lambda: of_lightning.LambdaCallback(on_fit_start=lambda t, m: m.net[0].requires_grad_(False)),
+    "BackboneFinetuning": lambda: of_lightning.BackboneFinetuning(unfreeze_backbone_at_epoch=1),
     "ModelPruning": lambda: of_lightning.ModelPruning("l1_unstructured", amount=0.2),
     "Timer": of_lightning.Timer,
+    "WeightAveraging": of_lightning.WeightAveraging,
+    "EMAWeightAveraging": of_lightning.EMAWeightAveraging,
+    "ThroughputMonitor": lambda: of_lightning.ThroughputMonitor(lambda batch: len(batch[0]), window_size=2),
+    "LearningRateMonitor": of_lightning.LearningRateMonitor,
+    "RichProgressBar": of_lightning.RichProgressBar,
+    "OnExceptionCheckpoint": lambda: of_lightning.OnExceptionCheckpoint("."),
     "LearningRateFinder": lambda: of_lightning.LearningRateFinder(num_training_steps=5, early_stop_threshold=None),
     "BatchSizeFinder": lambda: of_lightning.BatchSizeFinder(max_trials=1, init_val=4),
 }
 FLAGS: dict[str, dict[str, Any]] = {
+    "ThroughputMonitor": {"logger": True, "log_every_n_steps": 2},
+    "LearningRateMonitor": {"logger": True},
+    "RichProgressBar": {"enable_progress_bar": True},
+    "OnExceptionCheckpoint": {"enable_checkpointing": True},
     "plain": {},
     "accumulation": {"accumulate_grad_batches": 2},
     "clipping": {"gradient_clip_val": 0.1},
@@ -85,12 +95,12 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*CALLBACKS, *FLAGS])
+@pytest.mark.parametrize("name", dict.fromkeys([*CALLBACKS, *FLAGS]))
 def test_other_callbacks_and_flags_do_as_with_weights_by_hand(name: str, monkeypatch: Any) -> None:
     modules = [Validated(), ByHand()]
     batches = [DATA, TensorDataset(*DATA.tensors, weights())]
     for module, dataset, own in zip(modules, batches, ([fl.FlowWeightingCallback()], [])):
-        module.learning_rate, module.batch_size = 0.1, 4
+        module.learning_rate, module.batch_size, module.backbone = 0.1, 4, module.net[0]
         loader = DataLoader(dataset, 5, shuffle=name != "overfit_batches", generator=torch.Generator().manual_seed(3))
         validation = DataLoader(DATA, 5, generator=torch.Generator())
         callbacks = [CALLBACKS[name]()] if name in CALLBACKS else []

@@ -1,0 +1,80 @@
+"""The time of a weighted step of a module that knows nothing of FLOW, against its own step, in turn within one fit.
+
+    python tests/benchmarks/unchanged_step.py [--epochs 3]
+
+A step's time is that of `training_step`, backward pass and optimizer. The first steps are left out.
+"""
+
+import statistics
+import time
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import auto_cli
+from lightning import LightningModule
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import flow_lightning as fl
+from tests.examples import make_trainer
+
+
+class Network(LightningModule):
+    """ResNet-18 on small random images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = timm.create_model("resnet18", num_classes=10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Language(Network):
+    """GPT-2 with four layers on random tokens; the loss is made inside of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_layer=4, n_embd=128, n_head=4, n_positions=64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+
+class Alternate(fl.FlowWeightingCallback):
+    """Weighs every other step, and times each."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.steps = [type(pl_module).training_step.__get__(pl_module), vars(pl_module)["training_step"]]
+        self.seconds: list[list[float]] = [[], []]
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        vars(pl_module)["training_step"] = self.steps[batch_idx % 2]
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds[batch_idx % 2].append(time.perf_counter() - self.started)
+
+
+def main(epochs: int = 3) -> None:
+    """Print the ratio for a convolutional network and for a transformer."""
+    torch.set_num_threads(1)
+    images = TensorDataset(torch.randn(640, 3, 64, 64), torch.randint(10, (640,)))
+    for module, data, size in ((Network(), images, 16), (Language(), TensorDataset(torch.randint(500, (800, 64))), 8)):
+        alternate = Alternate()
+        make_trainer(alternate, max_epochs=epochs).fit(module, DataLoader(data, size))
+        plain, weighted = (seconds[2:] for seconds in alternate.seconds)
+        low, middle, high = statistics.quantiles([w / p for p, w in zip(plain, weighted)], n=4)
+        milliseconds = 1000 * statistics.median(plain)
+        print(f"{type(module).__name__}: {middle:.3f} of {milliseconds:.0f} ms, quartiles {low:.3f} to {high:.3f}")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
