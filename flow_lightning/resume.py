@@ -100,10 +100,10 @@ class EpochSeed:
 class LoopRepairs(Callback):
     """Mend what Lightning's loops forget in a resumed fit; `WeightedLossModule` brings it along.
 
-    - The training loader starts at its beginning if `configure_optimizers` used `estimated_stepping_batches`
-      (https://github.com/Lightning-AI/pytorch-lightning/issues/20550).
-    - With `max_steps`, a checkpoint of an epoch's end starts an epoch without batches
-      (https://github.com/Lightning-AI/pytorch-lightning/issues/19617).
+    - The training loader starts at its beginning if `configure_optimizers` used `estimated_stepping_batches`.
+      See https://github.com/Lightning-AI/pytorch-lightning/issues/20550.
+    - With `max_steps`, a checkpoint of an epoch's end starts an epoch without batches.
+      See https://github.com/Lightning-AI/pytorch-lightning/issues/19617.
     - A checkpoint of an epoch's last batch starts an epoch that is not counted as begun.
     - A `ReduceLROnPlateau` misses the metric of the epoch in which the fit resumes.
     """

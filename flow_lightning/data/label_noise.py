@@ -24,9 +24,9 @@ class LabelNoise:
 
     Args:
         rate: The share, in [0, 1).
-        kind: `uniform`: any samples, to any other class alike. `class`: any samples, to the next class, as where two
-            classes are often taken for one another. `instance`: the samples that a weak model most takes for another
-            class, to that class (Chen et al., "Beyond class-conditional assumption", AAAI 2021, arXiv 2012.05458).
+        kind: `uniform` gives any samples any other class. `class` gives any samples the next class, as where two
+            classes are often confused. `instance` takes the samples that a weak model most confuses, and gives them
+            its answer. Source: Chen et al., "Beyond class-conditional assumption", AAAI 2021 (arXiv 2012.05458).
         seed: Of the random choices.
 
     Raises:

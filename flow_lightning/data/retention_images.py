@@ -59,13 +59,13 @@ def retention_images(
 ) -> RetentionImages:
     """Open the images on which retention is measured, prepared as the pre-trained model expects them.
 
-    `path` is one of
+    `path` is one of these.
 
     - a folder of class folders, as ImageNet's validation set. Their names are class indices ("0", "1", ...) or ImageNet
       identifiers ("n01440764": any part of ImageNet-1K). Of exactly `num_classes` folders with other names the sorted
-      order gives the index. A folder `val` inside is taken instead;
-    - a CSV file with the columns `file` (relative to the CSV) and `class_index`;
-    - any other folder: all images below it, without labels;
+      order gives the index. A folder `val` inside is taken instead.
+    - a CSV file with the columns `file` (relative to the CSV) and `class_index`.
+    - any other folder: all images below it, without labels.
     - the word "packaged": 513 views of 27 photographs that come with scikit-image, scikit-learn and foolbox,
       without labels.
 

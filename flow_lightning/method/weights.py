@@ -206,13 +206,14 @@ class SampleWeights(_Stored):
 class TokenWeights(_Stored):
     """Losses of the frozen pre-trained model and temperature, by sample index and supervised token.
 
-    Takes 2 bytes per supervised token and 8 per sample; weights are computed at each look-up.
+    Takes 2 bytes per supervised token and 8 per sample. Weights are computed at each look-up.
+
     Source: Sanyal et al., ICML 2025 (arXiv 2502.02797), token-wise FLOW: `w_it = exp(-l_it / tau)`, tau the median of
     the losses of all supervised tokens.
 
     Attributes:
-        losses: `[K]`, the supervised tokens of sample 0, then those of sample 1, and so on; float16, or float32 where
-            half precision would move a weight by more than 1e-3.
+        losses: `[K]`, the supervised tokens of sample 0, then those of sample 1, and so on. They are float16, or
+            float32 where half precision would move a weight by more than 1e-3.
         offsets: `[n + 1]` int64; sample i has the tokens `offsets[i]` to `offsets[i + 1]`.
 
     The other attributes are those of `SampleWeights`.

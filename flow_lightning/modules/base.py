@@ -23,8 +23,8 @@ from flow_lightning.resume import LoopRepairs
 class WeightedLossModule(LightningModule):
     """A LightningModule that trains on the weighted loss of its samples.
 
-    Write `sample_losses` (and `configure_optimizers`); `FlowWeightingCallback` calls it on the frozen model to compute
-    the weights, and `training_step` calls it to train. Without the callback all weights are 1: plain training. What
+    Write `sample_losses`, and `configure_optimizers`. `FlowWeightingCallback` calls the former on the frozen model to
+    compute the weights. `training_step` calls it to train. Without the callback all weights are 1: plain training. What
     callbacks ask of a module beside that is in `flow_lightning.contract.ModuleContract`.
 
     All hooks of LightningModule are free for your own code, without `super()`, except `configure_callbacks`.

