@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.predictions import PredictionsCallback
 from flow_lightning.callbacks.retention import RetentionCallback
-from flow_lightning.configurations import OptionError, names_of
+from flow_lightning.configurations import OptionError, callbacks_of
 from flow_lightning.data.images import ImageDataModule
 from flow_lightning.modules.base import WeightedLossModule
 from flow_lightning.modules.image_classification import ImageClassificationModule
@@ -90,14 +90,16 @@ class FlowCLI(LightningCLI):
             )
 
     def _check_method(self, method: str) -> None:
-        """Check that samples are weighted if and only if a shipped method says so; one of your own may do either."""
-        weighted = any(isinstance(c, FlowWeightingCallback) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if method in names_of("methods") and weighted != (method != "standard"):
+        """Check that a shipped method has its callbacks, and that plain training has no weights."""
+        found = {type(callback).__name__ for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        if method == "standard" and FlowWeightingCallback.__name__ in found:
             raise OptionError(
                 "The method 'standard' trains without weights: give --method flow, or take FlowWeightingCallback out."
-                if weighted
-                else f"The method {method!r} has lost its FlowWeightingCallback: a later configuration replaced the "
-                "list of callbacks. Write `callbacks+:` there, which adds to it."
+            )
+        if lost := callbacks_of(method) - found:
+            raise OptionError(
+                f"The method {method!r} has lost its {min(lost)}: a later configuration replaced the list of "
+                "callbacks. Write `callbacks+:` there, which adds to it."
             )
 
 

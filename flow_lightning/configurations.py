@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import yaml
+
 _PACKAGE = Path(__file__).parent
 #: A wheel carries the folder inside the package; a checkout has it beside the package.
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -49,6 +51,17 @@ def find_configuration(name: str) -> Path:
 def find_method(name: str) -> Path:
     """Return the file of a method: a file of your own, or a shipped one."""
     return _find("method", name)
+
+
+def callbacks_of(method: str) -> set[str]:
+    """Return the names of the callback classes of a shipped method; none of a method of your own.
+
+    >>> callbacks_of("flow")
+    {'FlowWeightingCallback'}
+    """
+    file = FOLDER / "methods" / f"{method}.yaml"
+    trainer = yaml.safe_load(file.read_text()).get("trainer", {}) if file.is_file() else {}
+    return {callback["class_path"].rpartition(".")[2] for callback in trainer.get("callbacks+", [])}
 
 
 def find_optimizer(name: str) -> Path:

@@ -42,6 +42,7 @@ class ModuleContract(Protocol):
 
     # Set by callbacks:
     sample_weights: Any = None  #: the weights to train with
+    online_weights: Callable[[Tensor], Tensor] | None = None  #: factors of the losses `[K]` of a step, see `online.py`
     batch_samples: Tensor | None = None  #: indices of the samples in the batch, if it carries none
     flow_reference: str | None = None  #: fingerprint of the pre-trained model behind the checkpoint it is loaded from
     batch_losses: BatchLosses | None = None  #: of the last training batch, for callbacks of a `WeightedLossModule`

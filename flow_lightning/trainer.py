@@ -3,10 +3,11 @@
 In: a configuration, through `cli.py`. Out: a fit or a scoring. Next: `resume.py`, `files.py`.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -22,8 +23,12 @@ from flow_lightning.run import run_directory
 class FlowTrainer(Trainer):
     """A Trainer with the command `score`, which writes checkpoints atomically, also those of a model in shards."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, callbacks: list[Callback] | Callback | None = None, **kwargs: Any) -> None:
+        given = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks] if callbacks else []
+        probes = [callback for callback in given if isinstance(callback, LinearProbeCallback)]
+        # The probe of a method takes the place of the configuration's.
+        kept = [callback for callback in given if callback not in probes[:-1]]
+        super().__init__(*args, callbacks=kept, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = AtomicCheckpointIO()
 

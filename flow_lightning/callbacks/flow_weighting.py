@@ -18,7 +18,7 @@ from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.lightning_internals import iterates_anew
-from flow_lightning.method.flow import weighting_rule
+from flow_lightning.method.flow import OF_PROBE, weighting_rule
 from flow_lightning.method.interception import LOSSES
 from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedStep
@@ -57,8 +57,11 @@ class FlowWeightingCallback(RunCallback):
         per: What gets a weight of its own: each `sample` (of text: each sequence, by its mean loss), or each supervised
             `token` of a language model.
         weighting: The rule from losses to weights: `flow`, or `threshold`, which keeps what has a loss below
-            `temperature` (on tokens: selective token masking); see `flow_lightning.method.flow.WEIGHTINGS`.
-        temperature: tau, in the unit of the loss; by default a quantile of the losses.
+            `temperature` (on tokens: selective token masking). `mean` gives all samples FLOW's mean weight: a control.
+            With a LinearProbeCallback also `excess`, the loss above the model's own entropy, and `drop`, which leaves
+            out samples whose label looks wrong; see `flow_lightning.method.flow.weights_by`.
+        temperature: tau, in the unit of the loss; by default a quantile of the losses. `mixture` takes the median of
+            those that look clean, for data with many wrong labels, see `flow_lightning.method.flow`.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
         scoring_dataset: The training samples as they are to be scored, in the same order, without augmentation, say:
             a data set, or a DataLoader, which also gives batch size and workers. By default `scoring_dataloader()` of
@@ -82,7 +85,7 @@ class FlowWeightingCallback(RunCallback):
         *,
         per: Literal["sample", "token"] = "sample",
         weighting: str = "flow",
-        temperature: float | None = None,
+        temperature: float | Literal["mixture"] | None = None,
         quantile: float = 0.5,
         scoring_dataset: Any = None,
         weights_file: str | Path | None = None,
@@ -92,10 +95,13 @@ class FlowWeightingCallback(RunCallback):
     ) -> None:
         if per not in ("sample", "token"):
             raise ValueError(f"per is {per!r}; expected 'sample' or 'token'.")
-        weighting_rule(weighting)
-        if temperature is not None and not temperature > 0:
+        if weighting not in OF_PROBE:
+            weighting_rule(weighting)
+        elif per == "token":
+            raise ValueError(f"weighting={weighting!r} needs a linear probe of samples. Use per='sample'.")
+        if temperature not in (None, "mixture") and not (isinstance(temperature, int | float) and temperature > 0):
             raise ValueError(
-                f"temperature is {temperature}; expected a positive number, or None for a quantile of the losses."
+                f"temperature is {temperature}; expected a positive number, 'mixture', or None for a quantile."
             )
         if loss is not None and loss not in {function.__name__ for function in LOSSES}:
             raise ValueError(f"loss is {loss!r}; expected the name of a loss of torch.nn.functional, or None for all.")
@@ -249,13 +255,15 @@ class FlowWeightingCallback(RunCallback):
         return SampleLosses(self.sample_losses)
 
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
-        temperature, parts = self.temperature, {n: result[n] for n in ("losses", "offsets") if n in result}
+        parts: dict[str, Any] = {name: result[name] for name in ("losses", "offsets") if name in result}
+        parts |= {"beside": result} if self.weighting in OF_PROBE else {}
+        temperature = self.temperature
         if temperature is None and "quantile" in result and (known := result["quantile"])[0] == self.quantile:
             temperature = float(known[1])  # token losses are in half precision in a file: their quantile is another one
         weights = self.run.scoring.kind.weights.from_losses(
             **parts, temperature=temperature, quantile=self.quantile, fingerprint=fingerprint, weighting=self.weighting
         )
-        if self.temperature is None:
+        if self.temperature is None and self.weighting != "mean":
             result["quantile"] = torch.tensor([self.quantile, weights.temperature], dtype=torch.float64)
         return weights
 

@@ -4,7 +4,7 @@ In: the features of `scoring/`. Out: `module.head`. Next: `flow_weighting.py`.
 """
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import fill
 from flow_lightning.method.probe import Probe
+from flow_lightning.method.weights import SampleWeights
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
 from flow_lightning.scoring.step_kinds import StepFeatures
@@ -30,9 +31,10 @@ class LinearProbeCallback(RunCallback):
             default it does in a fit with FlowWeightingCallback, and if RetentionBudgetCallback moved the body. The
             refit weighs the samples as training did: an unweighted one learns wrong labels back. A fit that writes
             checkpoints writes the refitted model to `checkpoints/refitted.ckpt` of the run's directory; earlier
-            checkpoints hold the trained head.
+            checkpoints hold the trained head. `weighted` refits with FLOW's weights although training has none.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
             if the probe overfits.
+        only: Whether the probe is all: the fit ends before its first step, with the head refitted on the frozen body.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
 
     Raises:
@@ -40,16 +42,24 @@ class LinearProbeCallback(RunCallback):
             `features` or `sample_losses`, but lacks `features` or a linear `head` with a bias.
     """
 
-    def __init__(self, *, refit: bool | None = None, folds: int = 0, memory_budget: float = 4.0) -> None:
-        self.refit, self.folds, self.memory_budget = refit, folds, memory_budget
+    def __init__(
+        self,
+        *,
+        refit: bool | Literal["weighted"] | None = None,
+        folds: int = 0,
+        only: bool = False,
+        memory_budget: float = 4.0,
+    ) -> None:
+        self.refit, self.folds, self.only, self.memory_budget = refit, folds, only, memory_budget
         self.probe: Probe | None = None
+        self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unsuitable module now, not after hours of training, and say what is to be scored."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.probe = None
+        self.probe = self._refit_weights = None
         self._kind = self._features(pl_module, self.folds, "Linear probe")
         self.run.scoring.choose(self._kind)
         self.run.scoring.look_at_model()
@@ -61,8 +71,23 @@ class LinearProbeCallback(RunCallback):
         started = time.perf_counter()
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind)
+        if self.refit == "weighted":
+            self._refit_weights = SampleWeights.from_losses(self.probe.losses).weights
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the fit before its first step, if the probe is all."""
+        if self.only:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the refit, which a resumed fit cannot compute any more."""
+        return {} if self._refit_weights is None else {"refit_weights": self._refit_weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint."""
+        self._refit_weights = state_dict.get("refit_weights")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head again, if asked to, with the weights of the fit."""
@@ -80,7 +105,7 @@ class LinearProbeCallback(RunCallback):
         """Fit the head on the features of the body as it is now, with the weights of the fit, and put it in."""
         weights: Any = module_contract(module).sample_weights
         kind = self._features(module, 0, "Head refit")
-        kind.sample_weights = None if weights is None else weights.weights.cpu()
+        kind.sample_weights = self._refit_weights if weights is None else weights.weights.cpu()
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(probe, kind)
         return probe

@@ -7,7 +7,8 @@ Algorithm 1: `w_i = exp(-l_i / tau)`, tau the median of the losses.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,6 +49,40 @@ def temperature(losses: Tensor, quantile: float = 0.5) -> float:
     return tau
 
 
+def mixture_temperature(losses: Tensor, steps: int = 200) -> float:
+    """Compute the temperature as the median loss of the part of the samples that looks clean.
+
+    Two normal distributions are fitted to the losses by expectation and maximisation. A sample counts as clean if it
+    comes more likely from the one with the smaller mean (Li et al., "DivideMix", arXiv 2002.07394).
+
+    Args:
+        losses: Losses of the frozen pre-trained model, `[n]`.
+        steps: At most so many rounds.
+
+    Raises:
+        ValueError: As in `temperature`.
+
+    >>> mixture_temperature(torch.tensor([0.1, 0.2, 0.3, 0.2, 5.0, 5.1]))
+    0.20000000298023224
+    """
+    check_losses(losses)
+    x = losses.detach().double().cpu().flatten()[:, None]
+    mean = torch.stack([x.quantile(0.25), x.quantile(0.75)]) if len(x) < 2**24 else torch.stack([x.min(), x.max()])
+    floor = 1e-6 * x.var(unbiased=False) + 1e-12
+    variance, share = x.var(unbiased=False).expand(2) + floor, torch.full((2,), 0.5, dtype=torch.float64)
+    clean = torch.zeros(len(x), dtype=torch.bool)
+    for _ in range(steps):
+        joint = share.log() - 0.5 * variance.log() - 0.5 * (x - mean).square() / variance
+        part, before = joint.softmax(1), clean
+        total = part.sum(0).clamp_min(1e-12)
+        mean, share = (part * x).sum(0) / total, total / len(x)
+        variance = (part * (x - mean).square()).sum(0) / total + floor
+        clean = part[:, mean.argmin()] > 0.5
+        if torch.equal(clean, before):
+            break
+    return temperature(losses.flatten()[clean.to(losses.device)] if clean.any() else losses.flatten())
+
+
 def flow_weights(losses: Tensor, temperature: float) -> Tensor:
     """Compute the weights `w_i = exp(-l_i / tau)` of losses of any shape, in `[0, 1]`, float32 in any precision.
 
@@ -74,15 +109,65 @@ def keep_below(losses: Tensor, bound: float) -> Tensor:
     return (losses.detach().float() < bound).float()
 
 
+def constant(losses: Tensor, value: float) -> Tensor:
+    """Give every loss the same weight, float32: with FLOW's mean weight this is the small-step control of FLOW.
+
+    >>> constant(torch.tensor([0.1, 2.0]), 0.5)
+    tensor([0.5000, 0.5000])
+    """
+    return torch.full_like(losses.detach().float(), value)
+
+
 #: Rules by name, from losses and temperature (for `threshold`: the bound) to weights. A rule of your own goes in here.
 WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights, "threshold": keep_below}
+WEIGHTINGS["mean"] = constant
+#: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
+OF_PROBE = {"excess": "entropies", "drop": "issues"}
+
+
+def parameter_of(
+    losses: Tensor, weighting: str, given: float | Literal["mixture"] | None = None, quantile: float = 0.5
+) -> float:
+    """Return the number that a rule takes beside the losses: tau, or for `mean` FLOW's mean weight at that tau."""
+    if given == "mixture":
+        tau = mixture_temperature(losses)
+    else:
+        tau = temperature(losses, quantile) if given is None else float(given)
+    return float(flow_weights(losses, tau).double().mean()) if weighting == "mean" else tau
+
+
+def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping[str, Tensor]) -> Tensor:
+    """Compute weights by the rule of a name, `[n]` float32, from losses and what a probe gives `beside` them.
+
+    `excess` is `exp(-max(0, l - H) / tau)`, H the model's own entropy on the sample: what it expects to be unsure of
+    is not made to weigh less. `drop` is 0 for samples whose label is an issue, see `probe.label_issues`, and 1 for all
+    others.
+
+    Raises:
+        ValueError: If there is no such rule, or it needs a probe that there is not.
+
+    >>> beside = {"entropies": torch.tensor([0.5, 0.5])}
+    >>> weights_by("excess", torch.tensor([0.4, 1.5]), 1.0, beside)
+    tensor([1.0000, 0.3679])
+    """
+    needed = OF_PROBE.get(weighting)
+    if needed is None:
+        return weighting_rule(weighting)(losses, parameter)
+    if needed not in beside:
+        raise ValueError(
+            f"weighting={weighting!r} needs the {needed} of a linear probe. Add LinearProbeCallback(folds=5); a "
+            "weights_file of an earlier version must be deleted."
+        )
+    if weighting == "drop":
+        return (beside["issues"] == 0).float()
+    return flow_weights((losses - beside["entropies"].to(losses)).clamp_min(0), parameter)
 
 
 def weighting_rule(name: str) -> Callable[[Tensor, float], Tensor]:
     """Return the weighting rule of a name; a ValueError if there is none."""
     if name not in WEIGHTINGS:
         raise ValueError(
-            f"weighting is {name!r}; expected one of {sorted(WEIGHTINGS)}. Add a rule of your own to "
+            f"weighting is {name!r}; expected one of {sorted([*WEIGHTINGS, *OF_PROBE])}. Add a rule of your own to "
             "flow_lightning.method.flow.WEIGHTINGS."
         )
     return WEIGHTINGS[name]

@@ -42,26 +42,33 @@ class Probe:
         losses: Its cross-entropy on every sample, `[n]`: out of fold if `folds` were asked for, else in sample.
         strength: The L2 penalty that validation chose.
         validation: Mean loss on the held-out fifth and its standard error, in nats, by strength tried.
+        entropies: The entropy of its probabilities on every sample, `[n]`, in nats.
+        issues: Whether the label of a sample looks wrong, `[n]` bool, see `label_issues`.
     """
 
     head: LinearHead
     losses: Tensor
     strength: float
     validation: dict[float, tuple[float, float]]
+    entropies: Tensor
+    issues: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file."""
         validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
         numbers = {"strength": self.strength, "validation": validation}
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        return {"weight": self.head.weight, "bias": self.head.bias, "losses": self.losses, **exact}
+        of_samples = {"losses": self.losses, "entropies": self.entropies, "issues": self.issues.to(torch.uint8)}
+        return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
         """Make a probe from what `tensors` returned."""
         validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
         head = LinearHead(tensors["weight"], tensors["bias"])
-        return cls(head, tensors["losses"], tensors["strength"].item(), validation)
+        none = torch.zeros(0)  # files of earlier versions have only the losses
+        entropies, issues = tensors.get("entropies", none), tensors.get("issues", none).bool()
+        return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues)
 
 
 def fit_probe(
@@ -98,13 +105,20 @@ def fit_probe(
     strength = strongest_within_one_error(validation)
     head = problem.solve(torch.ones(len(targets), dtype=torch.bool), strength)
     on_step()
-    losses = head_losses(head, features, targets, device)
+    asked = [] if folds else [(head, torch.arange(len(targets)))]  # heads, and the samples that they are asked about
     for fold in range(folds):
-        unseen = parts == fold
-        other = problem.solve(~unseen, strength)
-        losses[unseen] = head_losses(other, features[unseen], targets[unseen], device)
+        asked.append((problem.solve(parts != fold, strength), (parts == fold).nonzero().flatten()))
         on_step()
-    return Probe(head, losses, strength, validation)
+    losses, entropies, issues = torch.empty(3, len(targets)).unbind()
+    for other, rows in asked:
+        for block, logits in _logits(other, features, rows, device):
+            losses[block] = F.cross_entropy(logits, targets[block].to(device), reduction="none").cpu()
+            entropies[block] = torch.special.entr(logits.softmax(1)).sum(1).cpu()
+    sure = thresholds(losses, targets, num_classes)
+    for other, rows in asked:
+        for block, logits in _logits(other, features, rows, device):
+            issues[block] = label_issues(logits.cpu(), targets[block], sure).float()
+    return Probe(head, losses, strength, validation, entropies, issues.bool())
 
 
 def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
@@ -143,6 +157,49 @@ def head_losses(head: LinearHead, features: Tensor, targets: Tensor, device: tor
     blocks = zip(features.split(_ROWS), targets.split(_ROWS))
     losses = [F.cross_entropy(head(x.to(device).float()), y.to(device), reduction="none").cpu() for x, y in blocks]
     return torch.cat(losses)
+
+
+def thresholds(losses: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Return how sure the model is of each class, `[C]`: its mean probability of the label, over samples of that label.
+
+    >>> thresholds(torch.tensor([0.0, 0.0]), torch.tensor([0, 0]), 2)
+    tensor([1., inf])
+    """
+    counts = torch.bincount(targets, minlength=num_classes)
+    sums = torch.zeros(num_classes).index_add(0, targets, (-losses).exp())
+    return torch.where(counts > 0, sums / counts, torch.inf)
+
+
+def label_issues(logits: Tensor, targets: Tensor, thresholds: Tensor) -> Tensor:
+    """Tell which labels look wrong, by confident learning (Northcutt et al., arXiv 1911.00068), `[n]` bool.
+
+    The model is confident of the classes whose probability reaches their threshold. A label is an issue if the most
+    likely of these is another one, an entry off the diagonal of the confident joint, and the model answers otherwise.
+
+    Args:
+        logits: `[n, C]`, out of fold: a model that has seen the labels finds none of them wrong.
+        targets: Class indices, `[n]`.
+        thresholds: See there, `[C]`.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.1, 0.0]])
+    >>> label_issues(logits, torch.tensor([0, 1, 1]), torch.tensor([0.8, 0.4]))
+    tensor([False,  True, False])
+    """
+    probabilities = logits.float().softmax(1)
+    confident = torch.where(probabilities >= thresholds - 1e-6, probabilities, -1.0)
+    most, likely = confident.max(1)
+    return (most > 0) & (likely != targets) & (logits.argmax(1) != targets)
+
+
+def _logits(
+    head: LinearHead, features: Tensor, rows: Tensor, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some rows and their logits, block by block."""
+    head = LinearHead(head.weight.to(device), head.bias.to(device))
+    for block in rows.split(_ROWS):
+        with torch.no_grad():
+            logits = head(features[block].to(device).float())
+        yield block, logits
 
 
 class _Problem:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -101,25 +101,28 @@ class SampleWeights(_Stored):
     def from_losses(
         cls,
         losses: Tensor,
-        temperature: float | None = None,
+        temperature: float | Literal["mixture"] | None = None,
         quantile: float = 0.5,
         fingerprint: dict[str, str] | None = None,
         weighting: str = "flow",
+        beside: Mapping[str, Tensor] | None = None,
     ) -> "SampleWeights":
         """Compute temperature and weights.
 
         Args:
             losses: `[n]`, not negative.
-            temperature: tau; None for the `quantile` of the losses.
+            temperature: tau; None for the `quantile` of the losses, `mixture` for the median of those that look clean.
             quantile: Which one, in `[0, 1]`.
             fingerprint: See the class.
             weighting: See the class.
+            beside: What a linear probe gives beside its losses, for the rules that need it.
 
         Raises:
             ValueError: If a loss is negative or not finite, tau comes out as 0, or the weighting is unknown.
         """
-        losses, tau = _on_cpu(losses, temperature, quantile)
-        return cls(losses, tau, flow.weighting_rule(weighting)(losses, tau), dict(fingerprint or {}), weighting)
+        losses, tau = _on_cpu(losses, temperature, quantile, weighting)
+        weights = flow.weights_by(weighting, losses, tau, beside or {})
+        return cls(losses, tau, weights, dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
         return self.weights.numel()
@@ -195,6 +198,10 @@ class SampleWeights(_Stored):
         if self.losses.dtype != torch.float32 or self.weights.dtype != torch.float32:
             raise ValueError(f"losses are {self.losses.dtype} and weights {self.weights.dtype}, expected float32")
         flow.check_losses(self.losses)
+        if self.weighting in flow.OF_PROBE:  # what they were computed from is not kept
+            if not ((self.weights >= 0) & (self.weights <= 1)).all():
+                raise ValueError("its weights are not from 0 to 1")
+            return
         rule = flow.weighting_rule(self.weighting)
         blocks = zip(self.losses.split(_BLOCK), self.weights.cpu().split(_BLOCK))
         if not all(torch.allclose(w, rule(l, self.temperature), rtol=1e-5, atol=1e-30) for l, w in blocks):  # noqa: E741
@@ -234,13 +241,13 @@ class TokenWeights(_Stored):
         cls,
         losses: Tensor,
         offsets: Tensor,
-        temperature: float | None = None,
+        temperature: float | Literal["mixture"] | None = None,
         quantile: float = 0.5,
         fingerprint: dict[str, str] | None = None,
         weighting: str = "flow",
     ) -> "TokenWeights":
         """Compute the temperature of token losses `[K]` with offsets `[n + 1]`; see `SampleWeights.from_losses`."""
-        losses, tau = _on_cpu(losses, temperature, quantile)
+        losses, tau = _on_cpu(losses, temperature, quantile, weighting)
         return cls(_halved(losses, tau, weighting), offsets.cpu(), tau, dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
@@ -287,10 +294,12 @@ def token_positions(offsets: Tensor, index: Tensor) -> Tensor:
     return within + (starts - (ends - counts)).repeat_interleave(counts)
 
 
-def _on_cpu(losses: Tensor, temperature: float | None, quantile: float) -> tuple[Tensor, float]:
+def _on_cpu(
+    losses: Tensor, temperature: float | Literal["mixture"] | None, quantile: float, weighting: str
+) -> tuple[Tensor, float]:
     flow.check_losses(losses)
     losses = losses.detach().float().cpu()
-    return losses, flow.temperature(losses, quantile) if temperature is None else float(temperature)
+    return losses, flow.parameter_of(losses, weighting, temperature, quantile)
 
 
 def _halved(losses: Tensor, tau: float, weighting: str) -> Tensor:

@@ -3,7 +3,7 @@
 In: a batch. Out: the weighted loss. Next: `method/objective.py`, and the callbacks that `configure_callbacks` names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -53,6 +53,7 @@ class WeightedLossModule(LightningModule):
     flow_reference: str | None = None
     batch_losses: BatchLosses | None = None
     run_seed: int | None = None
+    online_weights: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, reduction: Reduction = "batch") -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class WeightedLossModule(LightningModule):
         Under gradient accumulation or several processes `StepDenominator` gives the gradient the denominator of the
         whole step.
         """
-        weights = self.training_weights(batch)
+        weights = self._with_online_weights(self.training_weights(batch), losses)
         index = self.batch_samples if (own := find_index(batch)) is None else own
         self._note(index, losses, denominator(losses, weights, self.reduction))
         return weighted_loss(losses, weights, self.reduction)
@@ -133,7 +134,16 @@ class WeightedLossModule(LightningModule):
         batch = select(batch, drawn, index.numel())
         losses = self.sample_losses(batch)
         self._note(index[drawn], losses, weights.numel())
+        online = self._with_online_weights(None, losses)
+        losses = losses if online is None else losses * online
         return losses.sum() * share / weights.numel()
+
+    def _with_online_weights(self, weights: Tensor | None, losses: Tensor) -> Tensor | None:
+        """Multiply weights by those of OnlineWeightsCallback, if there is one."""
+        if self.online_weights is None or not self.training:
+            return weights
+        online = self.online_weights(losses.detach())
+        return online if weights is None else weights * online
 
     def _note(self, index: Tensor | None, losses: Tensor, size: Tensor | float) -> None:
         if self.training and torch.is_grad_enabled():

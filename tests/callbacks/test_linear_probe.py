@@ -152,3 +152,41 @@ def test_the_refit_is_scikit_learns_solution_on_the_fine_tuned_body(weighted):
 def test_a_refit_happens_under_flow_or_if_asked_for(refit, weighted, happens):
     _, trainer = run(fl.LinearProbeCallback(refit=refit), *[fl.FlowWeightingCallback()] * weighted, max_steps=2)
     assert ("refit/strength" in trainer.callback_metrics) == happens
+
+
+def test_a_probe_alone_is_the_weighted_solution_on_the_frozen_body():
+    """No step is made; the head is scikit-learn's with FLOW's weights of out-of-fold losses."""
+    probe = fl.LinearProbeCallback(refit="weighted", folds=3, only=True)
+    module, trainer = run(probe, max_epochs=2)
+    assert trainer.global_step == 0
+    losses = probe.probe.losses
+    weights = torch.exp(-losses / losses.quantile(0.5))
+    x, targets = features_and_targets(tiny_module())
+    refit = probe.solve(module)
+    reference = LogisticRegression(C=1 / (refit.strength * weights.sum().item()), tol=1e-10, max_iter=100_000)
+    reference.fit(x, targets, sample_weight=weights.numpy())
+    expected = -torch.from_numpy(reference.predict_log_proba(x))[torch.arange(30), targets]
+    torch.testing.assert_close(refit.losses, expected.float(), rtol=1e-2, atol=5e-3)
+    body = [{k: v for k, v in m.state_dict().items() if ".fc." not in k} for m in (module, tiny_module())]
+    torch.testing.assert_close(*body, rtol=0, atol=0)
+
+
+def test_a_weighted_refit_behind_plain_training_survives_a_resume():
+    probe, resumed = fl.LinearProbeCallback(refit="weighted"), fl.LinearProbeCallback(refit="weighted")
+    run(probe, ModelCheckpoint("ckpt", save_last=True), enable_checkpointing=True)
+    trainer = make_trainer(resumed, max_epochs=2)
+    trainer.fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/last.ckpt")
+    losses = probe.probe.losses
+    torch.testing.assert_close(resumed._refit_weights, torch.exp(-losses / losses.quantile(0.5)))
+    assert trainer.callback_metrics["refit/strength"] > 0
+
+
+def test_rules_of_the_probe_weigh_a_fit():
+    probe, flow = fl.LinearProbeCallback(folds=3), fl.FlowWeightingCallback(weighting="excess")
+    run(probe, flow)
+    found = probe.probe
+    expected = torch.exp(-(found.losses - found.entropies).clamp_min(0) / found.losses.quantile(0.5))
+    torch.testing.assert_close(flow.weights.weights, expected)
+    drop = fl.FlowWeightingCallback(weighting="drop")
+    run(fl.LinearProbeCallback(folds=3), drop)
+    torch.testing.assert_close(drop.weights.weights, 1 - found.issues.float())

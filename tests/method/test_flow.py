@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flow_lightning.method.flow import effective_sample_size, flow_weights, temperature
+from flow_lightning.method.flow import effective_sample_size, flow_weights, mixture_temperature, temperature
 from flow_lightning.method.weights import SampleWeights
 
 LOSSES = st.lists(st.floats(2**-10, 1e4, width=32), min_size=1, max_size=50)
@@ -98,3 +98,39 @@ def test_summary_matches_numpy():
     assert summary["flow/effective_sample_fraction"] == pytest.approx(summary["flow/effective_sample_size"] / 501)
     assert summary["flow/weight_q25"] == pytest.approx(np.quantile(w, 0.25))
     assert summary["flow/weight_q50"] == pytest.approx(np.exp(-1), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0.1, 0.3, 0.6])
+def test_the_temperature_of_a_mixture_is_the_median_of_its_clean_part(wrong):
+    rng = np.random.default_rng(0)
+    is_wrong = rng.random(4000) < wrong
+    losses = np.where(is_wrong, rng.normal(4, 0.6, 4000), rng.normal(1, 0.2, 4000)).clip(0)
+    losses = torch.tensor(losses, dtype=torch.float32)
+    found = mixture_temperature(losses[torch.randperm(4000)])
+    assert found == pytest.approx(float(np.median(losses[~is_wrong])), rel=0.01)
+    assert SampleWeights.from_losses(losses, "mixture").temperature == pytest.approx(found)
+
+
+def test_a_mixture_of_equal_losses_is_their_median():
+    assert mixture_temperature(torch.full((5,), 0.5)) == 0.5
+
+
+def test_the_control_gives_all_samples_flows_mean_weight():
+    losses = torch.tensor([0.1, 0.5, 2.0, 9.0])
+    expected = SampleWeights.from_losses(losses).weights.mean()
+    control = SampleWeights.from_losses(losses, weighting="mean")
+    torch.testing.assert_close(control.weights, expected.expand(4))
+    control.verify()
+
+
+def test_excess_surprise_and_dropped_labels_by_hand():
+    losses, beside = torch.tensor([0.2, 1.0, 3.0]), {"entropies": torch.tensor([0.5, 0.4, 0.1])}
+    excess = SampleWeights.from_losses(losses, weighting="excess", beside=beside)
+    np.testing.assert_allclose(excess.weights, np.exp([0, -0.6, -2.9]), rtol=1e-6)
+    excess.save("weights.safetensors")
+    loaded = SampleWeights.load("weights.safetensors")
+    assert torch.equal(loaded.weights, excess.weights) and loaded.weighting == "excess"
+    issues = {"issues": torch.tensor([0, 1, 0], dtype=torch.uint8)}
+    assert SampleWeights.from_losses(losses, weighting="drop", beside=issues).weights.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="needs the issues of a linear probe"):
+        SampleWeights.from_losses(losses, weighting="drop")

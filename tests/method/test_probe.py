@@ -138,3 +138,27 @@ def test_samples_of_weight_zero_do_not_count():
     assert weighted > unweighted + 0.05
     alone = sklearn_probabilities(features[sound], targets[sound], 0.1, features).argmax(1)
     assert (heads[0](features).argmax(1).numpy() == alone).mean() > 0.97  # scales of the features differ a little
+
+
+@pytest.mark.parametrize("folds", [0, 3])
+def test_entropies_and_label_issues_are_those_of_the_same_probabilities(folds):
+    """Confident learning by hand, sample by sample, on the probabilities of scikit-learn."""
+    features, targets = clusters(spread=2.5)
+    probe = fit_probe(features, targets, 3, folds=folds, strengths=[0.03])
+    p = sklearn_probabilities(features, targets, 0.03)
+    for fold in range(folds):
+        unseen = stratified_parts(targets, folds) == fold
+        p[unseen] = sklearn_probabilities(features, targets, 0.03, features[unseen], ~unseen)
+    np.testing.assert_allclose(probe.entropies, -(p * np.log(p)).sum(1), atol=5e-3)
+    own = p[np.arange(len(p)), targets]
+    sure = [own[targets == c].mean() for c in range(3)]
+    expected = []
+    for each, target in zip(p, targets.tolist()):
+        confident = {c: each[c] for c in range(3) if each[c] >= sure[c]}
+        is_other = bool(confident) and max(confident, key=confident.get) != target
+        expected.append(is_other and each.argmax() != target)
+    near = (np.abs(p - np.array(sure)) < 1e-3).any(1)  # of the threshold: rounding decides
+    assert near.sum() < 5 and 0 < sum(expected) < len(p) / 2
+    assert (probe.issues.numpy() == expected)[~near].all()
+    again = type(probe).from_tensors(probe.tensors())
+    assert torch.equal(again.issues, probe.issues) and torch.equal(again.entropies, probe.entropies)

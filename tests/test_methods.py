@@ -1,0 +1,48 @@
+"""Every shipped method for one tiny step through the real command line, so that a board can run all."""
+
+from pathlib import Path
+
+import pytest
+
+from flow_lightning.__main__ import main
+from flow_lightning.configurations import callbacks_of, names_of
+from flow_lightning.report.metrics import read_metrics
+from tests.data.fake_datasets import make_folder
+from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
+from tests.test_cli import QUICK
+from tests.test_cli_language import TINY
+
+#: Methods that weigh tokens, and methods for images alone: those that need a head to probe or solve.
+TOKENS = {"flow_sequence", "flow_token", "token_masking", "dora", "rslora"}
+IMAGES = {"weighted_probe", "plain_weighted_head", "flow_out_of_fold", "flow_mixture", "excess", "drop", "elr"}
+IMAGES |= {"label_smoothing", "ldifs"}
+STEP = ["--learning_rate=0.001", "--trainer.max_epochs=1", "--trainer.max_steps=1"]
+
+
+@pytest.mark.parametrize("method", sorted({*names_of("methods")} - TOKENS))
+def test_every_method_makes_a_step_on_images(method):
+    make_folder(Path("data"))
+    cli = main(["fit", *QUICK, f"--method={method}", *STEP])
+    assert callbacks_of(method) <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+    assert cli.trainer.global_step == (method != "weighted_probe")
+    assert 0 <= read_metrics(Path(cli.trainer.log_dir) / "metrics.json")["target/top1"] <= 1
+
+
+@pytest.mark.parametrize("method", sorted({*names_of("methods")} - IMAGES))
+def test_every_method_makes_a_step_on_text(method):
+    TOKENIZER.save_pretrained("tiny")
+    tiny_model(len(TOKENIZER)).save_pretrained("tiny")
+    write_jsonl(Path("train.jsonl"), instructions(9))
+    options = ["--data.train=train.jsonl", "--data.batch_size=4"]
+    cli = main(["fit", "-c=gemma2_2b_metamathqa", f"--method={method}", *TINY, *options, *STEP])
+    assert cli.trainer.global_step == 1
+    assert callbacks_of(method) <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+def test_a_companion_joins_flow_and_its_own_probe_replaces_that_of_the_configuration():
+    make_folder(Path("data"))
+    cli = main(["fit", *QUICK, "--method=flow_out_of_fold", "-c=gce", *STEP])
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert {"FlowWeightingCallback", "OnlineWeightsCallback"} <= set(names) and names.count("LinearProbeCallback") == 1
+    (probe,) = (each for each in cli.trainer.callbacks if type(each).__name__ == "LinearProbeCallback")
+    assert probe.folds == 5
