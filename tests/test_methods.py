@@ -13,9 +13,8 @@ from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
 
 #: Methods that weigh tokens, and methods for images alone: those that need a head to probe or solve.
-TOKENS = {"flow_sequence", "flow_token", "token_masking", "dora", "rslora"}
-IMAGES = {"weighted_probe", "plain_weighted_head", "flow_out_of_fold", "flow_mixture", "excess", "drop", "elr"}
-IMAGES |= {"label_smoothing", "ldifs"}
+TOKENS = {"flow_sequence", "flow_token", "token_masking"}
+IMAGES = {"weighted_probe", "plain_weighted_head", "flow_out_of_fold", "flow_mixture", "excess", "drop"}
 STEP = ["--learning_rate=0.001", "--trainer.max_epochs=1", "--trainer.max_steps=1"]
 
 
