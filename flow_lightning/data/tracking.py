@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from flow_lightning.data.indexing import find_index
+from flow_lightning.lightning_internals import isolate_rng
 
 
 class BatchTracker:
