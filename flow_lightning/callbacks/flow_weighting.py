@@ -32,8 +32,8 @@ from flow_lightning.scoring.soundness import (
     check_length,
     check_origin,
     in_words,
-    warn_if_by_chance,
     warn_if_fine_tuned,
+    warn_if_new,
 )
 from flow_lightning.scoring.step_kinds import StepLosses
 
@@ -135,7 +135,7 @@ class FlowWeightingCallback(RunCallback):
         scoring, started = self.run.scoring, time.perf_counter()
         result = scoring.scored()
         warn_if_fine_tuned(pl_module, scoring.reference)
-        warn_if_by_chance(scoring.kind, result["losses"])
+        warn_if_new(pl_module, scoring.kind, result["losses"])
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
