@@ -87,10 +87,10 @@ def fresh_layer(module: nn.Module) -> str:
         ''
     """
     known: set[int] = set().union(*map(_pretrained, module.modules()))
-    for name, layer in module.named_modules() if known else ():
+    for name, layer in module.named_modules():
         own = _ids(layer)
-        if own and not own & known:
-            return name
+        if known and own and not own & known:
+            return str(name)
     return ""
 
 
