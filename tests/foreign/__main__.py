@@ -37,6 +37,7 @@ NOTES = {
     "TemporalFusionTransformer, PoissonLoss": "negative losses",
     "TemporalFusionTransformer, QuantileLoss": TENSORS,
     "ContrastiveLoss of pairs": TENSORS,
+    "SFTTrainer, one step of two micro-batches": "the example of `score`",
     "MultipleNegativesRankingLoss": ALL_PAIRS,
 }
 
