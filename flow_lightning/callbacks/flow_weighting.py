@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.contract import module_contract
-from flow_lightning.data.indexing import batch_index, find_index, part_of
+from flow_lightning.data.indexing import batch_index, part_of
 from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
@@ -203,12 +203,10 @@ class FlowWeightingCallback(RunCallback):
 
     def _weights_of(self, module: LightningModule, batch: Any) -> torch.Tensor | None:
         """Look up the weights of a batch, `[B]` or `[K]`: by its own index, or by what the loader drew."""
-        part, drawn, weights = part_of(batch, self.loader), module_contract(module).batch_samples, self.weights
+        part, weights = part_of(batch, self.loader), self.weights
         if part is None or weights is None:
             return None
-        own = find_index(part)
-        index = drawn if own is None and drawn is not None else batch_index(part)
-        return weights.of(index.to(module.device))
+        return weights.of(batch_index(part, module_contract(module).batch_samples).to(module.device))
 
     def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave module, loader and strategy as they were."""

@@ -62,11 +62,6 @@ class BatchTracker:
         if self._recorder is not None:
             self._recorder.is_locked = self._recorder.is_begun and not is_iterated_anew
 
-    @property
-    def is_following(self) -> bool:
-        """Whether a loader is followed."""
-        return bool(self._followed)
-
     def index(self, batch_idx: int) -> Tensor | None:
         """Return the indices of the samples in a batch, `[B]` on the CPU; None if no loader is followed.
 
