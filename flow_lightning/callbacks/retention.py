@@ -54,6 +54,7 @@ class RetentionCallback(RunCallback):
         self._measures = self._chosen(pl_module)
         for measure in self._measures.values():
             measure.load_state_dict({})
+        self.run.measures = list(self._measures.values())
         # First, so that missing data are found before hours of scoring.
         trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
