@@ -111,7 +111,11 @@ class ReportCallback(RunCallback):
 
     def _gather(self, trainer: Trainer, module: LightningModule) -> None:
         """Choose the samples to show, and keep what there is to see of them."""
-        contract, data, dataset = module_contract(module), data_contract(trainer), self.run.scoring.samples.loader.dataset
+        contract, data, dataset = (
+            module_contract(module),
+            data_contract(trainer),
+            self.run.scoring.samples.loader.dataset,
+        )
         count, evidence = len(self.run.scoring.samples), self.evidence
         if data.class_names:
             evidence.words["class_names"] = list(data.class_names)
@@ -119,7 +123,11 @@ class ReportCallback(RunCallback):
         if labels is not None:
             evidence.tensors["labels"] = labels
         config = contract.data_config or {}
-        look = {"tokenizer": contract.tokenizer, "mean": data.mean or config.get("mean"), "std": data.std or config.get("std")}
+        look = {
+            "tokenizer": contract.tokenizer,
+            "mean": data.mean or config.get("mean"),
+            "std": data.std or config.get("std"),
+        }
         for index in choose(sample_losses(contract.sample_weights, count), labels, self.samples):
             seen = evidence.shown.setdefault(str(index), {})
             try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flow_lightning.report.metrics import DECLARED, Metrics, format_value, main_panel, metric_rows, read_metrics
+from flow_lightning.report.metrics import Metrics, format_value, main_panel, metric_rows, read_metrics
 from flow_lightning.report.page import charts
 from flow_lightning.report.page.run_page import Section, Table
 
@@ -41,7 +41,9 @@ def _finished(folder: Path) -> Runs:
 
 def _sections(folder: Path, runs: Runs) -> Iterator[Section]:
     count = sum(map(len, runs.values()))
-    text = [f"{count} {'run' if count == 1 else 'runs'} of {len(runs)} {'method' if len(runs) == 1 else 'methods'}: {', '.join(runs)}."]
+    text = [
+        f"{count} {'run' if count == 1 else 'runs'} of {len(runs)} {'method' if len(runs) == 1 else 'methods'}: {', '.join(runs)}."
+    ]
     if diverged := sum(not run for column in runs.values() for run in column):
         text.append(f"{diverged} diverged, and {'is' if diverged == 1 else 'are'} left out.")
     yield Section("In short", text)
@@ -70,7 +72,11 @@ def _frontier(folder: Path, runs: Runs) -> Section:
         x, y = (100 if panel.is_percent else 1 for panel in (kept, learned))
         groups = {
             name: [
-                (x * run[kept.main], y * run[learned.main], f"{name}, run {number}: {learned.title} {y * run[learned.main]:.4g}, {kept.title} {x * run[kept.main]:.4g}")
+                (
+                    x * run[kept.main],
+                    y * run[learned.main],
+                    f"{name}, run {number}: {learned.title} {y * run[learned.main]:.4g}, {kept.title} {x * run[kept.main]:.4g}",
+                )
                 for number, run in enumerate(column, 1)
                 if run.get(kept.main) is not None and run.get(learned.main) is not None
             ]
@@ -87,7 +93,9 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, fl
         name = " ".join(part for part in (row["method"], row["optimizer"]) if part)
         kept, learned = 100 * float(row["retention"]), 100 * float(row["target"])
         settings = f"rate {row['rate'] or 'default'}, seed {row['seed']}, alpha {row['alpha']}"
-        groups.setdefault(name, []).append((kept, learned, f"{name}, {settings}: target {learned:.1f} %, kept {kept:.1f} %"))
+        groups.setdefault(name, []).append(
+            (kept, learned, f"{name}, {settings}: target {learned:.1f} %, kept {kept:.1f} %")
+        )
     return groups
 
 

@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito; where two meet, their lightness differs, too
 """
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,10 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from flow_lightning.report.pictures import BLUE, COLOURS, GREY, MARKERS, ORANGE, RED, SKY
+from flow_lightning.report.pictures import BLUE, COLOURS, GREY, MARKERS, RED
 
 #: Size of a chart in CSS pixels: the width of a phone, less its margins. SVG is drawn at 72 units an inch, one a pixel.
 _WIDTH, _HEIGHT = 344, 250
@@ -78,7 +80,8 @@ def chart(alt: str, height: float = _HEIGHT) -> Iterator[Chart]:
         yield drawn
         content = io.BytesIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        with rc_context({"svg.hashsalt": alt}):  # the names of clip paths differ from chart to chart
+        with rc_context({"svg.hashsalt": alt}), warnings.catch_warnings():  # names of clip paths: unique in a page
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has its own fonts
             figure.savefig(content, format="svg", transparent=True, metadata=metadata)
     drawn.markup = _markup(content.getvalue(), alt, drawn.hovers)
 
@@ -91,7 +94,9 @@ def _markup(svg: bytes, alt: str, hovers: Mapping[str, str]) -> Markup:
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ElementTree.fromstring(svg)
     root.attrib.update({"role": "group", "aria-label": visible(alt)})
-    root.attrib.update({"width": root.get("width", "").replace("pt", ""), "height": root.get("height", "").replace("pt", "")})
+    root.attrib.update(
+        {"width": root.get("width", "").replace("pt", ""), "height": root.get("height", "").replace("pt", "")}
+    )
     for parent in root.iter():
         for child in list(parent):
             if child.tag == f"{{{_SVG}}}style" or child.tag == f"{{{_SVG}}}metadata":
@@ -113,12 +118,14 @@ def losses(values: Array, temperature: float | None) -> Chart:
     counts, edges = np.histogram(values, bins=30, range=(0, limit))
     beyond = int((values > limit).sum())
     with chart("Histogram of the losses of the pre-trained model") as drawn:
-        bars = drawn.axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=SKY)
+        bars = drawn.axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE)
         for bar, count, low, high in zip(bars, counts, edges, edges[1:]):
             drawn.hover(bar, f"loss {low:.3g} to {high:.3g}: {count:,} samples")
         if temperature is not None:
             drawn.axes.axvline(temperature, color=_TEXT, linestyle="--", linewidth=1)
-            drawn.axes.annotate(f" τ = {temperature:.3g}", (temperature, 0.97), xycoords=("data", "axes fraction"), va="top")
+            drawn.axes.annotate(
+                f" τ = {temperature:.3g}", (temperature, 0.97), xycoords=("data", "axes fraction"), va="top"
+            )
         drawn.axes.set(xlabel=f"loss ({beyond:,} lie further right)" if beyond else "loss", ylabel="samples")
     return drawn
 
@@ -150,7 +157,9 @@ def losses_by_class(values: Array, labels: NDArray[np.int64], classes: Sequence[
         for row, (name, line) in enumerate(zip(names, shares)):
             for value, left, right in zip(line, edges, edges[1:]):
                 if value > 0:
-                    (box,) = drawn.axes.barh(row, right - left, 0.92, left, color=BLUE, alpha=max(0.08, value / shares.max()))
+                    (box,) = drawn.axes.barh(
+                        row, right - left, 0.92, left, color=BLUE, alpha=max(0.08, value / shares.max())
+                    )
                     drawn.hover(box, f"{name}: {value:.1%} have a loss from {10**left:.2g} to {10**right:.2g}")
         ticks = np.arange(np.ceil(edges[0]), np.floor(edges[-1]) + 1)
         drawn.axes.set_xticks(ticks, [f"{10**each:g}" for each in ticks])
@@ -160,10 +169,12 @@ def losses_by_class(values: Array, labels: NDArray[np.int64], classes: Sequence[
     return drawn
 
 
-def shares_of_weight(ratios: Sequence[float], names: Sequence[str]) -> Chart:
-    """Draw for each class its share of the weight, divided by its share of the samples."""
+def shares_of_weight(ratios: Sequence[float], names: Sequence[str], starved: float) -> Chart:
+    """Draw for each class its share of the weight, divided by its share of the samples; `starved` ones in red."""
     with chart("Share of the weight by class, relative to its share of the samples", 70 + 22 * len(names)) as drawn:
-        bars = drawn.axes.barh(range(len(names)), ratios, 0.7, color=[RED if each < 0.5 else SKY for each in ratios])
+        bars = drawn.axes.barh(
+            range(len(names)), ratios, 0.7, color=[RED if each < starved else BLUE for each in ratios]
+        )
         for bar, name, ratio in zip(bars, names, ratios):
             drawn.hover(bar, f"{name}: {ratio:.2f} times its share of the samples")
         drawn.axes.axvline(1, color=_TEXT, linestyle="--", linewidth=1)
@@ -178,7 +189,7 @@ def accuracies(before: Sequence[float], after: Sequence[float], names: Sequence[
     with chart("Accuracy by class, before and after training", 90 + 22 * len(names)) as drawn:
         rows = range(len(names))
         drawn.axes.hlines(rows, before, after, color=GREY, linewidth=2)
-        drawn.axes.plot(before, rows, "o", color=ORANGE, markersize=8, label="before")
+        drawn.axes.plot(before, rows, "o", color=RED, markersize=8, label="before")
         drawn.axes.plot(after, rows, "D", color=BLUE, markersize=7, label="after")
         for row, name, first, last, count in zip(rows, names, before, after, counts):
             (mark,) = drawn.axes.plot([last], [row], "D", color=BLUE, markersize=7)
@@ -199,13 +210,16 @@ def lines(alt: str, x_label: str, y_label: str, curves: Mapping[str, Sequence[tu
             for x, y in points[:: -(-len(points) // 20)]:
                 (mark,) = drawn.axes.plot([x], [y], marker, color=colour, markersize=4)
                 drawn.hover(mark, f"{label}, {x_label} {x:g}: {y:.4g}")
+        drawn.axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         drawn.axes.set(xlabel=x_label, ylabel=y_label)
         if len(curves) > 1:
             drawn.axes.figure.legend(loc="outside upper center", ncols=2)  # type: ignore[union-attr]
     return drawn
 
 
-def plane(groups: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str, line: bool = False) -> Chart:
+def plane(
+    groups: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str, line: bool = False
+) -> Chart:
     """Draw runs, or points of a path, by method: `(x, y, hover)`; perhaps joined by a line."""
     with chart(f"{y_label} against {x_label}", 290) as drawn:
         for order, (name, points) in enumerate(groups.items()):
@@ -218,6 +232,7 @@ def plane(groups: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str
                 drawn.hover(mark, text)
         drawn.axes.set(xlabel=x_label, ylabel=y_label)
         drawn.axes.margins(0.1)
+        drawn.axes.yaxis.set_inverted("lower is better" in y_label)
         if len(groups) > 1:
             drawn.axes.figure.legend(loc="outside upper center", ncols=3)  # type: ignore[union-attr]
     return drawn

@@ -58,7 +58,9 @@ class Evidence:
         try:
             tensors, metadata = load_tensors(file, _FORMAT)
         except ValueError as error:
-            raise ValueError(f"{file} cannot be read ({error}). Delete it; the page then shows what is left.") from error
+            raise ValueError(
+                f"{file} cannot be read ({error}). Delete it; the page then shows what is left."
+            ) from error
         return cls(tensors, **json.loads(metadata["json"]))
 
 
@@ -114,7 +116,13 @@ def _tokens(sample: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Return the end of the prompt, and the supervised tokens, each as text; `cut` says that there are more."""
     ids = torch.as_tensor(sample["input_ids"])
     labels = sample.get("labels")
-    start = int(sample.get("prompt_length", 0)) if labels is None else int((torch.as_tensor(labels) != -100).int().argmax())
+    start = (
+        int(sample.get("prompt_length", 0)) if labels is None else int((torch.as_tensor(labels) != -100).int().argmax())
+    )
     answer = ids[start : start + _TOKENS].tolist()
     prompt = tokenizer.decode(ids[max(0, start - _TOKENS) : start].tolist())
-    return {"prompt": prompt, "answer": [tokenizer.decode([each]) for each in answer], "cut": len(ids) - start > _TOKENS}
+    return {
+        "prompt": prompt,
+        "answer": [tokenizer.decode([each]) for each in answer],
+        "cut": len(ids) - start > _TOKENS,
+    }

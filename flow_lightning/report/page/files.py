@@ -53,7 +53,11 @@ def read_run(folder: Path) -> RunFiles:
     readers: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "metrics.json": (read_metrics, "metrics", "the run has measured nothing yet"),
         WEIGHTS_FILE: (_weights, "weights", "the run has no FLOW weights, or has not come so far"),
-        EVIDENCE_FILE: (lambda file: Evidence.load(file.parent), "evidence", "no labels, pictures, texts or curve: the run had no ReportCallback"),
+        EVIDENCE_FILE: (
+            lambda file: Evidence.load(file.parent),
+            "evidence",
+            "no labels, pictures, texts or curve: the run had no ReportCallback",
+        ),
         ISSUES_FILE: (_issues, "issues", "no suspected label errors"),
     }
     for name, (read, attribute, without) in readers.items():

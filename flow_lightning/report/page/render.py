@@ -45,20 +45,33 @@ def page(folder: Path) -> str:
             hint = f"Did you mean {runs[-1]}?" if runs else "A run writes metrics.json there."
             raise OptionError(f"{folder} holds neither a run nor a board. {hint}")
         parts, missing, words, kind = list(sections(run)), run.missing, run.configuration, "run"
-    environment = Environment(loader=PackageLoader("flow_lightning.report.page", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("flow_lightning.report.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["visible"] = charts.visible
     source = environment.loader.get_source(environment, "page.js")[0]  # type: ignore[union-attr]
     digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
     style = environment.loader.get_source(environment, "page.css")[0]  # type: ignore[union-attr]
     return environment.get_template("page.html").render(
-        title=folder.resolve().name, kind=kind, place=str(folder), sections=parts, missing=missing, configuration=words,
+        title=_title(folder), kind=kind, place=str(folder), sections=parts, missing=missing, configuration=words,
         script=Markup(source), script_hash=digest, style=Markup(style),
     )  # fmt: skip
 
 
+def _title(folder: Path) -> str:
+    """Return the last folders of a path, which name a run, without those that all runs have."""
+    return " / ".join([part for part in folder.resolve().parts[1:] if part != "lightning_logs"][-3:])
+
+
 def command(words: Sequence[str]) -> None:
     """Run `flow-lightning report DIRECTORY [--output FILE]`."""
-    parser = argparse.ArgumentParser("flow-lightning report", exit_on_error=False, description="Draw the page of a run or a board.")
+    parser = argparse.ArgumentParser(
+        "flow-lightning report", exit_on_error=False, description="Draw the page of a run or a board."
+    )
     parser.add_argument("directory", type=Path, help="A run's directory, or a board's folder.")
     parser.add_argument("--output", type=Path, help="The HTML file; by default report.html in that folder.")
     try:
@@ -66,6 +79,8 @@ def command(words: Sequence[str]) -> None:
     except argparse.ArgumentError as error:
         raise OptionError(f"{error}. Expected: flow-lightning report DIRECTORY") from error
     if unknown:
-        raise OptionError(f"report does not know {unknown[0]}. Expected: flow-lightning report DIRECTORY [--output FILE]")
+        raise OptionError(
+            f"report does not know {unknown[0]}. Expected: flow-lightning report DIRECTORY [--output FILE]"
+        )
     path = write_page(options.directory, options.output)
     print(f"Report: {path.absolute()}")
