@@ -17,8 +17,8 @@ from flow_lightning.distributed import on_rank_zero
 from flow_lightning.measures.base import check_at_least
 from flow_lightning.measures.images import PretrainedImages
 from flow_lightning.measures.outcomes import Outcomes, StepOutcomes
-from flow_lightning.method.weights import TokenWeights
 from flow_lightning.report.page.evidence import Evidence, describe
+from flow_lightning.report.page.files import sample_means
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import targets_of
 
@@ -128,7 +128,9 @@ class ReportCallback(RunCallback):
             "mean": data.mean or config.get("mean"),
             "std": data.std or config.get("std"),
         }
-        for index in choose(sample_losses(contract.sample_weights, count), labels, self.samples):
+        weights = contract.sample_weights
+        losses = None if weights is None else sample_means(weights)[0].cpu()
+        for index in choose(losses, labels, self.samples):
             seen = evidence.shown.setdefault(str(index), {})
             try:
                 seen.update(describe(dataset[index], **look))
@@ -180,15 +182,6 @@ class ShownOutcomes(Outcomes):
         """See the class."""
         largest = module(batch["image"]).float().softmax(dim=1).max(dim=1)
         return largest.indices, largest.values
-
-
-def sample_losses(weights: Any, count: int) -> Tensor | None:
-    """Return the loss of each sample `[n]`, of token weights the mean over its tokens; None without weights."""
-    if not isinstance(weights, TokenWeights):
-        return None if weights is None else weights.losses.detach().float().cpu()
-    lengths = weights.offsets.diff().cpu()
-    owner = torch.repeat_interleave(torch.arange(count), lengths)
-    return torch.zeros(count).index_add_(0, owner, weights.losses.float().cpu()) / lengths.clamp_min(1)
 
 
 def choose(losses: Tensor | None, labels: Tensor | None, most: int) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flow_lightning.report.metrics import Metrics, format_value, main_panel, metric_rows, read_metrics
 from flow_lightning.report.page import charts
-from flow_lightning.report.page.run_page import Section, Table
+from flow_lightning.report.page.section import Section, Table
 
 Runs = Mapping[str, Sequence[Metrics]]
 
@@ -40,15 +40,12 @@ def _finished(folder: Path) -> Runs:
 
 
 def _sections(folder: Path, runs: Runs) -> Iterator[Section]:
-    count = sum(map(len, runs.values()))
-    text = [
-        f"{count} {'run' if count == 1 else 'runs'} of {len(runs)} {'method' if len(runs) == 1 else 'methods'}: {', '.join(runs)}."
-    ]
-    if diverged := sum(not run for column in runs.values() for run in column):
-        text.append(f"{diverged} diverged, and {'is' if diverged == 1 else 'are'} left out.")
-    yield Section("In short", text)
-    yield _frontier(folder, runs)
     every = [run for column in runs.values() for run in column]
+    text = [f"{_count(every, 'run')} of {_count(list(runs), 'method')}: {', '.join(runs)}."]
+    if diverged := sum(not run for run in every):
+        text.append(f"{diverged} of them diverged, without numbers.")
+    yield Section("In short", text)
+    yield _frontier(folder, runs, every)
     rows = []
     for metric in metric_rows({key for run in every for key in run}):
         values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs.values()]
@@ -57,46 +54,38 @@ def _sections(folder: Path, runs: Runs) -> Iterator[Section]:
     yield Section("All numbers", tables=[Table("Mean ± standard deviation of the runs", ["", *runs], rows)])
 
 
-def _frontier(folder: Path, runs: Runs) -> Section:
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+
+
+def _frontier(folder: Path, runs: Runs, every: Sequence[Metrics]) -> Section:
     section, file = Section("Frontier: learned against kept"), folder / "board.csv"
+    labels, groups = ("kept (% of before)", "target accuracy (%)"), dict[str, list[tuple[float, float, str]]]()
     if file.exists():
         with file.open(newline="", encoding="utf-8") as lines:
-            groups = _points(list(csv.DictReader(lines)))
-        labels = ("kept (% of before)", "target accuracy (%)")
+            for row in csv.DictReader(lines):
+                name = " ".join(part for part in (row["method"], row["optimizer"]) if part)
+                settings = f"{name}, rate {row['rate'] or 'default'}, seed {row['seed']}, alpha {row['alpha']}"
+                groups.setdefault(name, []).append(
+                    (100 * float(row["retention"]), 100 * float(row["target"]), settings)
+                )
     else:
-        every = [run for column in runs.values() for run in column]
         learned, kept = (main_panel(part, every) for part in ("target", "retention"))
         if learned is None or kept is None:
             section.text = ["No run measured both what it learned and what it kept: there is nothing to draw."]
             return section
         x, y = (100 if panel.is_percent else 1 for panel in (kept, learned))
-        groups = {
-            name: [
-                (
-                    x * run[kept.main],
-                    y * run[learned.main],
-                    f"{name}, run {number}: {learned.title} {y * run[learned.main]:.4g}, {kept.title} {x * run[kept.main]:.4g}",
-                )
-                for number, run in enumerate(column, 1)
-                if run.get(kept.main) is not None and run.get(learned.main) is not None
-            ]
-            for name, column in runs.items()
-        }
-        labels = (f"kept: {kept.title}", f"learned: {learned.title}")
-    section.charts = [("Each mark is a model; up and right is better", charts.plane(groups, *labels).markup)]
+        for name, column in runs.items():
+            pairs = [(run.get(kept.main), run.get(learned.main), number) for number, run in enumerate(column, 1)]
+            groups[name] = [(x * k, y * t, f"{name}, run {n}") for k, t, n in pairs if k is not None and t is not None]
+        better = "" if learned.better == "up" else " (lower is better)"
+        labels = (f"kept: {kept.title}", f"learned: {learned.title}{better}")
+    marks = {
+        name: [(k, t, f"{what}: learned {t:.4g}, kept {k:.4g}") for k, t, what in points]
+        for name, points in groups.items()
+    }
+    section.charts = [charts.plane("Each mark is a model; hover for its name", marks, *labels)]
     return section
-
-
-def _points(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, str]]]:
-    groups: dict[str, list[tuple[float, float, str]]] = {}
-    for row in rows:
-        name = " ".join(part for part in (row["method"], row["optimizer"]) if part)
-        kept, learned = 100 * float(row["retention"]), 100 * float(row["target"])
-        settings = f"rate {row['rate'] or 'default'}, seed {row['seed']}, alpha {row['alpha']}"
-        groups.setdefault(name, []).append(
-            (kept, learned, f"{name}, {settings}: target {learned:.1f} %, kept {kept:.1f} %")
-        )
-    return groups
 
 
 def configuration(folder: Path) -> str:

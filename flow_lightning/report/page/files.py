@@ -97,11 +97,12 @@ def is_issue(row: dict[str, str]) -> bool:
     return row.get("is_label_issue", "").strip().lower() in ("true", "1")
 
 
-def per_sample(values: Tensor, run: RunFiles) -> Tensor:
-    """Return losses or weights of samples `[n]`, of tokens the mean over those of a sample."""
-    weights = run.weights
+def sample_means(weights: SampleWeights | TokenWeights) -> tuple[Tensor, Tensor]:
+    """Return losses and weights of samples, `[n]` each; of tokens the mean over those of a sample."""
+    both = (weights.losses.float(), weights.weights.float())
     if not isinstance(weights, TokenWeights):
-        return values.float()
+        return both
     lengths = weights.offsets.diff()
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return torch.zeros(len(lengths)).index_add_(0, owner, values.float()) / lengths.clamp_min(1)
+    losses, shares = (torch.zeros(len(lengths)).index_add_(0, owner, each) / lengths.clamp_min(1) for each in both)
+    return losses, shares
