@@ -3,6 +3,7 @@
 In: weights, measures, samples. Out: `report.safetensors` and `report.html`. Next: `report/page/evidence.py`.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,16 +53,19 @@ class ReportCallback(RunCallback):
         """Forget an earlier fit."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.evidence, self._every, self._last = Evidence(), max(1, trainer.log_every_n_steps), -1  # type: ignore[attr-defined]
+            self.evidence, self._seconds = Evidence(), 0.0
+            self._every, self._last = max(1, trainer.log_every_n_steps), -1  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather labels, pictures and texts, and what the pre-trained model answers."""
+        started = time.perf_counter()
         with isolate_rng():
             self._gather(trainer, pl_module)
             if not self.run.resumed:
                 with module_contract(pl_module).frozen_reference():
                     self._answer(trainer, pl_module, "before")
         self._save(trainer)
+        self._seconds = time.perf_counter() - started
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,10 +85,14 @@ class ReportCallback(RunCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the fine-tuned model answers, and draw the page, after every measure."""
+        started = time.perf_counter()
         with isolate_rng():
-            self._answer(trainer, pl_module, "after")
+            if trainer.max_epochs == 0:  # a fit that only scores never starts to train
+                self._gather(trainer, pl_module)
+            self._answer(trainer, pl_module, "after" if trainer.max_epochs else "before")
             self._compare(trainer, pl_module)
         self._save(trainer)
+        self.run.record(trainer, {"time/report_s": self._seconds + time.perf_counter() - started})
         if (folder := self.run.directory) is not None:
             from flow_lightning.report.page.render import write_page  # matplotlib is slow to import
 
@@ -164,7 +172,7 @@ class ReportCallback(RunCallback):
         if head is not None and head.out_features == 1000:
             from timm.data.imagenet_info import ImageNetInfo
 
-            self.evidence.words["pretrained_names"] = ImageNetInfo().label_descriptions()  # type: ignore[no-untyped-call]
+            self.evidence.words["pretrained_names"] = ImageNetInfo().label_descriptions()
         data, config = data_contract(trainer), module_contract(module).data_config or {}
         mean, std = data.mean or config.get("mean"), data.std or config.get("std")
         dataset: Any = measure.loader.dataset

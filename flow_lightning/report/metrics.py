@@ -52,6 +52,7 @@ _TIMES = (
     Metric("time/before_s", "measuring before training", "seconds", "down"),
     Metric("time/fit_s", "training, with the head refit", "seconds", "down"),
     Metric("time/after_s", "measuring after training", "seconds", "down"),
+    Metric("time/report_s", "gathering what the report shows", "seconds", "down"),
 )
 _FORMATS = {"fraction": "{:.1f}", "nats": "{:.3f}", "samples": "{:,.0f}", "tokens": "{:,.0f}", "seconds": "{:.1f}"}
 _SIZES = ("samples", "tokens")  # units of metrics that stand after the results

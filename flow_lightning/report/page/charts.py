@@ -29,7 +29,7 @@ _WIDTH, _HEIGHT = 344, 250
 #: Stands for the page's own colour of text.
 _TEXT = "#010203"
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT),
     **{"font.size": 12, "axes.labelsize": 12, "xtick.labelsize": 12, "ytick.labelsize": 12, "legend.fontsize": 12},
     **{"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False, "legend.frameon": False},
@@ -63,7 +63,7 @@ class Chart:
 
     def legend(self) -> None:
         """Show the legend above the axes."""
-        self.axes.figure.legend(loc="outside upper center", ncols=3, columnspacing=1)  # type: ignore[union-attr]
+        self.axes.figure.legend(loc="outside upper center", ncols=3, columnspacing=1)
 
 
 def visible(text: Any) -> str:
