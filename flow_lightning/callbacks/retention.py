@@ -4,7 +4,7 @@ In: measures, see `measures/base.py`. Out: numbers for `metrics.json` and logger
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -107,7 +107,7 @@ class RetentionCallback(RunCallback):
         metrics |= averages(metrics, declared)
         metrics["time/after_s"] = time.perf_counter() - started
         self.run.record(trainer, metrics)
-        on_rank_zero(trainer, lambda: _report(self.run, declared))
+        on_rank_zero(trainer, lambda: _report(self.run, declared, trainer.loggers))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: tensors and primitives only."""
@@ -156,13 +156,14 @@ def _check_facts(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             )
 
 
-def _report(run: Run, declared: Declared) -> None:
+def _report(run: Run, declared: Declared, loggers: Sequence[Any]) -> None:
     """Draw the picture and print the table."""
     metrics = finite(run.metrics)
     files = "trainer.callback_metrics has these numbers; no files are written."
     if run.directory is not None:
-        from flow_lightning.report.pictures import plot_retention  # matplotlib is slow to import
+        from flow_lightning.report.pictures import log_picture, plot_retention  # matplotlib is slow to import
 
         plot_retention(metrics, run.directory / "retention.png", declared)
+        log_picture(loggers, "retention", run.directory / "retention.png")
         files = f"{run.directory / 'metrics.json'}, {run.directory / 'retention.png'}"
     print_table(metrics_table({"value": metrics}, "What was learned and what was kept", declared), files)

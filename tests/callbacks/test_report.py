@@ -93,7 +93,7 @@ def test_a_killed_run_leaves_what_it_has_seen():
 
 def test_retention_samples_that_changed_are_kept_with_their_answers():
     measure, report = PretrainedImages(unlabelled_images(Path()), image_size=32), fl.ReportCallback(samples=2)
-    module = tiny_module(learning_rate=1.0)
+    module = tiny_module(learning_rate=0.1)
     fit(report, fl.RetentionCallback(measures=[measure]), module=module, data=PictureData(), max_epochs=4)
     answers = measure.answers
     lost = lost_samples(answers).tolist()

@@ -111,7 +111,7 @@ def _row(run: RunFiles, index: int, numbers: tuple[Tensor, ...]) -> list[str]:
     predicted, probability = issue.get("predicted_label"), issue.get("probability")
     if answer and not predicted:
         predicted, probability = answer[0], answer[1] if len(answer) > 1 else None
-    own = [each[index].item() for each in numbers] or [None, None]
+    own: list[Any] = [each[index].item() for each in numbers] or [None, None]
     values = [probability, issue.get("label_score"), *own]
     return [str(index), run.name(given), "–" if predicted is None else run.name(predicted), *map(_number, values)]
 
