@@ -131,7 +131,7 @@ class ReportCallback(RunCallback):
         if labels is not None:
             evidence.tensors["labels"] = labels
         config = contract.data_config or {}
-        look = {
+        settings = {
             "tokenizer": contract.tokenizer,
             "mean": data.mean or config.get("mean"),
             "std": data.std or config.get("std"),
@@ -141,7 +141,7 @@ class ReportCallback(RunCallback):
         for index in choose(losses, labels, self.samples):
             seen = evidence.shown.setdefault(str(index), {})
             try:
-                seen.update(describe(dataset[index], **look))
+                seen.update(describe(dataset[index], **settings))
             except OSError as error:  # the page says so
                 seen["note"] = f"cannot be read: {error}"
 
@@ -172,7 +172,8 @@ class ReportCallback(RunCallback):
         if head is not None and head.out_features == 1000:
             from timm.data.imagenet_info import ImageNetInfo
 
-            self.evidence.words["pretrained_names"] = ImageNetInfo().label_descriptions()
+            names = ImageNetInfo().label_descriptions()
+            self.evidence.words["pretrained_names"] = [name.partition(",")[0] for name in names]
         data, config = data_contract(trainer), module_contract(module).data_config or {}
         mean, std = data.mean or config.get("mean"), data.std or config.get("std")
         dataset: Any = measure.loader.dataset

@@ -19,6 +19,9 @@ from flow_lightning.measures.base import When, check_at_least
 from flow_lightning.report.metrics import Declared, averages, declared_by, finite, metrics_table, print_table
 from flow_lightning.run import Run, RunCallback
 
+#: The pictures of a run, as its last line names them.
+_PICTURES = ("flow_weights.png", "path.png", "retention.png")
+
 
 class RetentionCallback(RunCallback):
     """Measure what a fit learned and what it kept, before and after training, and report both.
@@ -165,5 +168,6 @@ def _report(run: Run, declared: Declared, loggers: Sequence[Any]) -> None:
 
         plot_retention(metrics, run.directory / "retention.png", declared)
         log_picture(loggers, "retention", run.directory / "retention.png")
-        files = f"{run.directory / 'metrics.json'}, {run.directory / 'retention.png'}"
+        pictures = [run.directory / name for name in _PICTURES]
+        files = ", ".join(str(file) for file in (run.directory / "metrics.json", *pictures) if file.exists())
     print_table(metrics_table({"value": metrics}, "What was learned and what was kept", declared), files)

@@ -92,7 +92,8 @@ def sample_section(run: RunFiles) -> Section:
     section.text = [
         f"{len(suspects):,} label errors are suspected."
         if run.issues
-        else "Label errors were not looked for: there is no label_issues.csv."
+        else "Label errors were not looked for: there is no label_issues.csv.",
+        "Each card has the given label, and the model's answers before and after training with their probability.",
     ]
     if run.labels is None:
         section.text.append("The run lists no labels, so samples cannot be sorted by class.")
@@ -128,12 +129,12 @@ def _card(run: RunFiles, index: int, numbers: tuple[Tensor, ...]) -> dict[str, A
         run.evidence.shown[str(index)],
         _row(run, index, numbers),
     )
-    facts = {"given label": given, "loss": loss, "weight": weight}
+    facts = {"given": given, "loss": loss, "weight": weight}
     if index in run.issues:
         facts |= {"label score": score, "suggested": f"{predicted} ({probability})"}
     for when in ("before", "after"):
         if answer := seen.get(when):
-            facts[f"predicted {when}"] = run.name(int(answer[0])) + "".join(f" ({share:.0%})" for share in answer[1:])
+            facts[when] = run.name(int(answer[0])) + "".join(f" ({share:.0%})" for share in answer[1:])
     card = {"index": index, "class": given, "facts": facts} | {
         k: seen[k] for k in ("picture", "text", "note", "tokens") if k in seen
     }
