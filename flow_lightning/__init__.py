@@ -13,6 +13,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:  # the public names: type checkers and editors see imports, and `_HOME` reads them
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
+    from flow_lightning.callbacks.report import ReportCallback as ReportCallback
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
     from flow_lightning.callbacks.retention_budget import RetentionBudgetCallback as RetentionBudgetCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from flow_lightning.distributed import check_strategy, on_rank_zero
 from flow_lightning.files import check_writable
+from flow_lightning.measures import Measure
 from flow_lightning.report.metrics import read_metrics, write_metrics
 from flow_lightning.scoring.scoring import Scoring
 
@@ -31,6 +32,7 @@ class Run:
     resumed: bool = False  #: whether the fit continues from a checkpoint: the model is no longer the pre-trained one
     is_body_moved: bool = False  #: whether training's end moved the body, so that its head is to be solved anew
     metrics: dict[str, Any] = field(default_factory=dict)  #: recorded so far, by their key in `metrics.json`
+    measures: list[Measure] = field(default_factory=list)  #: what RetentionCallback measures
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
         """Weight averaging copies the module; the copy belongs to the same run."""

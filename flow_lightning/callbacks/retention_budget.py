@@ -205,7 +205,7 @@ class RetentionBudgetCallback(RunCallback):
         metrics["time/budget_s"] = self._seconds + time.perf_counter() - started
         self.run.record(trainer, {"path/points": self.points} | metrics)
         self._say(metrics, target)
-        on_rank_zero(trainer, self._report)
+        on_rank_zero(trainer, lambda: self._report(trainer.loggers))
         self._pretrained = {}  # its memory is free again
 
     def _measured(
@@ -281,13 +281,14 @@ class RetentionBudgetCallback(RunCallback):
             f"{metrics['budget/kept_other_half']:.1%}. {cost}"
         )
 
-    def _report(self) -> None:
+    def _report(self, loggers: Sequence[Any]) -> None:
         file = "No files are written."
         if self.run.directory is not None:
-            from flow_lightning.report.pictures import plot_path  # matplotlib is slow to import
+            from flow_lightning.report.pictures import log_picture, plot_path  # matplotlib is slow to import
 
             file = str(self.run.directory / "path.png")
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
+            log_picture(loggers, "path", self.run.directory / "path.png")
         print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
 
     def _head_names(self, module: LightningModule) -> list[str]:

@@ -41,7 +41,7 @@ class TargetAccuracy(TargetMeasure):
         ),
     )
 
-    carried = ("hard",)
+    carried = ("hard", "answers")
 
     def __init__(self, *, hard_fraction: float = 0.1) -> None:
         if not 0.0 < hard_fraction <= 1.0:
@@ -54,7 +54,8 @@ class TargetAccuracy(TargetMeasure):
         if self.loader is None:
             return {}
         function = partial(target_outcomes, module)
-        losses, correct = score_dataset(trainer, module, self.loader, function, f"Target {when}")
+        losses, correct, chosen, given = score_dataset(trainer, module, self.loader, function, f"Target {when}")
+        self.note(when, chosen, given)
         if when == "before":
             self.hard = hardest(losses, self.hard_fraction)
             return {"top1": mean(correct)}
@@ -101,7 +102,7 @@ class PretrainedImages(Measure):
         )
         for title, key in (("pre-trained task", "retention/after/top1"), ("agreement", "retention/after/agreement"))
     )
-    carried = ("reference",)
+    carried = ("reference", "answers")
     loader: DataLoader[Any]
     labelled: bool
 
@@ -146,6 +147,7 @@ class PretrainedImages(Measure):
         """Measure accuracy, or agreement and divergence; after training with both kinds of BatchNorm."""
         if when == "before" and not self.labelled:
             (self.reference,) = self._score(trainer, module, partial(log_probabilities, module))
+            self.note(when, self.reference.argmax(dim=1))
             return {"agreement": 1.0}
         if self.labelled:
             names, function = ("top1", "top5"), partial(top1_and_top5, module)
@@ -154,6 +156,7 @@ class PretrainedImages(Measure):
         else:  # resumed from a checkpoint without these measurements
             return {}
         outcomes = {"": self._score(trainer, module, function)}
+        self.note(when, *outcomes[""][2:])
         if when != "before":
             has_layers = len(batch_norms(module)) > 0
             outcomes["_original_bn"] = self._score(trainer, module, function, True) if has_layers else outcomes[""]
@@ -168,19 +171,20 @@ class PretrainedImages(Measure):
             return score_dataset(trainer, module, self.loader, function, description)
 
 
-def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return loss in nats and top-1 (0 or 1) of each sample, both `[B]`."""
+def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+    """Return loss in nats, top-1 (0 or 1), the chosen class and the given one of each sample, `[B]` each."""
     if not isinstance(batch, dict) or "image" not in batch:
         got = f"a dict of {sorted(map(str, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
         raise TypeError(f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'.")
     logits, targets = _logits(module, batch), batch["target"]
-    return cross_entropy(logits, targets), top_k_correct(logits, targets).float()
+    return cross_entropy(logits, targets), top_k_correct(logits, targets).float(), logits.argmax(dim=1), targets
 
 
-def top1_and_top5(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return top-1 and top-5 (0 or 1) of each sample, both `[B]`."""
+def top1_and_top5(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return top-1 and top-5 (0 or 1), the chosen class and the given one of each sample, `[B]` each."""
     logits, targets = _logits(module, batch), batch["target"]
-    return top_k_correct(logits, targets).float(), top_k_correct(logits, targets, k=5).float()
+    correct = (top_k_correct(logits, targets, k=k).float() for k in (1, 5))
+    return *correct, logits.argmax(dim=1), targets
 
 
 def log_probabilities(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor]:
@@ -188,11 +192,12 @@ def log_probabilities(module: LightningModule, batch: dict[str, Tensor]) -> tupl
     return (_logits(module, batch).log_softmax(dim=1),)
 
 
-def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compare with the reference's log-probabilities `[n, C]`: same first choice (0 or 1), and KL in nats, `[B]`."""
+def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Compare with log-probabilities `[n, C]`: same first choice (0 or 1), KL in nats, and the choice, `[B]` each."""
     logits = _logits(module, batch)
     expected = reference[batch["index"].cpu()].to(logits.device)
-    return top_k_correct(logits, expected.argmax(dim=1)).float(), kl_divergences(expected, logits)
+    chosen = logits.argmax(dim=1)
+    return top_k_correct(logits, expected.argmax(dim=1)).float(), kl_divergences(expected, logits), chosen
 
 
 def _logits(module: LightningModule, batch: dict[str, Tensor]) -> Tensor:

@@ -172,7 +172,7 @@ class TargetOutcomes(Outcomes):
     def of_batch(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
         """See the class."""
         if self.is_held_out:
-            return target_outcomes(module, batch)
+            return target_outcomes(module, batch)[:2]
         return (module.sample_losses(batch).float(),) if self.kind is None else self.kind.values(module, batch)
 
     def measure(self, trainer: Trainer, module: LightningModule, description: str) -> dict[str, float]:
