@@ -76,12 +76,7 @@ class RunCallback(Callback):
 
 
 def start_run(trainer: Trainer, module: LightningModule) -> Run:
-    """Start the run of a fit and check that its directories can be written to; call it on every rank.
-
-    Raises:
-        TypeError: If the strategy is not supported.
-        OSError: If a directory is read-only or full: before scoring and training, not after.
-    """
+    """Start the run of a fit, on every rank; a directory that cannot be written to is an OSError before scoring."""
     check_strategy(trainer)
     run = Run(run_directory(trainer), Scoring(trainer, module))
     checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
