@@ -20,12 +20,7 @@ class OptionError(argparse.ArgumentTypeError):
 
 
 def shipped() -> dict[str, Path]:
-    """Return the shipped configurations by name: the path below `configs/` without `.yaml`.
-
-    Example:
-        >>> shipped()["methods/flow"].name
-        'flow.yaml'
-    """
+    """Return the shipped configurations by name: the path below `configs/` without `.yaml`."""
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
@@ -85,11 +80,6 @@ def _file_or_yaml(value: str) -> tuple[bool, Path | str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return "Did you mean ...? " with the name that is most alike, or nothing if none is.
-
-    Example:
-        >>> nearest("cifar", ["cifar10", "dtd"])
-        'Did you mean cifar10? '
-    """
+    """Return "Did you mean ...? " with the name that is most alike, or nothing if none is."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"Did you mean {matches[0]}? " if matches else ""
