@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from flow_lightning.cli import run
-from flow_lightning.configurations import OptionError, find_method, find_optimizer
+from flow_lightning.configurations import OptionError, find_part
 from flow_lightning.files import write_bytes
 from flow_lightning.report.board import report
 from flow_lightning.report.metrics import Metrics, finite, read_metrics
@@ -148,8 +148,8 @@ def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
         varied = {"method": Path(method).stem, "optimizer": optimizer and Path(optimizer).stem, "rate": rate}
         name = " ".join(f"{value:g}" if isinstance(value, int | float) else value for value in varied.values() if value)
         folder = options.output / name.replace(" ", "-") / ("default" if seed is None else f"seed-{seed}")
-        words = ["fit", *shared, f"--config={find_method(method)}"]
-        words += [f"--config={find_optimizer(optimizer)}"] if optimizer else []
+        words = ["fit", *shared, f"--config={find_part('method', method)}"]
+        words += [f"--config={find_part('optimizer', optimizer)}"] if optimizer else []
         words += [f"--trainer.default_root_dir={folder}"]
         words += [] if rate is None else [f"--learning_rate={rate}"]
         words += [] if seed is None else [f"--seed_everything={seed}"]

@@ -1,18 +1,19 @@
 """Measures of an image classifier: accuracy on the target task, and what is left of the pre-trained task.
 
-In: Trainer and module. Out: accuracies, agreement, divergence. Next: `metrics.py`, `callbacks/retention.py`.
+In: Trainer and module. Out: accuracies, agreement, divergence. Next: `callbacks/retention.py`.
 """
 
+import math
 from functools import partial
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.measures.base import Measure, Metric, Panel, When
-from flow_lightning.measures.metrics import hardest, kl_divergences, mean, top_k_correct
 from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.scoring.evaluation import batch_norms
@@ -202,3 +203,38 @@ def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str
 
 def _logits(module: LightningModule, batch: dict[str, Tensor]) -> Tensor:
     return module(batch["image"]).float()  # type: ignore[no-any-return]
+
+
+def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
+    """Tell for logits `[B, C]` whether the target `[B]` is among the `k` largest: booleans `[B]`.
+
+    A row with a NaN is wrong: the network has diverged. With fewer than `k` classes every other row is right.
+    """
+    guesses = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (guesses == targets[:, None]).any(dim=1) & ~logits.isnan().any(dim=1)
+
+
+def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """Compute `KL(reference || now) = sum_c p_c (log p_c - log q_c)` for each sample: nats `[B]`, at least 0.
+
+    p and q are the softmax of the two logits, both `[B, C]`. A class with p = 0 adds nothing.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_q = reference_logits.log_softmax(dim=1, dtype=dtype), logits.log_softmax(dim=1, dtype=dtype)
+    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(dim=1).clamp_min(0.0)
+
+
+def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:
+    """Return the indices of the `ceil(fraction * n)` samples with the highest losses `[n]`, in ascending order.
+
+    NaN counts as the highest. The paper's Table 5 takes a tenth.
+    """
+    # Rounded first: 0.1 * 30 is 3.0000000000000004, and 4 of 30 is not a tenth.
+    count = math.ceil(round(fraction * losses.numel(), 9))
+    return losses.topk(count).indices.sort().values
+
+
+def mean(values: Tensor) -> float:
+    """Return the mean, summed in float64."""
+    return values.double().mean().item()
