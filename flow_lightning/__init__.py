@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the public names: type checkers and editors see imports, an
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.online_weights import LossAdaptiveRateCallback as LossAdaptiveRateCallback
     from flow_lightning.callbacks.online_weights import OnlineWeightsCallback as OnlineWeightsCallback
+    from flow_lightning.callbacks.report import ReportCallback as ReportCallback
     from flow_lightning.callbacks.retention import RetentionCallback as RetentionCallback
     from flow_lightning.callbacks.retention_budget import RetentionBudgetCallback as RetentionBudgetCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback

@@ -10,14 +10,16 @@ from typing import Any
 
 from flow_lightning.configurations import OptionError, names_of, nearest, shipped, with_files
 
-COMMANDS = ("fit", "score", "compare", "validate", "test", "predict")
+COMMANDS = ("fit", "score", "compare", "report", "validate", "test", "predict")
 
 _HELP = """\
 usage: flow-lightning {{fit,score,compare,validate,test,predict}} -c NAME [-c NAME ...] [options]
+       flow-lightning report DIRECTORY [--output FILE]
 
   fit         train, then report what the model learned and what it kept
   score       compute, report and draw the weights of the training set, without training
   compare     fit one configuration by several methods and seeds, side by side
+  report      write report.html, one page of a run or of a board, from its files
   validate    measure on the validation set, with --ckpt_path on a checkpoint
   test        measure on the test set, with --ckpt_path on a checkpoint
   predict     write the most likely class of each test image to predictions.csv
@@ -60,6 +62,10 @@ def main(args: Sequence[str] | None = None) -> Any:
         return None
     try:
         _check_command(words)
+        if words[0] == "report":
+            from flow_lightning.report.page.render import command
+
+            return command(words[1:])
         words = with_files(words)
         if words[0] == "compare":
             from flow_lightning.compare import compare as run  # imports Lightning, which takes seconds
@@ -77,7 +83,7 @@ def _check_command(words: list[str]) -> None:
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS)
         raise OptionError(f"The first word must be a command: {', '.join(COMMANDS)}. {hint}".strip())
-    if not any(word.startswith(("-c", "--config", "--model", "--help")) for word in words):
+    if command != "report" and not any(word.startswith(("-c", "--config", "--model", "--help")) for word in words):
         raise OptionError(
             f"{command} needs a configuration: flow-lightning {command} -c quickstart. Names: flow-lightning --help"
         )

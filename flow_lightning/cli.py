@@ -29,6 +29,9 @@ class FlowParser(LightningArgumentParser):
 
     keys: ClassVar[set[str]] = set()
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, allow_abbrev=False)  # `--seed` is no `--seed_everything`
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong; a parser of one value raises what its caller expects."""
         if not self.exit_on_error:

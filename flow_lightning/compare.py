@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from flow_lightning.cli import run
-from flow_lightning.configurations import OptionError, find_method, find_optimizer
+from flow_lightning.configurations import OptionError, find_part
 from flow_lightning.files import write_bytes
 from flow_lightning.report.board import report
 from flow_lightning.report.metrics import Metrics, finite, read_metrics
 from flow_lightning.run import run_directory
+
+#: With fewer rates or seeds the best rate of a method, or the spread of its results, is a matter of luck.
+_FAIR_RATES, _FAIR_SEEDS = 5, 3
 
 
 class Fit(NamedTuple):
@@ -56,6 +59,7 @@ def compare(words: Sequence[str]) -> None:
     """
     options, shared = _options(words[1:])
     fits = list(_fits(options, shared))
+    _warn_if_small(options)
     if options.jobs > 1:
         _share_out(words, options.jobs)
     else:
@@ -116,6 +120,20 @@ def _listed(text: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _warn_if_small(options: argparse.Namespace) -> None:
+    """Say what a board of rates lacks for a fair comparison, in the first of its parts or processes alone."""
+    rates, seeds = len(set(options.rates)), len(set(options.seeds))
+    if (
+        options.rates != [None]
+        and (options.jobs, options.part[0]) == (1, 0)
+        and (rates < _FAIR_RATES or seeds < _FAIR_SEEDS)
+    ):
+        rank_zero_warn(
+            f"This board has {rates} rates and {seeds} seeds. To compare methods fairly give at least {_FAIR_RATES} "
+            f"rates, each about twice the one before, and {_FAIR_SEEDS} seeds: intervals over fewer seeds mean little."
+        )
+
+
 def _part(text: str) -> tuple[int, int]:
     """Read "2/4", the third of four parts."""
     number, _, parts = text.partition("/")
@@ -128,10 +146,10 @@ def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
     """Yield all fits, seed by seed, so that a board that is not finished compares like with like."""
     for seed, method, optimizer, rate in product(options.seeds, options.methods, options.optimizers, options.rates):
         varied = {"method": Path(method).stem, "optimizer": optimizer and Path(optimizer).stem, "rate": rate}
-        name = " ".join(f"{value:g}" if isinstance(value, float) else value for value in varied.values() if value)
+        name = " ".join(f"{value:g}" if isinstance(value, int | float) else value for value in varied.values() if value)
         folder = options.output / name.replace(" ", "-") / ("default" if seed is None else f"seed-{seed}")
-        words = ["fit", *shared, f"--config={find_method(method)}"]
-        words += [f"--config={find_optimizer(optimizer)}"] if optimizer else []
+        words = ["fit", *shared, f"--config={find_part('method', method)}"]
+        words += [f"--config={find_part('optimizer', optimizer)}"] if optimizer else []
         words += [f"--trainer.default_root_dir={folder}"]
         words += [] if rate is None else [f"--learning_rate={rate}"]
         words += [] if seed is None else [f"--seed_everything={seed}"]

@@ -8,6 +8,7 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -21,12 +22,7 @@ class OptionError(argparse.ArgumentTypeError):
 
 
 def shipped() -> dict[str, Path]:
-    """Return the shipped configurations by name: the path below `configs/` without `.yaml`.
-
-    Example:
-        >>> shipped()["methods/flow"].name
-        'flow.yaml'
-    """
+    """Return the shipped configurations by name: the path below `configs/` without `.yaml`."""
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
 
 
@@ -48,11 +44,6 @@ def find_configuration(name: str) -> Path:
     return known[wanted]
 
 
-def find_method(name: str) -> Path:
-    """Return the file of a method: a file of your own, or a shipped one."""
-    return _find("method", name)
-
-
 def callbacks_of(method: str) -> set[str]:
     """Return the names of the callback classes of a shipped method; none of a method of your own.
 
@@ -64,12 +55,8 @@ def callbacks_of(method: str) -> set[str]:
     return {callback["class_path"].rpartition(".")[2] for callback in trainer.get("callbacks+", [])}
 
 
-def find_optimizer(name: str) -> Path:
-    """Return the file of an optimizer: a file of your own, or a shipped one."""
-    return _find("optimizer", name)
-
-
-def _find(kind: str, name: str) -> Path:
+def find_part(kind: Literal["method", "optimizer"], name: str) -> Path:
+    """Return the file of a method or an optimizer: a file of your own, or a shipped one."""
     file = Path(name) if Path(name).is_file() else FOLDER / f"{kind}s" / f"{name}.yaml"
     if not file.is_file():
         names = names_of(f"{kind}s")
@@ -88,7 +75,7 @@ def with_files(arguments: Sequence[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_file_or_yaml)
-    parser.add_argument("--method", action="append", dest="files", type=lambda name: (True, find_method(name)))
+    parser.add_argument("--method", action="append", dest="files", type=lambda name: (True, find_part("method", name)))
     try:
         parsed, words = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -106,11 +93,6 @@ def _file_or_yaml(value: str) -> tuple[bool, Path | str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return "Did you mean ...? " with the name that is most alike, or nothing if none is.
-
-    Example:
-        >>> nearest("cifar", ["cifar10", "dtd"])
-        'Did you mean cifar10? '
-    """
+    """Return "Did you mean ...? " with the name that is most alike, or nothing if none is."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"Did you mean {matches[0]}? " if matches else ""

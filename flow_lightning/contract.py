@@ -23,7 +23,6 @@ class ModuleContract(Protocol):
     """What callbacks ask of a module. Callables take a batch, unless stated otherwise."""
 
     sample_losses: Callable[[Any], Tensor] | None = None  #: one loss per sample, `[B]`; else those of training_step
-    weighted_loss: Callable[[Any, Tensor], Tensor] | None = None  #: of a module that weighs its losses itself
     token_losses: Callable[[Any], Tensor] | None = None  #: one loss per supervised token, `[K]`: to weigh tokens
     token_counts: Callable[[Any], Tensor] | None = None  #: the number of supervised tokens of each sample, `[B]`
     features: Callable[[Any], Tensor] | None = None  #: what the head sees, `[B, D]`; for LinearProbeCallback
@@ -39,6 +38,7 @@ class ModuleContract(Protocol):
     tokenizer: Any = None  #: its tokenizer
     max_positions: int | None = None  #: the longest sequence that it takes, in tokens; None if it has no bound
     save_pretrained: Callable[..., None] | None = None  #: writes the model; takes a folder and `merge`
+    weighs_online: bool = False  #: whether it multiplies its weights by `online_weights`, as `WeightedLossModule` does
 
     # Set by callbacks:
     sample_weights: Any = None  #: the weights to train with

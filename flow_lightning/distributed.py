@@ -19,17 +19,8 @@ T = TypeVar("T")
 def shard(module: LightningModule, root: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str] = ()) -> bool:
     """Shard a model over the data-parallel ranks, for `configure_model`; does nothing under other strategies.
 
-    Each block's parameters are gathered right before it runs and dropped after it, so that a device holds its shard,
-    one block, and what is in no block.
-
-    Args:
-        module: The LightningModule.
-        root: The model; what is in no block is gathered when it runs.
-        blocks: Parts of it that run one after the other.
-        methods: Methods of `module` that run parts of `root`, not all of it: they gather what is in no block, too.
-
-    Returns:
-        Whether the model is in shards now.
+    Each of the `blocks` of `root` is gathered right before it runs and dropped after it; so is what is in no block.
+    `methods` are those of `module` that run parts of `root`. Returns whether the model is in shards now.
     """
     if not is_attached(module) or not isinstance(module.trainer.strategy, ModelParallelStrategy):
         return False
@@ -60,11 +51,7 @@ def data_rank(trainer: Trainer) -> tuple[int, int]:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which parameters are whole only in the forward of a wrapper of the module.
-
-    Raises:
-        TypeError: Under FSDP of the first version and DeepSpeed; the message names the way to shards.
-    """
+    """Refuse, by a TypeError, strategies with parameters that are whole only in the forward of a module's wrapper."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise TypeError(
             f"{type(trainer.strategy).__name__} is not supported: its parameters are whole only in its own forward. "
@@ -93,13 +80,9 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
 
 def on_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T | None:
-    """Call a function on rank 0 alone; if it fails there, every rank fails, where it would wait for rank 0 for ever.
+    """Call a function on rank 0 alone and return its result there, None on the other ranks.
 
-    Returns:
-        What the function returned; None on the other ranks.
-
-    Raises:
-        RuntimeError: On the other ranks, with the message of rank 0's exception.
+    If it fails, every rank fails, where it would wait for ever: the others by a RuntimeError with the message.
     """
     result, failure = None, None
     if trainer.is_global_zero:
@@ -130,12 +113,7 @@ def is_attached(module: LightningModule) -> bool:
 
 
 def gather(trainer: Trainer, values: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Concatenate tensors on the CPU over batches and ranks, in the order of ranks; the same on every rank.
-
-    Args:
-        trainer: Gives the ranks. Processes that share data (tensor parallelism) count once.
-        values: The tensors of this rank, by batch; none if it had no batch.
-    """
+    """Concatenate the tensors of each rank's batches on the CPU, by rank; processes that share data count once."""
     mine = tuple(map(torch.cat, zip(*values)))
     if trainer.world_size == 1:
         return mine

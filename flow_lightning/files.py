@@ -3,7 +3,6 @@
 In: content and a path. Out: the file, or an error that names it. Next: `run.py`, `scoring/store.py`.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -82,21 +81,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
 
-def check_writable(folder: str | Path, size: int = 0) -> None:
-    """Raise OSError if `folder` cannot be made or written to, or has fewer than `size` bytes free."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:  # a few MiB: quotas do not show in disk_usage
-            file.write(bytes(min(size, 2**23)))
-            file.flush()
-            free = shutil.disk_usage(folder).free + 2**23
-            if free < size:
-                raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free")
-    except OSError as error:
-        raise OSError(
-            f"{Path(folder).absolute()} cannot take the {size / 2**20:.0f} MiB that this run writes ({error}). Make "
-            "room, or choose another folder."
-        ) from error
+def check_writable(*folders: str | Path) -> None:
+    """Raise OSError if a folder cannot be made, or takes no file of some MiB."""
+    for folder in map(Path, folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(2**23))
+        except OSError as error:
+            raise OSError(f"{folder.absolute()} cannot be written to ({error}). Choose another folder.") from error
 
 
 def save_tensors(

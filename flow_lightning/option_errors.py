@@ -20,7 +20,11 @@ _WRONG_VALUE = re.compile(  # of one type, or of several
     r"Subtypes: \[(?P<types>.+)\]\n\s*Errors:\n(?:\s*- Expected .+\n)+\s*Given value type: .+\n"
     r"\s*Given value: (?P<given>.+)"
 )
-_NESTED = re.compile(r"Errors:\n\s*- (?!Expected|Not a valid|Problem)(.+?)(?=\n\s*- |\n\s*Given value|\Z)", re.DOTALL)
+_NESTED = re.compile(
+    r"Errors:\n\s*- (?:Problem with given class_path '[\w.]+':\s+)?(?!Expected|Not a valid|Problem|Parser)"
+    r"(.+?)(?=\n\s*- |\n\s*Given value|\Z)",
+    re.DOTALL,
+)
 
 
 def explain(message: str, keys: Iterable[str]) -> str:

@@ -15,11 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from flow_lightning.distributed import check_strategy, on_rank_zero
 from flow_lightning.files import check_writable
+from flow_lightning.measures import Measure
 from flow_lightning.report.metrics import read_metrics, write_metrics
 from flow_lightning.scoring.scoring import Scoring
-
-#: Bytes that a run needs beside its checkpoints: weights, pictures, tables.
-_LEAST_ROOM = 8 * 2**20
 
 
 @dataclass
@@ -31,6 +29,7 @@ class Run:
     resumed: bool = False  #: whether the fit continues from a checkpoint: the model is no longer the pre-trained one
     is_body_moved: bool = False  #: whether training's end moved the body, so that its head is to be solved anew
     metrics: dict[str, Any] = field(default_factory=dict)  #: recorded so far, by their key in `metrics.json`
+    measures: list[Measure] = field(default_factory=list)  #: what RetentionCallback measures
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
         """Weight averaging copies the module; the copy belongs to the same run."""
@@ -76,24 +75,12 @@ class RunCallback(Callback):
 
 
 def start_run(trainer: Trainer, module: LightningModule) -> Run:
-    """Start the run of a fit and check that its directories can be written to; call it on every rank.
-
-    Raises:
-        TypeError: If the strategy is not supported.
-        OSError: If a directory is read-only or full: before scoring and training, not after.
-    """
+    """Start the run of a fit, on every rank; a directory that cannot be written to is an OSError before scoring."""
     check_strategy(trainer)
     run = Run(run_directory(trainer), Scoring(trainer, module))
     checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    model = sum(tensor.nbytes for tensor in module.state_dict().values() if hasattr(tensor, "nbytes"))
-
-    def check() -> None:
-        if run.directory is not None:
-            check_writable(run.directory, _LEAST_ROOM + (model if None in checkpoints else 0))
-        for folder in {str(folder) for folder in checkpoints if folder is not None and "://" not in str(folder)}:
-            check_writable(folder, model)
-
-    on_rank_zero(trainer, check)
+    folders = {str(folder or "://") for folder in (run.directory, *checkpoints)}
+    on_rank_zero(trainer, lambda: check_writable(*(folder for folder in folders if "://" not in folder)))
     vars(module)["flow_run"] = run
     return run
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.report import ReportCallback
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
 from flow_lightning.run import run_directory
@@ -45,7 +46,7 @@ class FlowTrainer(Trainer):
 
     def score(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
         """Compute the weights of the training set, report and draw them, without training."""
-        wanted = (LinearProbeCallback, FlowWeightingCallback, ProgressBar)
+        wanted = (LinearProbeCallback, FlowWeightingCallback, ReportCallback, ProgressBar)
         self.callbacks = [callback for callback in self.callbacks if isinstance(callback, wanted)]  # type: ignore[has-type]
         if not any(isinstance(callback, FlowWeightingCallback) for callback in self.callbacks):
             self.callbacks.append(FlowWeightingCallback())

@@ -1,10 +1,12 @@
 """Fixtures: small, quick, without network."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +19,14 @@ def quiet_and_single_threaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None
 
 @pytest.fixture(autouse=True)
 def pictures_are_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave every picture an empty file, as to render one takes longer than a tiny fit, unless a test asks for it."""
+    """Make every picture one pixel, as to render one takes longer than a tiny fit, unless a test asks for it."""
+
+    def savefig(figure: Figure, file: Any, format: str = "png", **_: Any) -> None:
+        if format == "png":
+            Image.new("RGB", (1, 1)).save(file, "PNG")
+
     if "rendered" not in request.fixturenames:
-        monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture

@@ -168,3 +168,26 @@ def test_jobs_share_a_board_and_its_devices(made, monkeypatch):
 def test_a_process_of_a_board_that_failed_is_told(made, monkeypatch, capsys):
     monkeypatch.setattr("flow_lightning.compare.subprocess.Popen", lambda *_, **__: SimpleNamespace(wait=lambda: 1))
     assert "The same command goes on from there" in error_of(capsys, "compare", *QUICK, *BOARD, "--jobs=2")
+
+
+@pytest.mark.parametrize(
+    ("rates", "seeds", "is_small"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3], True),
+        ([1, 2, 3, 4, 5], [1, 2], True),
+        ([1, 2, 3, 4, 4], [1, 2, 3], True),
+        ([1, 2, 3, 4, 5], [1, 2, 3], False),
+    ],
+)
+def test_a_board_with_few_rates_or_seeds_says_what_a_fair_one_needs(made, recwarn, rates, seeds, is_small):
+    made.pop()
+    compare("--methods=[flow]", f"--rates={rates}", f"--seeds={seeds}")
+    said = [str(w.message) for w in recwarn if "at least 5 rates" in str(w.message)]
+    assert len(said) == is_small
+    assert all(f"{len(set(rates))} rates and {len(seeds)} seeds" in message for message in said)
+
+
+def test_methods_side_by_side_at_one_rate_are_no_board_of_rates(made, recwarn):
+    made.pop()
+    compare("--methods=[flow]")
+    assert not [w for w in recwarn if "at least 5 rates" in str(w.message)]

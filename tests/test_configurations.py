@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flow_lightning.__main__ import main
-from flow_lightning.configurations import FOLDER, OptionError, find_configuration, find_method, shipped, with_files
+from flow_lightning.configurations import FOLDER, OptionError, find_configuration, find_part, shipped, with_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,8 @@ def test_a_file_that_exists_comes_before_a_name():
     Path("cifar10").write_text("seed_everything: 3\n")
     Path("flow.yaml").write_text("method: mine\n")
     assert find_configuration("cifar10") == Path("cifar10")
-    assert find_method("flow.yaml") == Path("flow.yaml") and find_method("flow") == FOLDER / "methods" / "flow.yaml"
+    assert find_part("method", "flow.yaml") == Path("flow.yaml")
+    assert find_part("method", "flow") == FOLDER / "methods" / "flow.yaml"
 
 
 @pytest.mark.parametrize(

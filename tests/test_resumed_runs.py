@@ -3,11 +3,12 @@
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-from collections import Counter
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +16,10 @@ import pytest
 import torch
 from lightning import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 
 import flow_lightning as fl
-from flow_lightning.scoring import score, store
+from flow_lightning.scoring import score
 from flow_lightning.trainer import FlowTrainer
 from tests.examples import chain, make_trainer
 from tests.images import tiny_module
@@ -116,100 +116,46 @@ def test_two_processes_are_resumed(make, kills):
     assert_equal(torch.load("done.pt"), expected)
 
 
-def main(folder: str, make, place: str = "", call: int = 0, share: float = 0.0) -> None:
-    """The run that is killed in the given call of a place; goes on from its last checkpoint, if it has one."""
+def main(folder: str, make) -> None:
+    """A run that goes on from its last checkpoint, if it has one; tells when it begins."""
     os.chdir(folder)
     torch.set_num_threads(1)
     score._SECONDS_PER_BLOCK = 0.0
-    for name, (owner, attribute) in CALLS.items():
-        setattr(owner, attribute, killing(getattr(owner, attribute), name, call * (name == place), share))
-    os.replace = killing_writes(os.replace, place, call, share)
-    found = run(partial(make, "weights.safetensors"), ckpt_path="last")
-    torch.save(found, "done.pt")
+    Path("begun").touch()
+    torch.save(run(partial(make, "weights.safetensors"), ckpt_path="last"), "done.pt")
 
 
-CALLS = {
-    "scoring": (score, "_score_batch"),
-    "probing": (torch.optim.LBFGS, "step"),
-    "training": (SingleDeviceStrategy, "training_step"),
-}
-WRITES = {"weights": "weights.safetensors", "checkpoint": "last.ckpt"}
-
-counts: Counter[str] = Counter()
-
-
-def log(name: str) -> int:
-    """Write down a call and return how many there were in this process."""
-    with open("calls", "a") as file:
-        file.write(f"{name}\n")
-    counts[name] += 1
-    return counts[name]
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killing(function, name, call, share):
-    """Die a part of 10 ms after the begin of one call: in it, or soon after it."""
-
-    def wrapped(*args, **kwargs):
-        if log(name) == call:
-            threading.Timer(0.01 * share, kill).start()
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
-def killing_writes(function, place, call, share):
-    """Die when a part of a file has been written, or all of it, before it gets its name or after."""
-
-    def wrapped(temporary, path):
-        dies = False
-        for name in (name for name, file_name in WRITES.items() if file_name == Path(path).name):
-            dies = log(name) == call and name == place
-        if dies and share < 0.8:
-            os.truncate(temporary, int(os.path.getsize(temporary) * min(share / 0.6, 1.0)))
-            kill()
-        function(temporary, path)
-        if dies:
-            kill()
-
-    return wrapped
-
-
-def started(folder: Path, make, *killed) -> int:
-    """Run `main` in a process of its own and return its exit status."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = ", ".join([repr(str(folder)), f"runs.{make.__name__}", *map(repr, killed)])
-    command = [sys.executable, "-c", f"from tests import test_resumed_runs as runs; runs.main({arguments})"]
-    return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=300).returncode
+def seconds_of(folder: Path, make, kill_after: float = math.inf) -> float:
+    """Run `main` in a process of its own, kill it some seconds after it began, and return how long it ran."""
+    begun, environment = folder / "begun", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    begun.unlink(missing_ok=True)
+    code = f"from tests import test_resumed_runs as runs; runs.main({str(folder)!r}, runs.{make.__name__})"
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL) as process:
+        while not begun.exists() and process.poll() is None:
+            time.sleep(0.01)
+        started = time.perf_counter()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(kill_after, 300))
+        process.kill()
+    assert process.returncode in {0, -signal.SIGKILL if kill_after < math.inf else 0}
+    return time.perf_counter() - started
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("make, rounds", [(vision, 4), (language, 2)])
-def test_kills_at_random_points_of_each_part(make, rounds, tmp_path):
-    """kill -9 while it scores, probes, writes weights, trains, writes a checkpoint: 20 times for vision."""
-    generator = random.Random(1)
-    for folder in ("whole", *map(str, range(rounds))):
+@pytest.mark.parametrize("make, kills", [(vision, 12), (language, 4)])
+def test_kills_at_random_times(make, kills, tmp_path):
+    """kill -9 while it scores, probes, writes weights, trains, writes a checkpoint."""
+    for folder in ("whole", "killed"):
         write_pictures(tmp_path / folder / "pictures", count=40)
-    assert started(tmp_path / "whole", make) == 0
+    seconds, generator = seconds_of(tmp_path / "whole", make), random.Random(1)
     expected = torch.load("whole/done.pt")
-    whole = Counter(Path("whole/calls").read_text().split())
-    for folder in map(str, range(rounds)):
-        left = whole["training"]
-        for place in ("scoring", "probing", "weights", "training", "checkpoint"):
-            if whole[place] == 0:
-                continue  # language models are not probed
-            most = {"weights": 1, "training": left - 1, "checkpoint": left}.get(place, whole[place])
-            call = generator.randint(1, most)
-            assert started(tmp_path / folder, make, place, call, generator.random()) == -signal.SIGKILL
-            left -= call if place == "training" else 0
-        assert started(tmp_path / folder, make) == 0
-        assert_equal(torch.load(f"{folder}/done.pt"), expected)
-        calls = Counter(Path(folder, "calls").read_text().split())
-        # None twice but the one that it died in, and those by which each of six starts checks the blocks and the file.
-        assert calls["scoring"] <= whole["scoring"] + 1 + 6 * 2 * store._CHECKED
-        assert calls["training"] <= whole["training"] + 2 and calls["weights"] >= 1
-        assert not list(Path(folder, "ckpt").glob(".*"))
+    for kill in range(kills):
+        if kill % 4 == 0:  # from the beginning again
+            shutil.rmtree("killed/ckpt", ignore_errors=True)
+            Path("killed/weights.safetensors").unlink(missing_ok=True)
+        seconds_of(tmp_path / "killed", make, generator.uniform(0.1, 0.7) * seconds)
+        if kill % 4 == 3:
+            seconds_of(tmp_path / "killed", make)
+            assert_equal(torch.load("killed/done.pt"), expected)
+            assert not list(Path("killed/ckpt").glob(".*"))

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -15,11 +14,10 @@ from tests.examples import LinearRegression, fit
 from tests.images import PictureData, tiny_module
 
 
-def test_a_disk_without_room_for_a_checkpoint_stops_the_fit_before_scoring(monkeypatch):
+def test_checkpoints_that_cannot_be_written_stop_the_fit_before_scoring():
     module = LinearRegression()
-    module.body.append(torch.nn.Linear(3000, 1000))  # 12 MB
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 2**20}))
-    with pytest.raises(OSError, match=r"checkpoints cannot take the 11 MiB"):
+    Path("checkpoints").touch()
+    with pytest.raises(OSError, match="checkpoints cannot be written to"):
         fit(fl.FlowWeightingCallback(), ModelCheckpoint("checkpoints"), module=module, enable_checkpointing=True)
     assert module.scored == 0
 
@@ -69,7 +67,7 @@ def test_numbers_reach_the_trainer_and_those_of_an_older_run_in_the_same_directo
 @pytest.mark.parametrize("settings", [{"default_root_dir": None}, {"fast_dev_run": True, "logger": None}])
 def test_a_run_without_a_place_of_its_own_leaves_no_file(settings):
     flow = fl.FlowWeightingCallback()
-    fit(flow, **settings)
+    fit(flow, fl.ExactResumeCallback(), **settings)
     assert flow.weights.lookups > 0 and list(Path().iterdir()) == []
 
 

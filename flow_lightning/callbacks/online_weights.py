@@ -54,11 +54,23 @@ class OnlineWeightsCallback(AroundStep):
         self.rule, self.loss = rule, loss
         self.function: Any = partial(function, **({} if value is None else {name: value}))
         self._gates: list[Tensor] = []
+        self._uses = 0  # of the rule, by a module that weighs its losses itself
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the rule to a module that weighs its losses itself."""
-        if module_contract(pl_module).weighted_loss is not None:
+        self._uses = 0
+        if module_contract(pl_module).weighs_online:
             vars(pl_module)["online_weights"] = self._of_losses
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse, with a RuntimeError, to train on without these weights."""
+        if outputs and self._uses == 0 and module_contract(pl_module).weighs_online:
+            raise RuntimeError(
+                f"{type(pl_module).__name__}.training_step does not call weighted_loss, so OnlineWeightsCallback has "
+                "no effect. Return `self.weighted_loss(batch, self.sample_losses(batch))`."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the rule back."""
@@ -68,12 +80,13 @@ class OnlineWeightsCallback(AroundStep):
     def around(self, trainer: Trainer, module: LightningModule, batch: Any) -> AbstractContextManager[Any]:
         """Weigh the losses of a module that does not do it itself, or watch the logits of one that does."""
         self._gates = []
-        if module_contract(module).weighted_loss is None:
+        if not module_contract(module).weighs_online:
             return self._weighing(module)
         return _Gates(self.function, self._gates) if self.rule == "entropy" else super().around(trainer, module, batch)
 
     def _of_losses(self, losses: Tensor) -> Tensor:
         """Return the factors of the losses of a step, `[K]`."""
+        self._uses += 1
         if self.rule != "entropy":
             return self.function(losses)  # type: ignore[no-any-return]
         gates = torch.cat(self._gates) if self._gates else losses[:0]

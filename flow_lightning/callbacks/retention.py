@@ -4,7 +4,7 @@ In: measures, see `measures/base.py`. Out: numbers for `metrics.json` and logger
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -18,6 +18,9 @@ from flow_lightning.measures import Measure, PretrainedImages, TargetAccuracy, T
 from flow_lightning.measures.base import When, check_at_least
 from flow_lightning.report.metrics import Declared, averages, declared_by, finite, metrics_table, print_table
 from flow_lightning.run import Run, RunCallback
+
+#: The pictures of a run, as its last line names them.
+_PICTURES = ("flow_weights.png", "path.png", "retention.png")
 
 
 class RetentionCallback(RunCallback):
@@ -54,6 +57,7 @@ class RetentionCallback(RunCallback):
         self._measures = self._chosen(pl_module)
         for measure in self._measures.values():
             measure.load_state_dict({})
+        self.run.measures = list(self._measures.values())
         # First, so that missing data are found before hours of scoring.
         trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
@@ -106,7 +110,7 @@ class RetentionCallback(RunCallback):
         metrics |= averages(metrics, declared)
         metrics["time/after_s"] = time.perf_counter() - started
         self.run.record(trainer, metrics)
-        on_rank_zero(trainer, lambda: _report(self.run, declared))
+        on_rank_zero(trainer, lambda: _report(self.run, declared, trainer.loggers))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far: tensors and primitives only."""
@@ -155,13 +159,15 @@ def _check_facts(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
             )
 
 
-def _report(run: Run, declared: Declared) -> None:
+def _report(run: Run, declared: Declared, loggers: Sequence[Any]) -> None:
     """Draw the picture and print the table."""
     metrics = finite(run.metrics)
     files = "trainer.callback_metrics has these numbers; no files are written."
     if run.directory is not None:
-        from flow_lightning.report.pictures import plot_retention  # matplotlib is slow to import
+        from flow_lightning.report.pictures import log_picture, plot_retention  # matplotlib is slow to import
 
         plot_retention(metrics, run.directory / "retention.png", declared)
-        files = f"{run.directory / 'metrics.json'}, {run.directory / 'retention.png'}"
+        log_picture(loggers, "retention", run.directory / "retention.png")
+        pictures = [run.directory / name for name in _PICTURES]
+        files = ", ".join(str(file) for file in (run.directory / "metrics.json", *pictures) if file.exists())
     print_table(metrics_table({"value": metrics}, "What was learned and what was kept", declared), files)

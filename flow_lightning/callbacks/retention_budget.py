@@ -93,9 +93,8 @@ class RetentionBudgetCallback(RunCallback):
         if not alphas or list(alphas) != sorted(set(alphas)) or alphas[0] < 0 or alphas[-1] > 1:
             raise ValueError(f"alphas are {list(alphas)}; expected different numbers from 0 to 1 in ascending order.")
         check_shape(shape)
-        self.curve = curve
         self.keep, self.confidence, self.of, self.data, self.shape = keep, confidence, of, data, shape
-        self.alphas, self.samples = [0.0, *(alpha for alpha in alphas if alpha > 0)], samples
+        self.alphas, self.samples, self.curve = [0.0, *(alpha for alpha in alphas if alpha > 0)], samples, curve
         self._needed = samples_needed(keep, confidence, of)
         self._reset()
 
@@ -197,15 +196,17 @@ class RetentionBudgetCallback(RunCallback):
         self.points = [self._measured(trainer, pl_module, target, alpha, at(alpha)) for alpha in self.alphas]
         chosen = max(0, last_kept([each["bound"] for each in self.points], self.keep))
         self.alpha = self.alphas[chosen]
-        self._put(pl_module, at(self.alpha) | self._head)
-        other = self._kept(trainer, pl_module, self.alpha, 1)
+        other = self.points[chosen].get("kept_other_half")  # a curve has it
+        if other is None:
+            self._put(pl_module, at(self.alpha) | self._head)
+            other = self._kept(trainer, pl_module, self.alpha, 1).share
         self._put(pl_module, at(self.alpha))
         self._save(trainer)
         metrics = self._metrics(self.points[chosen], other)
         metrics["time/budget_s"] = self._seconds + time.perf_counter() - started
         self.run.record(trainer, {"path/points": self.points} | metrics)
         self._say(metrics, target)
-        on_rank_zero(trainer, self._report)
+        on_rank_zero(trainer, lambda: self._report(trainer.loggers))
         self._pretrained = {}  # its memory is free again
 
     def _measured(
@@ -248,9 +249,9 @@ class RetentionBudgetCallback(RunCallback):
         values = self._watched(trainer, module, positions, f"Path {when}: {self.of}")
         return values[0] if len(values) == 1 else torch.stack([value.double() for value in values], dim=1)
 
-    def _metrics(self, chosen: Mapping[str, float], other: Kept) -> dict[str, float]:
+    def _metrics(self, chosen: Mapping[str, float], other: float) -> dict[str, float]:
         free = {f"{name}_free": value for name, value in self.points[-1].items() if name.startswith("target_")}
-        values = {"keep": self.keep, "kept_other_half": other.share, "forwards": self._forwards, **chosen, **free}
+        values = {"keep": self.keep, "kept_other_half": other, "forwards": self._forwards, **chosen, **free}
         return {f"budget/{name}": value for name, value in values.items()}
 
     def _save(self, trainer: Trainer) -> None:
@@ -281,13 +282,14 @@ class RetentionBudgetCallback(RunCallback):
             f"{metrics['budget/kept_other_half']:.1%}. {cost}"
         )
 
-    def _report(self) -> None:
+    def _report(self, loggers: Sequence[Any]) -> None:
         file = "No files are written."
         if self.run.directory is not None:
-            from flow_lightning.report.pictures import plot_path  # matplotlib is slow to import
+            from flow_lightning.report.pictures import log_picture, plot_path  # matplotlib is slow to import
 
             file = str(self.run.directory / "path.png")
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
+            log_picture(loggers, "path", self.run.directory / "path.png")
         print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
 
     def _head_names(self, module: LightningModule) -> list[str]:

@@ -42,12 +42,7 @@ class CatalogueEntry:
 
 
 def find_dataset(name: str) -> str:
-    """Return the catalogue's spelling of a data set name, or raise ValueError. Case, `_` and `-` do not matter.
-
-    Example:
-        >>> find_dataset("stanford_cars")
-        'StanfordCars'
-    """
+    """Return the catalogue's spelling of a data set name, or raise ValueError. Case, `_` and `-` do not matter."""
     spellings = {known.lower(): known for known in CATALOGUE}
     plain = name.lower().replace("_", "").replace("-", "")
     if plain in spellings:

@@ -50,16 +50,7 @@ class LabelNoise:
             )
 
     def __call__(self, targets: Tensor, classes: int, weak_model: Callable[[], Tensor] | None = None) -> Tensor:
-        """Return the labels with wrong ones among them, `[n]`.
-
-        Args:
-            targets: Class indices, `[n]`.
-            classes: Their number, at least 2.
-            weak_model: Gives log-probabilities `[n, C]`, for `instance`.
-
-        Raises:
-            ValueError: If `instance` has no weak model.
-        """
+        """Return labels `[n]` with wrong ones among them; `weak_model` gives log-probabilities `[n, C]`."""
         generator, count = torch.Generator().manual_seed(self.seed), round(self.rate * len(targets))
         chosen = torch.randperm(len(targets), generator=generator)[:count]
         others = (targets + torch.randint(1, classes, targets.shape, generator=generator)) % classes
@@ -79,11 +70,6 @@ def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> Label
     """Return the images with labels of which some are wrong.
 
     The weak model of `instance` is a linear classifier of grey thumbnails, asked about samples it was not fitted on.
-
-    Args:
-        images: The images with right labels; for `instance` all are read once.
-        noise: How many labels become wrong, and which.
-        classes: Number of classes.
     """
     targets = torch.tensor(images.targets)
 
@@ -97,14 +83,7 @@ def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> Label
 
 
 def out_of_fold_log_probabilities(features: Tensor, targets: Tensor, classes: int, folds: int = 5) -> Tensor:
-    """Return log-probabilities `[n, C]` of linear classifiers, each for the samples that it was not fitted on.
-
-    Args:
-        features: `[n, D]`.
-        targets: Class indices, `[n]`.
-        classes: C.
-        folds: Number of classifiers.
-    """
+    """Return log-probabilities `[n, C]` of linear classifiers of `[n, D]`, each for samples it was not fitted on."""
     parts = torch.arange(len(targets)) % folds
     result = torch.empty(len(targets), classes)
     for fold in range(folds):

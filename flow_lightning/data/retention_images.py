@@ -74,10 +74,8 @@ def retention_images(
 
     Raises:
         FileNotFoundError: If there is no such path, or no image in it.
-        ValueError: If labels cannot be read, or `crop_pct` is out of range.
+        ValueError: If labels cannot be read.
     """
-    if not 0.0 < crop_pct <= 1.0:
-        raise ValueError(f"crop_pct is {crop_pct}; expected a share above 0, up to 1.")
     views = list(_packaged_views() if str(path) == "packaged" else _find_views(Path(path), num_classes))
     if not views:
         raise FileNotFoundError(

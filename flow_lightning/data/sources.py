@@ -13,17 +13,13 @@ from torch.utils.data import Dataset
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class UnreadableImageError(OSError):
-    """An image file that cannot be decoded. The message names the file."""
-
-
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file completely, as RGB, or raise UnreadableImageError."""
+    """Read an image file completely, as RGB, or raise an OSError that names it."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, EOFError, ...
-        raise UnreadableImageError(
+        raise OSError(
             f"Cannot read the image file {path} ({type(error).__name__}: {error}). Replace it by an intact copy, or "
             "remove it from the data set."
         ) from error

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from lightning import LightningModule, Trainer
+from torch import Tensor
 
 When = Literal["before", "epoch", "after"]
 
@@ -64,6 +65,8 @@ class Measure(ABC):
         metrics: The keys that it writes.
         panels: What pictures show of them; those without a value are left out.
         carried: Names of the attributes that a checkpoint carries: tensors and primitives, None before training.
+        answers: The class that the model chose for each sample, `[n]`: `before` and `after`. `given` has the labels, if
+            there are some. For reports; None of a measure without classes.
 
     >>> class NormOfWeights(Measure):
     ...     part = "retention"
@@ -78,6 +81,7 @@ class Measure(ABC):
     metrics: ClassVar[tuple[Metric, ...]]
     panels: ClassVar[tuple[Panel, ...]] = ()
     carried: ClassVar[tuple[str, ...]] = ()
+    answers: dict[str, Tensor] | None = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Find the data, at `on_fit_start`; return facts about them by key, which a resumed fit must find again."""
@@ -95,6 +99,12 @@ class Measure(ABC):
         """Take over the state of an earlier fit; an empty one at the start of each fit."""
         for name in self.carried:
             setattr(self, name, state.get(name))
+
+    def note(self, when: When, chosen: Tensor, given: Tensor | None = None) -> None:
+        """Keep the chosen classes `[n]` of a model, before or after training, and the given ones if there are some."""
+        if when != "epoch":
+            labels = {} if given is None else {"given": given.int()}
+            self.answers = (self.answers or {}) | labels | {when: chosen.int()}
 
     def key(self, when: When, name: str) -> str:
         """Return the key in `metrics.json` of a number that `measure` returned."""

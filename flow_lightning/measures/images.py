@@ -1,18 +1,19 @@
 """Measures of an image classifier: accuracy on the target task, and what is left of the pre-trained task.
 
-In: Trainer and module. Out: accuracies, agreement, divergence. Next: `metrics.py`, `callbacks/retention.py`.
+In: Trainer and module. Out: accuracies, agreement, divergence. Next: `callbacks/retention.py`.
 """
 
+import math
 from functools import partial
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.measures.base import Measure, Metric, Panel, When
-from flow_lightning.measures.metrics import hardest, kl_divergences, mean, top_k_correct
 from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.scoring.evaluation import batch_norms
@@ -41,7 +42,7 @@ class TargetAccuracy(TargetMeasure):
         ),
     )
 
-    carried = ("hard",)
+    carried = ("hard", "answers")
 
     def __init__(self, *, hard_fraction: float = 0.1) -> None:
         if not 0.0 < hard_fraction <= 1.0:
@@ -54,7 +55,8 @@ class TargetAccuracy(TargetMeasure):
         if self.loader is None:
             return {}
         function = partial(target_outcomes, module)
-        losses, correct = score_dataset(trainer, module, self.loader, function, f"Target {when}")
+        losses, correct, chosen, given = score_dataset(trainer, module, self.loader, function, f"Target {when}")
+        self.note(when, chosen, given)
         if when == "before":
             self.hard = hardest(losses, self.hard_fraction)
             return {"top1": mean(correct)}
@@ -101,7 +103,7 @@ class PretrainedImages(Measure):
         )
         for title, key in (("pre-trained task", "retention/after/top1"), ("agreement", "retention/after/agreement"))
     )
-    carried = ("reference",)
+    carried = ("reference", "answers")
     loader: DataLoader[Any]
     labelled: bool
 
@@ -146,6 +148,7 @@ class PretrainedImages(Measure):
         """Measure accuracy, or agreement and divergence; after training with both kinds of BatchNorm."""
         if when == "before" and not self.labelled:
             (self.reference,) = self._score(trainer, module, partial(log_probabilities, module))
+            self.note(when, self.reference.argmax(dim=1))
             return {"agreement": 1.0}
         if self.labelled:
             names, function = ("top1", "top5"), partial(top1_and_top5, module)
@@ -154,6 +157,7 @@ class PretrainedImages(Measure):
         else:  # resumed from a checkpoint without these measurements
             return {}
         outcomes = {"": self._score(trainer, module, function)}
+        self.note(when, *outcomes[""][2:])
         if when != "before":
             has_layers = len(batch_norms(module)) > 0
             outcomes["_original_bn"] = self._score(trainer, module, function, True) if has_layers else outcomes[""]
@@ -168,19 +172,20 @@ class PretrainedImages(Measure):
             return score_dataset(trainer, module, self.loader, function, description)
 
 
-def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return loss in nats and top-1 (0 or 1) of each sample, both `[B]`."""
+def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+    """Return loss in nats, top-1 (0 or 1), the chosen class and the given one of each sample, `[B]` each."""
     if not isinstance(batch, dict) or "image" not in batch:
         got = f"a dict of {sorted(map(str, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
         raise TypeError(f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'.")
     logits, targets = _logits(module, batch), batch["target"]
-    return cross_entropy(logits, targets), top_k_correct(logits, targets).float()
+    return cross_entropy(logits, targets), top_k_correct(logits, targets).float(), logits.argmax(dim=1), targets
 
 
-def top1_and_top5(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return top-1 and top-5 (0 or 1) of each sample, both `[B]`."""
+def top1_and_top5(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return top-1 and top-5 (0 or 1), the chosen class and the given one of each sample, `[B]` each."""
     logits, targets = _logits(module, batch), batch["target"]
-    return top_k_correct(logits, targets).float(), top_k_correct(logits, targets, k=5).float()
+    correct = (top_k_correct(logits, targets, k=k).float() for k in (1, 5))
+    return *correct, logits.argmax(dim=1), targets
 
 
 def log_probabilities(module: LightningModule, batch: dict[str, Tensor]) -> tuple[Tensor]:
@@ -188,12 +193,48 @@ def log_probabilities(module: LightningModule, batch: dict[str, Tensor]) -> tupl
     return (_logits(module, batch).log_softmax(dim=1),)
 
 
-def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compare with the reference's log-probabilities `[n, C]`: same first choice (0 or 1), and KL in nats, `[B]`."""
+def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Compare with log-probabilities `[n, C]`: same first choice (0 or 1), KL in nats, and the choice, `[B]` each."""
     logits = _logits(module, batch)
     expected = reference[batch["index"].cpu()].to(logits.device)
-    return top_k_correct(logits, expected.argmax(dim=1)).float(), kl_divergences(expected, logits)
+    chosen = logits.argmax(dim=1)
+    return top_k_correct(logits, expected.argmax(dim=1)).float(), kl_divergences(expected, logits), chosen
 
 
 def _logits(module: LightningModule, batch: dict[str, Tensor]) -> Tensor:
     return module(batch["image"]).float()  # type: ignore[no-any-return]
+
+
+def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
+    """Tell for logits `[B, C]` whether the target `[B]` is among the `k` largest: booleans `[B]`.
+
+    A row with a NaN is wrong: the network has diverged. With fewer than `k` classes every other row is right.
+    """
+    guesses = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (guesses == targets[:, None]).any(dim=1) & ~logits.isnan().any(dim=1)
+
+
+def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
+    """Compute `KL(reference || now) = sum_c p_c (log p_c - log q_c)` for each sample: nats `[B]`, at least 0.
+
+    p and q are the softmax of the two logits, both `[B, C]`. A class with p = 0 adds nothing.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_q = reference_logits.log_softmax(dim=1, dtype=dtype), logits.log_softmax(dim=1, dtype=dtype)
+    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(dim=1).clamp_min(0.0)
+
+
+def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:
+    """Return the indices of the `ceil(fraction * n)` samples with the highest losses `[n]`, in ascending order.
+
+    NaN counts as the highest. The paper's Table 5 takes a tenth.
+    """
+    # Rounded first: 0.1 * 30 is 3.0000000000000004, and 4 of 30 is not a tenth.
+    count = math.ceil(round(fraction * losses.numel(), 9))
+    return losses.topk(count).indices.sort().values
+
+
+def mean(values: Tensor) -> float:
+    """Return the mean, summed in float64."""
+    return values.double().mean().item()

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from flow_lightning.contract import module_contract
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.measures.base import Measure
-from flow_lightning.measures.images import PretrainedImages, target_outcomes
-from flow_lightning.measures.metrics import top_k_correct
+from flow_lightning.measures.images import PretrainedImages, target_outcomes, top_k_correct
 from flow_lightning.measures.text import GeneralText, token_sums_and_counts
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.scoring.samples import Samples, cut_batches, loader_like
@@ -172,7 +171,7 @@ class TargetOutcomes(Outcomes):
     def of_batch(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
         """See the class."""
         if self.is_held_out:
-            return target_outcomes(module, batch)
+            return target_outcomes(module, batch)[:2]
         return (module.sample_losses(batch).float(),) if self.kind is None else self.kind.values(module, batch)
 
     def measure(self, trainer: Trainer, module: LightningModule, description: str) -> dict[str, float]:

@@ -22,12 +22,7 @@ Schedule = Literal["cosine", "constant"]
 
 
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """Describe an optimizer by `class_path` and `init_args`, of primitives alone. `optimizer_factory` undoes it.
-
-    >>> from torch import nn, optim
-    >>> optimizer_settings(optim.SGD([nn.Parameter()], momentum=0.9))["init_args"]["momentum"]
-    0.9
-    """
+    """Describe an optimizer by `class_path` and `init_args`, of primitives alone. `optimizer_factory` undoes it."""
     kind, primitives = type(optimizer), (bool, int, float, str, tuple, list, type(None))
     accepted = inspect.signature(kind).parameters
     kept = {key: value for key, value in optimizer.defaults.items() if key in accepted and type(value) in primitives}

@@ -10,12 +10,7 @@ _THINGS = ("apples", "books", "coins", "eggs", "marbles", "pencils", "shells", "
 
 
 def word_problems(count: int, seed: int) -> list[dict[str, str]]:
-    """Make records of `query` and `response`: a line for each of two steps, then `#### result`, as in GSM8K.
-
-    Example:
-        >>> print(word_problems(1, seed=0)[0]["response"].splitlines()[-1][:4])
-        ####
-    """
+    """Make records of `query` and `response`: a line for each of two steps, then `#### result`, as in GSM8K."""
     draw, records = Random(seed), []
     for _ in range(count):
         problem = draw.choice((_buys, _shares, _sells))

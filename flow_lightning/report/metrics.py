@@ -52,6 +52,7 @@ _TIMES = (
     Metric("time/before_s", "measuring before training", "seconds", "down"),
     Metric("time/fit_s", "training, with the head refit", "seconds", "down"),
     Metric("time/after_s", "measuring after training", "seconds", "down"),
+    Metric("time/report_s", "gathering what the report shows", "seconds", "down"),
 )
 _FORMATS = {"fraction": "{:.1f}", "nats": "{:.3f}", "samples": "{:,.0f}", "tokens": "{:,.0f}", "seconds": "{:.1f}"}
 _SIZES = ("samples", "tokens")  # units of metrics that stand after the results
@@ -151,7 +152,7 @@ def metrics_table(
     for name in columns:
         table.add_column(name, justify="right")
     runs = [[column] if isinstance(column, Mapping) else list(column) for column in columns.values()]
-    for metric in _rows({key for column in runs for run in column for key in run}, declared):
+    for metric in metric_rows({key for column in runs for run in column for key in run}, declared):
         values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs]
         if any(values):
             unit = {"seconds": " (s)", "nats": " (nats)"}.get(metric.unit, "")
@@ -159,7 +160,7 @@ def metrics_table(
     return table
 
 
-def _rows(keys: Iterable[str], declared: Declared) -> Iterator[Metric]:
+def metric_rows(keys: Iterable[str], declared: Declared = DECLARED) -> Iterator[Metric]:
     """Yield the declared metrics; one for many keys becomes one for each key that there is."""
     for metric in declared.metrics:
         start, is_many, _ = metric.key.partition("*")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -67,8 +68,19 @@ def log_weights(loggers: Iterable[Any], scored: Any, picture: Path | None) -> No
             losses, weights = _some(scored)
             logger.experiment.add_histogram("flow/weights", weights.cpu(), 0)
             logger.experiment.add_histogram("flow/losses", losses.clamp_min(1e-8).log10(), 0)
-        elif hasattr(logger, "log_image") and picture is not None:
-            logger.log_image("flow/weights", [str(picture)])
+    if picture is not None:
+        log_picture(loggers, "flow/weights", picture)
+
+
+def log_picture(loggers: Iterable[Any], name: str, path: Path) -> None:
+    """Give a PNG to the loggers that take pictures: W&B, TensorBoard, MLflow, and those with their methods."""
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(name, [str(path)])
+        elif hasattr(logger.experiment, "add_image"):
+            logger.experiment.add_image(name, image.imread(path), 0, dataformats="HWC")
+        elif hasattr(logger.experiment, "log_artifact"):
+            logger.experiment.log_artifact(logger.run_id, str(path))
 
 
 def _some(scored: Any, most: int = 1_000_000) -> tuple[Tensor, Tensor]:

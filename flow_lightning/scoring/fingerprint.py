@@ -64,7 +64,7 @@ def inspect_dataset(dataset: Any) -> tuple[str, bool]:
     """
     digest = hashlib.blake2b(digest_size=16)
     length, is_random = len(dataset), False
-    _update(digest, (length, _targets(dataset)))
+    _update(digest, (length, targets_of(dataset)))
     positions = sorted({round(i * (length - 1) / (_SAMPLES - 1)) for i in range(_SAMPLES)} if length else ())
     for order, position in enumerate(positions):
         seed_generators(position)  # random transforms then draw the same in each fit, and on each rank
@@ -89,11 +89,12 @@ def sample_fingerprint(sample: Any) -> str:
     return digest.hexdigest()
 
 
-def _targets(dataset: Any) -> Any:
+def targets_of(dataset: Any) -> Any:
+    """Return the targets that a data set lists, by sample, whatever wraps it; None if it lists none."""
     while not hasattr(dataset, "targets") and hasattr(dataset, "dataset") and not hasattr(dataset, "indices"):
         dataset = dataset.dataset
     if isinstance(dataset, Subset):
-        inner = _targets(dataset.dataset)
+        inner = targets_of(dataset.dataset)
         targets = None if inner is None else [inner[i] for i in dataset.indices]
     else:
         targets = getattr(dataset, "targets", None)

@@ -6,7 +6,6 @@ Weighted and plain steps alternate within one fit, so that a slow minute of the 
 random: only time is measured.
 """
 
-import random
 import statistics
 import time
 import timeit
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from lightning import Callback, LightningDataModule, seed_everything
+from scipy.stats import bootstrap
 from torch.utils.data import DataLoader, Dataset
 
 import flow_lightning as fl
@@ -84,11 +84,10 @@ def ratio(steps: list[tuple[float, float]]) -> float:
     return statistics.median(weighted for weighted, _ in steps) / statistics.median(plain for _, plain in steps)
 
 
-def interval(steps: list[tuple[float, float]], draws: int = 2000) -> tuple[float, float]:
+def interval(steps: list[tuple[float, float]]) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the ratio, pairs of neighbours drawn with replacement."""
-    generator = random.Random(0)
-    ratios = sorted(ratio(generator.choices(steps, k=len(steps))) for _ in range(draws))
-    return ratios[round(0.025 * draws)], ratios[round(0.975 * draws)]
+    settings = {"paired": True, "vectorized": False, "n_resamples": 2000, "method": "percentile", "rng": 0}
+    return bootstrap(list(zip(*steps)), lambda *columns: ratio(list(zip(*columns))), **settings).confidence_interval
 
 
 def fit(

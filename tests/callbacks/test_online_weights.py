@@ -170,6 +170,15 @@ def test_a_step_without_that_loss_is_refused():
         examples.fit(OnlineWeightsCallback(rule="entropy"))
 
 
+def test_a_module_that_leaves_the_weights_out_is_refused():
+    class Unweighted(examples.LinearRegression):
+        def training_step(self, batch, batch_idx):
+            return self.sample_losses(batch).mean()
+
+    with pytest.raises(RuntimeError, match=r"Unweighted\.training_step does not call weighted_loss"):
+        examples.fit(OnlineWeightsCallback(), module=Unweighted())
+
+
 def test_a_wrong_bound_of_the_rate_is_refused():
     with pytest.raises(ValueError, match=r"most 0\.5"):
         LossAdaptiveRateCallback(most=0.5)

@@ -79,22 +79,6 @@ def test_lightnings_own_division_would_differ():
     assert (found[0] - expected[0]).norm() > 0.05 * expected[0].norm()
 
 
-def test_the_value_is_that_of_the_micro_batch():
-    values = []
-
-    class Values(Linear):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            plain = self.sample_weights.weights[batch["index"]] * self.sample_losses(batch)
-            values.append((loss.detach(), plain.mean().detach()))
-            return loss
-
-    gradients("batch", SIZES, kind=Values, accumulate_grad_batches=4)
-    assert len(values) == len(SIZES)
-    for value, plain in values:
-        torch.testing.assert_close(value, plain)
-
-
 def test_clipping_sees_the_normalised_gradient():
     clipped = gradients("batch", SIZES, accumulate_grad_batches=4, gradient_clip_val=0.25)
     expected = gradients("batch", [10, 6])

@@ -113,7 +113,6 @@ def test_a_bad_csv_is_explained_by_line(text, message, tmp_path):
         (["3", "1000"], {}, ValueError, r"\['1000'\] are none of the 1000 classes.*0 to 999"),
         (["n01440764", "n99999999"], {}, ValueError, r"\['n99999999'\] are none of .*ImageNet-1K"),
         (["n01440764"], {"num_classes": 21841}, ValueError, "none of the 21841 classes"),
-        (["3"], {"crop_pct": 87.5}, ValueError, r"crop_pct is 87.5; expected a share"),
     ],
 )
 def test_unusable_folders_and_settings_are_explained(folders, settings, error, message, tmp_path):

@@ -42,16 +42,6 @@ def test_ranks_share_all_samples_evenly(n, batch_size, world, pool, epoch):
     assert len(together) - n == -n % world and max(map(together.count, range(n))) <= -(-world // n) + 1
 
 
-def test_the_order_follows_seed_and_epoch():
-    def order(seed, epoch):
-        sampler = LengthGroupedSampler(range(100), random_lengths(100), 4, seed=seed, pool=5)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert order(1, 2) == order(1, 2)
-    assert len({tuple(order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (7, 0))}) == 3
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_hold_similar_lengths_in_random_order(rank):
     lengths = random_lengths(1003)

@@ -4,7 +4,6 @@ from PIL import Image
 
 from flow_lightning.data.sources import (
     LabelledImages,
-    UnreadableImageError,
     image_paths,
     read_class_folders,
     read_image,
@@ -20,7 +19,7 @@ def test_an_unreadable_image_is_named(tmp_path, suffix):
     for content in (b"", b"not an image", whole[: len(whole) // 2], None):
         path.unlink() if content is None else path.write_bytes(content)
         for read in (read_image, lambda path: LabelledImages([(path, 0)])[0]):
-            with pytest.raises(UnreadableImageError, match=f"photo{suffix}.*intact copy"):
+            with pytest.raises(OSError, match=f"photo{suffix}.*intact copy"):
                 read(path)
 
 

@@ -1,15 +1,20 @@
 """Every picture is drawn, with whatever of the numbers there is, and nothing of matplotlib's settings changes."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib import image, rcParams
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import declared_by
-from flow_lightning.report.pictures import plot_comparison, plot_path, plot_retention, plot_weights
+from flow_lightning.report.pictures import log_picture, plot_comparison, plot_path, plot_retention, plot_weights
 from tests.retention import RUN, UNLABELLED, SizeOfHead
 
 COURSE = [{"epoch": e, "step": 9 * e, "top1": 0.4, "top1_original_bn": None} for e in (1, 2)]
@@ -133,3 +138,15 @@ def test_a_measure_of_ones_own_is_drawn(drawn):
     plot_comparison({"plain": [run]}, "comparison.png", declared)
     assert titles(drawn[0])[1] == "Kept: size of the head" and heights(drawn[0].axes[1]) == [3]
     assert drawn[1].axes[0].get_ylabel() == "kept: size of the head\n(lower is better)"
+
+
+def test_a_picture_goes_to_the_loggers_that_take_pictures_and_breaks_no_other():
+    plot_weights(SampleWeights.from_losses(torch.rand(9)), "weights.png")
+    taken, path, board = [], Path("weights.png"), TensorBoardLogger("board")
+    wandb = SimpleNamespace(log_image=lambda key, images: taken.append((key, images)))
+    client = SimpleNamespace(log_artifact=lambda run_id, file: taken.append((run_id, file)))
+    log_picture([wandb, SimpleNamespace(experiment=client, run_id="7"), board, CSVLogger("logs")], "weights", path)
+    assert taken == [("weights", ["weights.png"]), ("7", "weights.png")]
+    board.experiment.flush()
+    (logged,) = EventAccumulator(board.log_dir, size_guidance={"images": 0}).Reload().Images("weights")
+    assert (logged.height, logged.width) == image.imread(path).shape[:2]

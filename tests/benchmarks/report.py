@@ -1,0 +1,50 @@
+"""Size, time and memory of the page of 50,000 samples: python tests/benchmarks/report.py [SAMPLES] [CLASSES]."""
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from flow_lightning.callbacks.report import choose
+from flow_lightning.method.weights import SampleWeights
+from flow_lightning.report.metrics import write_metrics
+from flow_lightning.report.page.evidence import Evidence, describe
+from flow_lightning.report.page.render import write_page
+
+
+def make(folder: Path, n: int, classes: int) -> None:
+    """Write the files of a run of `n` samples with random pictures, half of the thumbnails' cost in the worst case."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (n,), generator=generator)
+    losses = -torch.rand(n, generator=generator).log() * (1 + labels / classes)
+    SampleWeights.from_losses(losses).save(folder / "flow_weights.safetensors")
+    answers = {
+        f"{part}/{when}": labels.int() for part in ("target", "retention") for when in ("given", "before", "after")
+    }
+    answers["target/after"] = torch.randint(classes, (n,), generator=generator).int()
+    shown = {}
+    for index in choose(losses, labels, 24):
+        seen = describe((torch.rand(3, 64, 64, generator=generator), 0))
+        shown[str(index)] = seen | {"before": [index % classes, 0.5], "after": [index % classes, 0.9]}
+    words = {"class_names": [f"class {number}" for number in range(classes)]}
+    curve = [{"step": float(step), "loss": 1 / (1 + step)} for step in range(1000)]
+    Evidence({"labels": labels.int(), **answers}, shown, [], curve, words).save(folder)
+    rows = [f"{i},{i % 20 == 0},{i % 997 / 997},{labels[i]},{i % classes},0.9" for i in range(n)]
+    header = "index,is_label_issue,label_score,given_label,predicted_label,probability"
+    (folder / "label_issues.csv").write_text("\n".join([header, *rows]) + "\n")
+    write_metrics(folder / "metrics.json", {"target/top1": 0.9, "target/before/top1": 0.5, "target/samples": 10_000})
+
+
+if __name__ == "__main__":
+    samples, classes = (int(word) for word in [*sys.argv[1:], *("50000", "10")[len(sys.argv) - 1 :]])
+    with tempfile.TemporaryDirectory() as name:
+        make(Path(name), samples, classes)
+        started = time.perf_counter()
+        size = write_page(Path(name)).stat().st_size
+        seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        print(
+            f"{samples} samples, {classes} classes: {size / 2**20:.2f} MiB, {seconds:.1f} s, {memory:.0f} MiB at most"
+        )

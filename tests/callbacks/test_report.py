@@ -1,0 +1,155 @@
+"""The page of a run: what is gathered during a fit, and that the fit does not notice."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+import flow_lightning as fl
+from flow_lightning.callbacks.report import choose, lost_samples
+from flow_lightning.measures import PretrainedImages
+from flow_lightning.report.page.evidence import Evidence
+from tests.examples import Kill, chain, fit
+from tests.images import PictureData, tiny_module
+from tests.retention import unlabelled_images
+
+
+def callbacks(report=True):
+    probe = fl.LinearProbeCallback()
+    return [
+        *([fl.ReportCallback(samples=3)] if report else []),
+        probe,
+        fl.FlowWeightingCallback(),
+        fl.RetentionCallback(),
+    ]
+
+
+def fit_pictures(*others, report=True, **settings):
+    return fit(*callbacks(report), *others, module=tiny_module(), data=PictureData(), **settings)
+
+
+def test_labels_answers_and_pictures_of_the_shown_samples_are_those_of_the_model():
+    module, _ = fit_pictures()
+    evidence, data = Evidence.load(Path("run")), PictureData()
+    assert evidence.tensors["labels"].tolist() == data.train_set.dataset.targets
+    module.eval()
+    assert len(evidence.shown) >= 6
+    for index, seen in evidence.shown.items():
+        with torch.no_grad():
+            shares = module(data.train_set[int(index)]["image"][None]).softmax(1)[0]
+        choice, share = seen["after"]
+        assert choice == shares.argmax() and share == pytest.approx(shares.max().item(), abs=1e-4)
+        picture = Image.open(io.BytesIO(base64.b64decode(seen["picture"].partition(",")[2])))
+        assert picture.size == (96, 96) and picture.format == "JPEG"
+        means = np.asarray(picture).reshape(-1, 3).mean(0)
+        assert means.argmax() == data.train_set.dataset.targets[int(index)]  # class c has most of colour c
+    tested = [module(sample["image"][None]).argmax().item() for sample in data.test_set.dataset]
+    assert evidence.tensors["target/after"].tolist() == tested
+    assert (Path("run") / "report.html").exists() and [row["step"] for row in evidence.curve] == [1, 2, 3, 4]
+
+
+def test_answers_before_training_are_those_of_the_pretrained_body_with_the_probe():
+    fitted, _ = fit(fl.LinearProbeCallback(refit=False), module=tiny_module(), data=PictureData(), max_epochs=0)
+    fit_pictures()
+    fitted.eval()
+    for index, seen in Evidence.load(Path("run")).shown.items():
+        logits = fitted(PictureData().train_set[int(index)]["image"][None])
+        assert seen["before"][0] == logits.argmax()
+
+
+def test_a_fit_with_the_callback_is_the_fit_without_it():
+    with_page, _ = fit_pictures(max_epochs=2)
+    without, _ = fit_pictures(max_epochs=2, report=False)
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, with_page.state_dict()[name]), name
+
+
+def test_a_resumed_run_gathers_what_an_unbroken_one_does():
+    def fit_once(*others, ckpt_path=None):
+        checkpoints = fl.ExactResumeCallback(), ModelCheckpoint(dirpath="ckpt", save_last=True, every_n_train_steps=1)
+        fit_pictures(*checkpoints, *others, ckpt_path=ckpt_path, max_epochs=2, enable_checkpointing=True)
+        return Evidence.load(Path("run"))
+
+    whole, resumed = chain(fit_once), chain(fit_once, 3)
+    assert resumed.shown == whole.shown and resumed.curve == whole.curve
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(value, resumed.tensors[name]) for name, value in whole.tensors.items())
+
+
+def test_a_killed_run_leaves_what_it_has_seen():
+    with pytest.raises(SystemExit):
+        fit_pictures(Kill(2))
+    evidence = Evidence.load(Path("run"))
+    assert "labels" in evidence.tensors and "target/after" not in evidence.tensors
+    assert all("before" in seen and "after" not in seen for seen in evidence.shown.values())
+
+
+def test_retention_samples_that_changed_are_kept_with_their_answers():
+    measure, report = PretrainedImages(unlabelled_images(Path()), image_size=32), fl.ReportCallback(samples=2)
+    module = tiny_module(learning_rate=0.1)
+    fit(report, fl.RetentionCallback(measures=[measure]), module=module, data=PictureData(), max_epochs=4)
+    answers = measure.answers
+    lost = lost_samples(answers).tolist()
+    assert answers is not None and lost and [each["index"] for each in report.evidence.lost] == lost[:2]
+    assert all(each["before"] == answers["before"][each["index"]] for each in report.evidence.lost)
+    assert len(report.evidence.words["pretrained_names"]) == 1000
+
+
+def test_a_module_without_classes_and_labels_has_a_page_that_says_so():
+    fit(fl.ReportCallback(), fl.FlowWeightingCallback())
+    evidence = Evidence.load(Path("run"))
+    assert "not known" in evidence.words["note"] and "labels" not in evidence.tensors and evidence.shown
+
+
+def test_an_unreadable_image_is_named_and_the_fit_goes_on(monkeypatch):
+    def unreadable(*_, **__):
+        raise OSError("image file is truncated")
+
+    monkeypatch.setattr("flow_lightning.callbacks.report.describe", unreadable)
+    fit(fl.ReportCallback(), fl.FlowWeightingCallback())
+    notes = {seen["note"] for seen in Evidence.load(Path("run")).shown.values()}
+    assert notes == {"cannot be read: image file is truncated"}
+
+
+def test_without_weights_no_sample_is_shown_and_the_page_is_written():
+    fit(fl.ReportCallback())
+    assert Evidence.load(Path("run")).shown == {} and (Path("run") / "report.html").exists()
+
+
+def test_a_fit_that_only_scores_shows_the_pretrained_answers():
+    fit_pictures(max_epochs=0)
+    evidence = Evidence.load(Path("run"))
+    assert evidence.shown and all("before" in seen and "after" not in seen for seen in evidence.shown.values())
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(ValueError, match="samples is 0"):
+        fl.ReportCallback(samples=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 4)), min_size=1, max_size=40), st.integers(1, 5))
+def test_the_hardest_and_easiest_are_shown_overall_and_one_of_each_class(samples, most):
+    losses, labels = (torch.tensor(column) for column in zip(*samples))
+    chosen = choose(losses, labels, most)
+    assert chosen == sorted(set(chosen))
+    assert losses[chosen].max() == losses.max() and losses[chosen].min() == losses.min()
+    for each in set(labels.tolist()):
+        own = losses[labels == each]
+        shown = losses[[i for i in chosen if labels[i] == each]]
+        assert shown.max() == own.max() and shown.min() == own.min()
+
+
+def test_lost_answers_are_right_ones_that_became_wrong_and_without_labels_all_changed_ones():
+    answers = {"given": [0, 1, 2, 3], "before": [0, 1, 0, 3], "after": [1, 1, 2, 3]}
+    tensors = {name: torch.tensor(values) for name, values in answers.items()}
+    assert lost_samples(tensors).tolist() == [0]
+    del tensors["given"]
+    assert lost_samples(tensors).tolist() == [0, 2]

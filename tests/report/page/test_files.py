@@ -1,0 +1,30 @@
+"""What a run has left."""
+
+from pathlib import Path
+
+from flow_lightning.method.weights import TokenWeights
+from flow_lightning.report.page.files import is_issue, read_run
+from tests.report.page.example import EVIL, write_run, write_text_run
+
+
+def test_a_whole_run_misses_nothing():
+    run = read_run(write_run(Path("run")))
+    assert run.missing == [] and len(run.issues) == 30 and EVIL in run.configuration
+    assert [index for index, row in run.issues.items() if is_issue(row)] == [4, 5]
+    assert run.name(0) == run.name("0") == EVIL and run.name("cat") == "cat" and run.name(17) == "17"
+
+
+def test_damaged_files_are_named_and_the_others_are_read():
+    folder = write_run(Path("run"))
+    for name in ("metrics.json", "report.safetensors", "flow_weights.safetensors"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+    (folder / "label_issues.csv").write_text("no,columns\n1,2\n")
+    run = read_run(folder)
+    assert [word.split()[0] for word in run.missing] == [
+        "metrics.json", "flow_weights.safetensors", "report.safetensors", "label_issues.csv",
+    ]  # fmt: skip
+    assert run.metrics == {} and run.weights is None and run.issues == {}
+
+
+def test_token_weights_are_told_from_sample_weights():
+    assert isinstance(read_run(write_text_run(Path("run"))).weights, TokenWeights)
