@@ -23,7 +23,6 @@ class ModuleContract(Protocol):
     """What callbacks ask of a module. Callables take a batch, unless stated otherwise."""
 
     sample_losses: Callable[[Any], Tensor] | None = None  #: one loss per sample, `[B]`; else those of training_step
-    weighted_loss: Callable[[Any, Tensor], Tensor] | None = None  #: of a module that weighs its losses itself
     token_losses: Callable[[Any], Tensor] | None = None  #: one loss per supervised token, `[K]`: to weigh tokens
     token_counts: Callable[[Any], Tensor] | None = None  #: the number of supervised tokens of each sample, `[B]`
     features: Callable[[Any], Tensor] | None = None  #: what the head sees, `[B, D]`; for LinearProbeCallback

@@ -1,11 +1,25 @@
 """Every private name of Lightning that this library uses, each with its reason; checked with lightning 2.5.3 and 2.6.6.
 
-In: Trainer. Out: what no public name gives. Next: `scoring/samples.py`, `resume.py`.
+In: Trainer. Out: what no public name gives, or none gives whole. Next: `scoring/samples.py`, `resume.py`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.utilities import seed
+
+
+@contextmanager
+def isolate_rng() -> Iterator[None]:
+    """Put all random number generators back afterwards. Lightning's own does not after an exception."""
+    isolated = seed.isolate_rng()
+    isolated.__enter__()
+    try:
+        yield
+    finally:
+        isolated.__exit__(None, None, None)
 
 
 def training_source(trainer: Trainer) -> Any:

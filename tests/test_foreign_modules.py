@@ -1,11 +1,13 @@
 """Modules and losses of other packages, unchanged: their weights and steps are those of loops written by hand."""
 
+from importlib.util import find_spec
+
 import pytest
 
-from tests.foreign import basic, pictures
+from tests.foreign import basic, pictures, trainers
 from tests.foreign.project import Project, measure
 
-PROJECTS = [*basic.PROJECTS, *pictures.PROJECTS]
+PROJECTS = [*basic.PROJECTS, *pictures.PROJECTS, *(trainers.PROJECTS if find_spec("trl") else [])]
 
 
 @pytest.mark.parametrize("project", [p for p in PROJECTS if not p.refused], ids=lambda p: p.name)

@@ -13,7 +13,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from flow_lightning.contract import module_contract
-from flow_lightning.data.indexing import batch_index, find_index, part_of
+from flow_lightning.data.indexing import batch_index, part_of
 from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
@@ -32,8 +32,8 @@ from flow_lightning.scoring.soundness import (
     check_length,
     check_origin,
     in_words,
-    warn_if_by_chance,
     warn_if_fine_tuned,
+    warn_if_new,
 )
 from flow_lightning.scoring.step_kinds import StepLosses
 
@@ -107,7 +107,7 @@ class FlowWeightingCallback(RunCallback):
         self._is_settled, self._seconds = False, 0.0
         self._of_checkpoint: dict[str, str] = {}
         self._tracker = BatchTracker()
-        self._step: WeightedStep | None = None  # of a module that does not weigh its loss itself
+        self._step: WeightedStep | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what can be checked before anything is computed, and take the fingerprint of the reference."""
@@ -135,7 +135,7 @@ class FlowWeightingCallback(RunCallback):
         scoring, started = self.run.scoring, time.perf_counter()
         result = scoring.scored()
         warn_if_fine_tuned(pl_module, scoring.reference)
-        warn_if_by_chance(scoring.kind, result["losses"])
+        warn_if_new(pl_module, scoring.kind, result["losses"])
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -153,13 +153,10 @@ class FlowWeightingCallback(RunCallback):
         check_length(loader, len(weights))
         self._tracker.begin(loader, self.run.resumed)
         warn_if_it_begins_anew(trainer)
-        weights.lookups = 0
-        if module_contract(pl_module).weighted_loss is None or self.sample_losses is not None:
-            weights_of = partial(self._weights_of, pl_module)
-            kind = self.run.scoring.kind
-            alone = kind.alone if isinstance(kind, StepLosses) else None
-            self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses, alone)
-            self._step.install()
+        kind, weights_of = self.run.scoring.kind, partial(self._weights_of, pl_module)
+        alone = kind.alone if isinstance(kind, StepLosses) else None
+        self._step = WeightedStep(trainer, pl_module, weights_of, self.loss, self.sample_losses, alone)
+        self._step.install()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the loader of this epoch, made anew perhaps; refuse one of other samples than those scored."""
@@ -179,17 +176,6 @@ class FlowWeightingCallback(RunCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Expect the next epoch's batches."""
         self._tracker.end_epoch()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Refuse, with a RuntimeError, to train on without weights."""
-        if self.weights is not None and self.weights.lookups == 0 and outputs:  # without a loss there is no output
-            raise RuntimeError(
-                f"{type(pl_module).__name__}.training_step did not look up a weight, so its loss is not weighted. "
-                "Return `self.weighted_loss(batch, self.sample_losses(batch))`, or leave training_step to "
-                "WeightedLossModule."
-            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the weights back: a later fit without this callback is plain training."""
@@ -216,13 +202,11 @@ class FlowWeightingCallback(RunCallback):
             self.weights = (TokenWeights if "offsets" in state_dict else SampleWeights)(**state_dict)
 
     def _weights_of(self, module: LightningModule, batch: Any) -> torch.Tensor | None:
-        """Look up the weights of a batch's samples, `[B]`: by its own index, or by what the loader drew."""
-        part, drawn, weights = part_of(batch, self.loader), module_contract(module).batch_samples, self.weights
-        if part is None or not isinstance(weights, SampleWeights):
+        """Look up the weights of a batch, `[B]` or `[K]`: by its own index, or by what the loader drew."""
+        part, weights = part_of(batch, self.loader), self.weights
+        if part is None or weights is None:
             return None
-        own = find_index(part)
-        index = drawn if own is None and drawn is not None else batch_index(part)
-        return weights.of(index.to(module.device))
+        return weights.of(batch_index(part, module_contract(module).batch_samples).to(module.device))
 
     def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave module, loader and strategy as they were."""

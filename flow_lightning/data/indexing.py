@@ -64,13 +64,14 @@ class IndexedDataset(Dataset[Any]):
         return IndexedSample(sample, index)
 
 
-def batch_index(batch: Any) -> Tensor:
-    """Return the sample indices of a batch, `[B]`.
+def batch_index(batch: Any, drawn: Tensor | None = None) -> Tensor:
+    """Return the sample indices of a batch, `[B]`: its own, or those that the loader has drawn.
 
     Raises:
-        KeyError: If the batch carries none; the message names the fix.
+        KeyError: If neither is known; the message names the fix.
     """
     index = find_index(batch)
+    index = drawn if index is None else index
     if index is None:
         found = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise KeyError(f"This batch ({found}) has no 'index', so the weights of its samples cannot be found. {_FIX}")

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from flow_lightning.data.indexing import find_index
+from flow_lightning.lightning_internals import isolate_rng
 
 
 class BatchTracker:
@@ -61,11 +61,6 @@ class BatchTracker:
         self._recorder = self._followed[0] if self._followed else None
         if self._recorder is not None:
             self._recorder.is_locked = self._recorder.is_begun and not is_iterated_anew
-
-    @property
-    def is_following(self) -> bool:
-        """Whether a loader is followed."""
-        return bool(self._followed)
 
     def index(self, batch_idx: int) -> Tensor | None:
         """Return the indices of the samples in a batch, `[B]` on the CPU; None if no loader is followed.

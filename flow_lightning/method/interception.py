@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flow_lightning.method.objective import uniform
+
 #: All losses of `torch.nn.functional`, what has a `reduction`: their arguments in order, with defaults.
 LOSSES: dict[Any, dict[str, Any]] = {
     function: {argument.name: argument.default for argument in inspect.signature(function).parameters.values()}
@@ -58,9 +60,10 @@ class Interception(TorchFunctionMode):
         size: B, the number of samples in the batch.
         weights: Their weights, `[B]`; None for weights of 1.
         name: Weigh only losses of this name; None for all.
-        is_noting: Whether to keep all calls in `terms`, their elements as leaves of a graph, to score them.
+        is_noting: Whether to keep all calls in `terms`; without weights their elements are leaves, to score them.
         alone: Which calls of a step have elements without the batch's dimension: name, number of the call, shape. Noted
             here, so that they are left alone in a batch whose size happens to divide them, too.
+        is_signed: Whether each element gets a random sign. What is summed does not cancel then: its size shows.
 
     Example:
         >>> logits, targets = torch.zeros(2, 4), torch.tensor([0, 3])
@@ -76,9 +79,10 @@ class Interception(TorchFunctionMode):
         name: str | None = None,
         is_noting: bool = False,
         alone: set[tuple[Any, ...]] | None = None,
+        is_signed: bool = False,
     ) -> None:
         super().__init__()
-        self.alone = set() if alone is None else alone
+        self.alone, self.is_signed = set() if alone is None else alone, is_signed
         self.calls = 0  #: losses that were seen
         self.size, self.weights, self.name, self.is_noting = size, weights, name, is_noting
         self.terms: list[Term] = []
@@ -89,8 +93,10 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Weigh a loss; call anything else as it is."""
+        if func not in LOSSES:  # first: it costs each call of torch
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func not in LOSSES or self.is_paused or self.name not in (None, func.__name__):
+        if self.is_paused or self.name not in (None, func.__name__):
             return func(*args, **kwargs)
         arguments = {**LOSSES[func], **dict(zip(LOSSES[func], args)), **kwargs}
         reduction = _reduction(arguments)
@@ -124,11 +130,13 @@ class Interception(TorchFunctionMode):
         rows = losses.shape[0] // self.size
         self.rows.setdefault(name, set()).add(rows)
         if self.is_noting:
-            losses = losses.detach().requires_grad_()
+            losses = losses.detach().requires_grad_() if self.weights is None else losses
             self.terms.append(Term(name, losses, counts, rows, first, target))
-            losses = losses.clone()  # the caller may change them in place
+        if self.is_signed:
+            numbers = torch.arange(losses.numel(), device=losses.device).view_as(losses)
+            losses = torch.where(uniform(numbers, seed=0) < 0.5, losses, -losses)
         if self.weights is None:
-            return losses
+            return losses.clone()  # the caller may change them in place
         weights = self.weights.to(losses.device)
         weights = weights if rows == 1 else weights.repeat_interleave(rows)
         return losses * (weights if losses.ndim == 1 else weights.view(-1, *[1] * (losses.ndim - 1)))

@@ -96,9 +96,7 @@ class WeightedLossModule(LightningModule):
         Raises:
             KeyError: If neither is known, as without FlowWeightingCallback; the message names the fix.
         """
-        if find_index(batch) is None and self.batch_samples is not None:
-            return self.batch_samples.to(self.device)
-        return batch_index(batch)
+        return batch_index(batch, self.batch_samples).to(self.device)
 
     def weighted_loss(self, batch: Any, losses: Tensor) -> Tensor:
         """Reduce the losses of a batch, `[K]`, with their weights, to the scalar to minimise.

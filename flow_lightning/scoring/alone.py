@@ -67,6 +67,31 @@ def score(
         >>> weights = score(model, DataLoader(data, 2), lambda m, batch: (m(batch[0]) - batch[1]).square().sum(1))
         >>> weights.of([0, 4]).shape
         torch.Size([2])
+
+        SFTTrainer of TRL, with a `dataset` of `input_ids` and the `collator` of TRL, takes them as a column::
+
+            def token_losses(logits, labels):
+                return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+
+            def losses_of(model, batch):
+                losses = token_losses(model(batch["input_ids"]).logits, batch["labels"])
+                return losses.sum(1) / (batch["labels"][:, 1:] != -100).sum(1)
+
+            class WeightedTrainer(SFTTrainer):
+                def compute_loss(self, model, inputs, *args, **kwargs):
+                    weights = inputs.pop("flow_weight")[:, None]
+                    self.compute_loss_func = lambda outputs, labels, num_items_in_batch: (
+                        (weights * token_losses(outputs.logits, labels)).sum() / num_items_in_batch)
+                    return super().compute_loss(model, inputs, *args, **kwargs)
+
+            def collate(samples):
+                return {**collator(samples), "flow_weight": torch.tensor([s["flow_weight"] for s in samples])}
+
+            weights = fl.score(model, DataLoader(dataset, 8, collate_fn=collator), losses_of)
+            trainer = WeightedTrainer(model, settings, data_collator=collate, train_dataset=weights.to_dataset(dataset))
+
+        Its `settings` need `remove_unused_columns=False`, and no packing. The Trainer of transformers is in
+        `SampleWeights.to_dataset`.
     """
     weighting_rule(weighting)
     module = model if isinstance(model, LightningModule) else _Wrapped(model)

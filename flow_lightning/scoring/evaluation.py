@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+
+from flow_lightning.lightning_internals import isolate_rng
 
 
 @contextmanager

@@ -4,20 +4,25 @@ In: weights, module, loader. Out: an error or a warning that names the fix. Next
 """
 
 import math
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from flow_lightning.contract import module_contract
 from flow_lightning.method.weights import SampleWeights, TokenWeights
-from flow_lightning.scoring.kinds import Kind
+from flow_lightning.scoring.kinds import Kind, ProbeFeatures
 from flow_lightning.scoring.step_kinds import StepLosses
 from flow_lightning.scoring.store import PARTS
 
 #: Losses above this part of log(classes) are taken for those of a head that knows nothing.
 _CHANCE = 0.95
+#: Losses below this part of it are those of a head that has been trained.
+_KNOWS = 0.5
 
 Weights = SampleWeights | TokenWeights
 
@@ -54,14 +59,54 @@ def warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
         )
 
 
-def warn_if_by_chance(kind: Kind, losses: torch.Tensor) -> None:
-    """Tell that a new head's losses say nothing: at best those of an even guess among the classes."""
-    if isinstance(kind, StepLosses) and kind.classes and losses.mean() > _CHANCE * math.log(kind.classes):
-        rank_zero_warn(
-            f"The mean loss {losses.mean():.3g} is no better than chance among {kind.classes} classes: if the head is "
-            "new, its losses say nothing about the pre-trained model. Add flow_lightning.LinearProbeCallback(), which "
-            "solves the head first."
-        )
+def warn_if_new(module: LightningModule, kind: Kind, losses: torch.Tensor) -> None:
+    """Tell that losses say nothing: at best those of an even guess among the classes, or of a layer that is new."""
+    if isinstance(kind, ProbeFeatures) or module_contract(module).flow_reference is not None:
+        return
+    mean, classes = float(losses.mean()), kind.classes if isinstance(kind, StepLosses) else 0
+    chance, layer = math.log(max(classes, 1)), fresh_layer(module)
+    if classes and mean > _CHANCE * chance:
+        why = f"The mean loss {mean:.3g} is no better than chance among {classes} classes: if the head is new"
+    elif layer and not mean < _KNOWS * chance:
+        why = f"The pre-trained checkpoint had no layer {layer}: if it has not been trained since"
+    else:
+        return
+    rank_zero_warn(
+        f"{why}, its losses say nothing about the pre-trained model. Add flow_lightning.LinearProbeCallback(), which "
+        "solves the head first."
+    )
+
+
+def fresh_layer(module: nn.Module) -> str:
+    """Return the name of a layer that the checkpoints of timm or transformers in a module cannot have had, or nothing.
+
+    timm says how many classes its checkpoint has, transformers which class of model wrote it.
+
+    Example:
+        >>> fresh_layer(nn.Linear(2, 2))
+        ''
+    """
+    known: set[int] = set().union(*map(_pretrained, module.modules()))
+    for name, layer in module.named_modules():
+        own = _ids(layer)
+        if known and own and not own & known:
+            return str(name)
+    return ""
+
+
+def _pretrained(part: Any) -> set[int]:
+    """Return the parameters of a model of timm or transformers that its checkpoint has; none of other modules."""
+    config, transformers = getattr(part, "pretrained_cfg", None), sys.modules.get("transformers")
+    if isinstance(config, Mapping) and hasattr(part, "get_classifier"):
+        head = part.get_classifier() if config.get("num_classes") != part.num_classes else None
+        return _ids(part) - (_ids(head) if isinstance(head, nn.Module) else set())
+    if transformers is not None and isinstance(part, transformers.PreTrainedModel) and part.config.architectures:
+        return _ids(part if type(part).__name__ in part.config.architectures else part.base_model)
+    return set()
+
+
+def _ids(module: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in module.parameters()}
 
 
 def check_length(loader: Any, scored: int) -> None:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flow_lightning.data.indexing import part_of
-from flow_lightning.lightning_internals import training_source
+from flow_lightning.lightning_internals import isolate_rng, training_source
 from flow_lightning.method.interception import Interception, Term, describe, sample_losses
 from flow_lightning.scoring.evaluation import batch_norms, evaluation, evaluation_stage
 from flow_lightning.scoring.fingerprint import seed_generators

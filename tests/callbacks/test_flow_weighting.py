@@ -37,11 +37,25 @@ def test_quantile_and_temperature_are_taken():
         assert flow.weights.temperature == pytest.approx(temperature, rel=1e-5)
 
 
-def test_the_first_step_is_the_weighted_gradient():
+class NoDropout(LinearRegression):
+    def __init__(self):
+        super().__init__()
+        self.body[2].p = 0.0
+
+
+class Ordinary(NoDropout):
+    """Looks no weight up by itself."""
+
+    def training_step(self, batch, batch_idx):
+        return self.sample_losses(batch).mean()
+
+
+@pytest.mark.parametrize("kind", [NoDropout, Ordinary])
+def test_the_first_step_is_the_weighted_gradient(kind):
     """One step over all samples equals SGD on mean(w_i l_i), written here by hand without the library."""
     data = regression_data()
     flow = fl.FlowWeightingCallback()
-    module, _ = fit(flow, data=RegressionData(batch_size=23, shuffle=False), max_steps=1, module=NoDropout())
+    module, _ = fit(flow, data=RegressionData(batch_size=23, shuffle=False), max_steps=1, module=kind())
     fresh = NoDropout().train()
     x, y = data.tensors
     frozen = NoDropout().eval()
@@ -50,12 +64,6 @@ def test_the_first_step_is_the_weighted_gradient():
     (w * (fresh(x) - y).square()).mean().backward()
     for (name, after), before in zip(module.named_parameters(), fresh.parameters()):
         torch.testing.assert_close(after, before - 0.1 * before.grad, rtol=1e-5, atol=1e-6, msg=name)
-
-
-class NoDropout(LinearRegression):
-    def __init__(self):
-        super().__init__()
-        self.body[2].p = 0.0
 
 
 def test_files_of_the_run(tmp_path, rendered):
@@ -144,11 +152,6 @@ class Stream(IterableDataset):
         yield from regression_data()
 
 
-class Forgetful(LinearRegression):
-    def training_step(self, batch, batch_idx):
-        return self.sample_losses(batch).mean()
-
-
 class Reduced(LinearRegression):
     def sample_losses(self, batch):
         return super().sample_losses(batch).mean()
@@ -170,7 +173,6 @@ class Two(RegressionData):
     [
         (LinearRegression, lambda: DataLoader(Stream(), 4), TypeError, r"map-style data set.*IndexedDataset"),
         (BoringModel, lambda: None, ValueError, r"train_dataloader\(\) gives other samples"),  # drawn anew each time
-        (Forgetful, RegressionData, RuntimeError, "did not look up a weight"),
         (Reduced, RegressionData, ValueError, r"one loss per sample, \[B\]"),
         (LinearRegression, broken_data, ValueError, "2 of 23 losses are NaN or infinite: samples 2, 17"),
         (LinearRegression, lambda: RegressionData(regression_data(0), shuffle=False), ValueError, "empty"),

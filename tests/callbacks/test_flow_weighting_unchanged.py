@@ -236,3 +236,30 @@ def test_augmented_samples_are_scored_in_a_plain_view_that_is_offered() -> None:
     flow = fl.FlowWeightingCallback(scoring_dataset=Augmented(0.0))
     fit(Classifier(), Augmented(1.0), flow, max_steps=1)
     torch.testing.assert_close(flow.weights.weights, weights())
+
+
+def a_sample_short(samples: list[Any]) -> Any:
+    """Lose a sample of the last batch, of which no other does."""
+    kept = samples[1:] if len(samples) == 3 else samples
+    return tuple(map(torch.stack, zip(*kept)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({}, RuntimeError, r"batch has 3 samples, but its losses are cross_entropy of shape \[2\]"),
+        (
+            {"sample_losses": lambda m, batch: F.cross_entropy(m.net(batch[0]), batch[1], reduction="none")},
+            ValueError,
+            r"losses have shape \(2,\) but weights \(3,\)",
+        ),
+    ],
+)
+def test_a_batch_that_is_not_the_size_of_its_list_of_indices_is_refused(
+    settings: Any, error: Any, message: str
+) -> None:
+    flow = fl.FlowWeightingCallback(scoring_dataset=DataLoader(DATA, 5), **settings)
+    module = Classifier()
+    with pytest.raises(error, match=message):
+        fit(module, DATA, flow, loader=DataLoader(DATA, 5, collate_fn=a_sample_short))
+    assert len(module.seen) in (0, 5) and not hasattr(module, "sample_weights"), "four steps and the refused one"

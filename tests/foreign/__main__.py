@@ -7,7 +7,7 @@ import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from tests.foreign import basic, extra_pictures, extra_sequences, pictures
+from tests.foreign import basic, extra_pictures, extra_sequences, pictures, trainers
 from tests.foreign.project import Project, measure
 
 TENSORS, ALL_PAIRS = (
@@ -37,6 +37,7 @@ NOTES = {
     "TemporalFusionTransformer, PoissonLoss": "negative losses",
     "TemporalFusionTransformer, QuantileLoss": TENSORS,
     "ContrastiveLoss of pairs": TENSORS,
+    "SFTTrainer, one step of two micro-batches": "the example of `score`",
     "MultipleNegativesRankingLoss": ALL_PAIRS,
 }
 
@@ -44,7 +45,7 @@ NOTES = {
 def row(project: Project) -> str:
     """Measure a project, and return its line of the table."""
     start = f"| {project.package} | {version(project.package)} | {project.name}"
-    lines, losses, gradient, note = 1 + bool(project.sample_losses), "-", "-", NOTES.get(project.name, "")
+    lines, losses, gradient, note = project.lines + bool(project.sample_losses), "-", "-", NOTES.get(project.name, "")
     try:
         losses, gradient = (f"{error:.0e}" for error in measure(project))
     except Exception as error:
@@ -62,7 +63,7 @@ def main(word: str = "") -> None:
         "| package | version | module and loss | lines | losses | gradient | note |",
         "|---|---|---|---:|---:|---:|---|",
     ]
-    for project in [p for part in (basic, pictures, extra_pictures, extra_sequences) for p in part.PROJECTS]:
+    for project in [p for part in (basic, pictures, extra_pictures, extra_sequences, trainers) for p in part.PROJECTS]:
         with suppress(PackageNotFoundError):
             if word in f"{project.package} {project.name}":
                 rows.append(row(project))

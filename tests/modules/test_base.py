@@ -116,8 +116,8 @@ def test_each_epoch_draws_other_samples():
     module, data = Sampled(), RegressionData(batch_size=23, shuffle=False)
     module.reduction = "sampling"
     _, trainer = fit(fl.FlowWeightingCallback(), module=module, data=data, max_epochs=2)
-    scored, first, second = drawn
-    assert len(scored) == 23 and first != second and trainer.global_step == 2
+    scored, proof, first, second = drawn
+    assert len(scored) == 23 and proof == first != second and trainer.global_step == 2
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
