@@ -20,10 +20,15 @@ def token_budget_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[l
         lengths: Tokens of each sample, `[N]`.
         budget: Most tokens of a batch with its padding. A longer sample is a batch of its own.
 
+    Raises:
+        ValueError: If the budget is less than 1.
+
     Example:
         >>> token_budget_batches([3, 9, 4, 1], budget=8)
         [[1], [2, 0], [3]]
     """
+    if budget < 1:
+        raise ValueError(f"The token budget of a batch is {budget}. Set tokens_per_batch to 1 or more, such as 8192.")
     lengths = torch.as_tensor(lengths, dtype=torch.int64)
     order = lengths.argsort(descending=True, stable=True)
     batches: list[list[int]] = []

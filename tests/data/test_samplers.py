@@ -65,3 +65,9 @@ def test_splits_are_complete_disjoint_and_repeatable():
     assert sorted(first + second) == list(range(103)) and len(first) == 82
     assert (first, second) == split_positions(103, 0.8, seed=1) != split_positions(103, 0.8, seed=2)
     assert first == sorted(first) and second == sorted(second)
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_token_budget_below_one_is_refused(budget):
+    with pytest.raises(ValueError, match="Set tokens_per_batch to 1 or more"):
+        token_budget_batches([3, 9], budget)

@@ -21,7 +21,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     """Hold the tokens of instructions and responses: `{"input_ids": int64 [T], "prompt_length": int}`.
 
     Samples longer than `max_length` lose their end, and with it the end-of-sequence token. A sample whose prompt alone
-    fills `max_length` is excluded.
+    fills `max_length` is left out. So is a sample whose response is empty or blank.
 
     Attributes:
         targets: All tokens, one sample after the other, int32. Fingerprints of the data set are made from them.
@@ -29,7 +29,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         supervised: Supervised tokens of each sample (response and end of sequence), int64 `[N]`.
         kept: Position of each sample among the records.
         truncated: Number of samples that lost their end and are kept.
-        excluded: Number of records without a supervised token.
+        empty: Number of records left out because their response is empty or blank.
+        excluded: Number of records left out because their prompt alone fills `max_length`.
         records: The records of the samples with `keep_records`, otherwise None.
 
     The arguments are those of `InstructionDataModule`; the tokenizer is not kept. ValueError says why no sample is
@@ -52,20 +53,27 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         # One flat tensor: hundreds of thousands of small ones cost more memory than their tokens.
         tokens, ends, prompt_lengths = array("i"), [0], array("q")
         self.kept: list[int] = []
-        self.truncated = 0
+        self.truncated = self.empty = 0
         for position, (ids, prompt_length) in enumerate(encoded):
-            if prompt_length < max_length:
+            if not records[position][response_field].strip():
+                self.empty += 1
+            elif prompt_length < max_length:
                 self.truncated += len(ids) > max_length
                 tokens.extend(ids[:max_length])
                 ends.append(len(tokens))
                 prompt_lengths.append(prompt_length)
                 self.kept.append(position)
+        if self.empty == len(records):
+            raise ValueError(
+                f"All {len(records)} records have an empty {response_field!r}, so there is nothing to train on. Set "
+                "response_field to the field that holds the responses."
+            )
         if not self.kept:
             raise ValueError(
                 f"None of the {len(records)} records has a prompt of less than max_length={max_length} tokens, so no "
                 "response is left to train on. Raise max_length, or use a shorter template."
             )
-        self.excluded = len(records) - len(self.kept)
+        self.excluded = len(records) - len(self.kept) - self.empty
         self.targets = torch.frombuffer(tokens, dtype=torch.int32)
         self.prompt_lengths = torch.frombuffer(prompt_lengths, dtype=torch.int64)
         self.offsets = torch.tensor(ends)

@@ -158,7 +158,8 @@ class InstructionDataModule(LightningDataModule):
         rank_zero_info(
             f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.targets.numel()} tokens, "
             f"{int(dataset.supervised.sum())} of them supervised. Cut to max_length={self.max_length}: "
-            f"{dataset.truncated} samples. Excluded, because the prompt alone is longer: {dataset.excluded}."
+            f"{dataset.truncated} samples. Excluded, because the prompt alone is longer: {dataset.excluded}; "
+            f"because the response is empty: {dataset.empty}."
         )
         return dataset
 

@@ -74,3 +74,14 @@ def test_labels_are_the_response_and_its_end_though_the_end_is_also_padding():
         prompt = ids[row, :length][~supervised[row, :length]]
         assert tokenizer.decode(prompt) == ALPACA.replace("{instruction}", records[i]["query"])
         assert (ids[row, length:] == tokenizer.pad_token_id).all() and not supervised[row, length:].any()
+
+
+def test_empty_responses_are_left_out_and_counted():
+    records = instructions(5)
+    records[1] = records[1] | {"response": ""}
+    records[3] = records[3] | {"response": " \n"}
+    dataset = build(records, keep_records=True)
+    assert dataset.kept == [0, 2, 4] and dataset.records == [records[i] for i in (0, 2, 4)]
+    assert (dataset.empty, dataset.excluded, dataset.truncated) == (2, 0, 0)
+    with pytest.raises(ValueError, match=r"All 2 records have an empty 'response'.*Set response_field"):
+        build([records[1], records[3]])
