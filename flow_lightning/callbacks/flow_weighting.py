@@ -58,8 +58,9 @@ class FlowWeightingCallback(RunCallback):
             `token` of a language model.
         weighting: The rule from losses to weights: `flow`, or `threshold`, which keeps what has a loss below
             `temperature` (on tokens: selective token masking). `mean` gives all samples FLOW's mean weight: a control.
-            With a LinearProbeCallback also `excess`, the loss above the model's own entropy, and `drop`, which leaves
-            out samples whose label looks wrong; see `flow_lightning.method.flow.weights_by`.
+            With a LinearProbeCallback also `excess`, the loss above the model's own entropy. `posterior` is the
+            probability that a label is right. `drop` leaves out samples whose label looks wrong. See
+            `flow_lightning.method.flow.weights_by`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses. `mixture` takes the median of
             those that look clean, for data with many wrong labels, see `flow_lightning.method.flow`.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
