@@ -34,6 +34,8 @@ class LinearProbeCallback(RunCallback):
             checkpoints hold the trained head. `weighted` refits with FLOW's weights although training has none.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
             if the probe overfits.
+        rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
+            labels have less part in it. For `FlowWeightingCallback(weighting="posterior")`.
         only: Whether the probe is all: the fit ends before its first step, with the head refitted on the frozen body.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
 
@@ -47,10 +49,14 @@ class LinearProbeCallback(RunCallback):
         *,
         refit: bool | Literal["weighted"] | None = None,
         folds: int = 0,
+        rounds: int = 1,
         only: bool = False,
         memory_budget: float = 4.0,
     ) -> None:
-        self.refit, self.folds, self.only, self.memory_budget = refit, folds, only, memory_budget
+        if rounds > 1 and not folds:
+            raise ValueError(f"rounds is {rounds}, which needs out-of-fold losses. Set folds, to 5 for instance.")
+        self.refit, self.folds, self.rounds = refit, folds, rounds
+        self.only, self.memory_budget = only, memory_budget
         self.probe: Probe | None = None
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
 
@@ -61,6 +67,7 @@ class LinearProbeCallback(RunCallback):
             return
         self.probe = self._refit_weights = None
         self._kind = self._features(pl_module, self.folds, "Linear probe")
+        self._kind.rounds = self.rounds
         self.run.scoring.choose(self._kind)
         self.run.scoring.look_at_model()
 

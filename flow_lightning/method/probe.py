@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow_lightning.method.flow import flow_weights, temperature
+
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
 _SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8, "history_size": 20}
@@ -80,6 +82,7 @@ def fit_probe(
     device: torch.device | str = "cpu",
     weights: Tensor | None = None,
     on_step: Callable[[], Any] = lambda: None,
+    rounds: int = 1,
 ) -> Probe:
     """Choose the strength of the penalty on a held-out fifth (`strongest_within_one_error`), then solve on all samples.
 
@@ -92,13 +95,20 @@ def fit_probe(
         strengths: L2 penalties to try, strongest first.
         device: Where to solve.
         weights: Weights of the samples in the mean losses that are minimised and held out, `[n]`; by default all 1.
-        on_step: Called after each of the `len(strengths) + folds + 1` solutions at most, for a progress bar.
+        on_step: Called after each of the `len(strengths) + folds + 1` solutions of a round at most, for a progress bar.
+        rounds: 2, with folds: solve all again, with FLOW's weights of the first round's losses. Wrong labels have less
+            part in such a probe, so it tells better which they are.
 
     Raises:
         ValueError: If features are not finite, a target is out of range, or there are fewer samples than folds.
     """
     _check(features, targets, num_classes, folds)
     weights = torch.ones(len(targets)) if weights is None else weights.float()
+    if rounds > 1:
+        before = fit_probe(
+            features, targets, num_classes, folds, strengths, device, weights, on_step, rounds - 1
+        ).losses
+        weights = weights * flow_weights(before, temperature(before))
     problem = _Problem(features, targets, weights, num_classes, device)
     parts = stratified_parts(targets, folds or 5)
     validation = _held_out_losses(problem, parts == 0, strengths, on_step)
