@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the public names: type checkers and editors see imports, and `_HOME` reads them
+    from flow_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.online_weights import LossAdaptiveRateCallback as LossAdaptiveRateCallback
