@@ -47,10 +47,17 @@ def feature_change(before: Tensor, now: Tensor) -> Tensor:
 def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
     """Count the supervised tokens, `[B]`, of `labels` `[B, T]`. The first token has no prediction, so never counts.
 
+    Samples that `join` put into one row `[1, T]` are told apart by `position_ids`, which start at 0 in each.
+
     >>> supervised_counts({"labels": torch.tensor([[5, IGNORED, 6, 7]])})
     tensor([2])
     """
-    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+    supervised = batch["labels"][:, 1:] != IGNORED
+    if "position_ids" not in batch:
+        return supervised.sum(dim=1)
+    samples = (batch["position_ids"][0] == 0).cumsum(0) - 1
+    counts = samples.new_zeros(int(samples[-1]) + 1)
+    return counts.index_add(0, samples[1:], supervised[0].long())
 
 
 def linear_cross_entropy(
