@@ -53,7 +53,7 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
         lora_dropout: Dropout before the adapters.
         lora_targets: Names of the layers that get adapters.
-        chunk_tokens: Supervised tokens whose logits exist at one time.
+        chunk_tokens: Supervised tokens whose logits exist at one time; by default chosen by memory.
 
     Raises:
         ValueError: If the model cannot be loaded, or an argument is unknown.
@@ -76,7 +76,7 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: int = 64,
         lora_dropout: float = 0.0,
         lora_targets: list[str] = _LORA_TARGETS,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__(reduction)
         if tune not in ("full", "lora", "head"):
