@@ -130,9 +130,11 @@ _HEADER = [
 
 
 def _table_of_ends(panels: Mapping[str, Sequence[Point]]) -> Table:
-    """Build the table of what the fits learned and kept at the point of their budget, and fine-tuned; means of seeds."""
-    table = Table("", "", title="Target accuracy and share kept, in %")
-    for name in ("rate", "alpha", "target", "kept", "target, alpha 1", "kept, alpha 1"):
+    """Build the table of fits at the point of their budget and at alpha 1, means over seeds."""
+    table = Table("", title="Within the budget, and fine-tuned (alpha 1): target accuracy and share kept, in %")
+    table.add_column("", no_wrap=True)
+    with_rate = any(point.rate for points in panels.values() for point in points)
+    for name in (*["rate"] * with_rate, "alpha", "target", "kept", "target, alpha 1", "kept, alpha 1"):
         table.add_column(name, justify="right")
     for title, points in panels.items():
         for method, rate in dict.fromkeys((point.method, point.rate) for point in points):
@@ -140,7 +142,7 @@ def _table_of_ends(panels: Mapping[str, Sequence[Point]]) -> Table:
             chosen, last = [p for p in mine if p.is_chosen], [p for p in mine if p.alpha == 1]
             cells = [_mean([p.alpha for p in chosen], "{:.2g}", 1)]
             cells += [_mean([getattr(p, n) for p in ps]) for ps in (chosen, last) for n in ("target", "retention")]
-            table.add_row(method, title, f"{rate:g}" if rate else "", *cells)
+            table.add_row(method, title, *[f"{rate:g}"] * with_rate, *cells)
     return table
 
 
@@ -160,7 +162,7 @@ def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Tabl
 
 
 def _markdown(title: str, comparison: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Write a Markdown table, under the title if there is one; differences are to the first method, with 95 % intervals over seeds."""
+    """Write a Markdown table, under the title if any; differences are to the first method, with 95 % intervals over seeds."""
     lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)]]
     lines += [[method, *_cells(numbers)] for method, numbers in comparison.items()]
     heading = f"**{title}**\n\n" if title else ""

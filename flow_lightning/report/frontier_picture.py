@@ -14,12 +14,15 @@ from flow_lightning.report.frontier import Point, bootstrap, frontier
 from flow_lightning.report.pictures import COLOURS, GREY, MARKERS, picture
 
 _BUDGETS = (0.95, 0.98, 0.99)
-_RING: dict[str, Any] = {"markersize": 14, "markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.5}
+_RING: dict[str, Any] = {
+    "markersize": 14,
+    "markerfacecolor": "none",
+    "markeredgecolor": "black",
+    "markeredgewidth": 1.5,
+}
 
 
-def plot_frontier(
-    panels: Mapping[str, Sequence[Point]], path: str | Path, budgets: Sequence[float] = _BUDGETS
-) -> None:
+def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budgets: Sequence[float] = _BUDGETS) -> None:
     """Draw models as dots, each method's frontier as a line, the mean over seeds, and budgets as dashed lines.
 
     Models far below all frontiers are outside of the picture. With several seeds the line is the mean of their
