@@ -162,7 +162,7 @@ def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Tabl
 
 
 def _markdown(title: str, comparison: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Write a Markdown table, under the title if any; differences are to the first method, with 95 % intervals over seeds."""
+    """Write a Markdown table, with its title; differences are to the first method, with 95 % intervals over seeds."""
     lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)]]
     lines += [[method, *_cells(numbers)] for method, numbers in comparison.items()]
     heading = f"**{title}**\n\n" if title else ""
