@@ -2,8 +2,8 @@
 
     python tests/benchmarks/wrong_labels.py --seeds 1 2 3
 
-Data and weights come with the extra `quickstart`: handwritten digits, EfficientNet-Lite0. Labels of a share of the
-training images are drawn anew, evenly. `self-confidence` is the out-of-fold loss as it is, cleanlab's score of that
+Data and weights come with the extra `quickstart`: handwritten digits, EfficientNet-Lite0. A share of the training
+images gets another label, any with the same probability. `self-confidence` is the out-of-fold loss as it is, cleanlab's score of that
 name; `posterior` comes from the second round of the probe. Heads are measured on test images with right labels.
 """
 
@@ -54,7 +54,7 @@ def main(
     def accuracy(probe: Probe) -> float:
         return 100 * float((probe.head(unseen).argmax(1) == answers).float().mean())
 
-    print("| drawn anew | found | area, self-confidence | posterior | head: plain | FLOW | posterior |")
+    print("| wrong | found | area, self-confidence | posterior | head: plain | FLOW | posterior |")
     print("|---:|---:|---|---|---|---|---|", flush=True)
     for rate in rates:
         rows = []
@@ -70,7 +70,9 @@ def main(
                 for value in (plain.losses, 1 - posterior)
                 for score in (average_precision_score, roc_auc_score)
             ]
-            rows.append((100 * wrong.mean(), 100 * share, *found, *map(accuracy, (plain, *heads))))
+            rows.append(
+                (100 * wrong.mean(), 100 * share * (CLASSES - 1) / CLASSES, *found, *map(accuracy, (plain, *heads)))
+            )
         columns = list(zip(*rows))
         cell = [
             f"{statistics.mean(column):.3g} ± {statistics.stdev(column) if len(column) > 1 else 0:.2g}"
