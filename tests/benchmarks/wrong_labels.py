@@ -3,8 +3,9 @@
     python tests/benchmarks/wrong_labels.py --seeds 1 2 3
 
 Data and weights come with the extra `quickstart`: handwritten digits, EfficientNet-Lite0. A share of the training
-images gets another label, any with the same probability. `self-confidence` is the out-of-fold loss as it is, cleanlab's score of that
-name; `posterior` comes from the second round of the probe. Heads are measured on test images with right labels.
+images gets another label, any with the same probability. `self-confidence` is the out-of-fold loss as it is, cleanlab's
+score of that name; `posterior` comes from the second round of the probe. Heads are measured on test images with right
+labels.
 """
 
 import statistics
