@@ -53,7 +53,8 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
         lora_dropout: Dropout before the adapters.
         lora_targets: Names of the layers that get adapters.
-        chunk_tokens: Supervised tokens whose logits exist at one time.
+        chunk_tokens: Supervised tokens whose logits exist at one time; by default chosen by memory.
+        layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
 
     Raises:
         ValueError: If the model cannot be loaded, or an argument is unknown.
@@ -76,7 +77,8 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: int = 64,
         lora_dropout: float = 0.0,
         lora_targets: list[str] = _LORA_TARGETS,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__(reduction)
         if tune not in ("full", "lora", "head"):
@@ -95,6 +97,7 @@ class CausalLanguageModule(WeightedLossModule):
         elif tune == "head":
             train_head_only(self.model)
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
+        self.layer_decay = layer_decay
         self.optimizer = optimizer_factory(optimizer)
         self.chunk_tokens = chunk_tokens
         self.whole_logits = self._joins = False
@@ -174,7 +177,8 @@ class CausalLanguageModule(WeightedLossModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
-        return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
+        rates = (self.learning_rate, self.schedule, self.warmup, self.layer_decay)
+        return configure_optimizers(self, self.optimizer, *rates)
 
     def setup(self, stage: str) -> None:
         """Check that the losses equal the model's own, and that the precision suits the machine."""
