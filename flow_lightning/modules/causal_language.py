@@ -237,11 +237,11 @@ class CausalLanguageModule(WeightedLossModule):
         with evaluation(self):
             alone = self(ids.reshape(2, 8))
             try:
-                joined = self(ids[None], position_ids=torch.arange(8, device=ids.device).repeat(2)[None])
+                row = self(ids[None], position_ids=torch.arange(8, device=ids.device).repeat(2)[None])
             except TypeError as unknown:  # the model takes no position_ids
-                joined, error = torch.full_like(alone, torch.inf), unknown
+                row, error = torch.full_like(alone, torch.inf), unknown
         exact = alone.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        self._joins = bool((joined.view_as(alone) - alone).norm() <= (1e-4 if exact else 0.02) * alone.norm())
+        self._joins = bool((row.view_as(alone) - alone).norm() <= (1e-4 if exact else 0.02) * alone.norm())
         if not self._joins:
             raise ValueError(
                 f"{type(self.causal_lm).__name__} cannot keep samples apart that are joined in one row: a sample's "

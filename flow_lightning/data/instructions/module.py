@@ -116,8 +116,10 @@ class InstructionDataModule(LightningDataModule):
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         lengths = self.train_set.dataset.lengths
         sampler = LengthGroupedSampler(self.train_set, lengths, self.batch_size, world, rank, self.seed)
-        joined = {"collate_fn": join} if self.padding_free else {}
-        return self._loader(self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler, **joined)
+        batching = {"collate_fn": join} if self.padding_free else {}
+        return self._loader(
+            self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler, **batching
+        )
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, the longest first, with the `index` they have in training."""
