@@ -92,7 +92,7 @@ def test_tokens_are_those_of_the_whole_text_and_one_on_the_border_is_the_respons
     assert prompt.startswith(TOKENIZER.decode(ids[:length])), "the prompt shows nothing of the response"
     assert TOKENIZER.decode(ids[length:]).removesuffix(END).endswith(response)
     alone = TOKENIZER(prompt)["input_ids"]
-    assert ids[:length] == alone[:length] and ids[length] != (alone + [None])[length]
+    assert ids[:length] == alone[:length] and ids[length] != [*alone, None][length]
 
 
 def test_a_short_answer_that_shares_its_only_token_with_the_prompt_is_supervised():
