@@ -10,10 +10,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from flow_lightning.contract import module_contract
-from flow_lightning.distributed import fill
+from flow_lightning.contract import data_contract, module_contract
+from flow_lightning.distributed import fill, on_rank_zero
 from flow_lightning.method.probe import Probe
 from flow_lightning.method.weights import SampleWeights
+from flow_lightning.report.label_issues import ISSUES_FILE, write_label_issues
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
 from flow_lightning.scoring.step_kinds import StepFeatures
@@ -33,7 +34,7 @@ class LinearProbeCallback(RunCallback):
             checkpoints writes the refitted model to `checkpoints/refitted.ckpt` of the run's directory; earlier
             checkpoints hold the trained head. `weighted` refits with FLOW's weights although training has none.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
-            if the probe overfits.
+            if the probe overfits. `label_issues.csv` of the run's directory then says which labels look wrong.
         rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
             labels have less part in it. For `FlowWeightingCallback(weighting="posterior")`.
         only: Whether the probe is all: the fit ends before its first step, with the head refitted on the frozen body.
@@ -78,6 +79,7 @@ class LinearProbeCallback(RunCallback):
         started = time.perf_counter()
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind)
+        self._write_issues(trainer, self.probe)
         if self.refit == "weighted":
             self._refit_weights = SampleWeights.from_losses(self.probe.losses).weights
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
@@ -116,6 +118,16 @@ class LinearProbeCallback(RunCallback):
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(probe, kind)
         return probe
+
+    def _write_issues(self, trainer: Trainer, probe: Probe) -> None:
+        """Say which labels look wrong; files of earlier versions do not have all that is needed."""
+        folder, names = self.run.directory, data_contract(trainer).class_names
+        if folder is None or self.folds < 2 or not len(probe.targets):
+            return
+        on_rank_zero(trainer, lambda: write_label_issues(folder / ISSUES_FILE, probe, names))
+        rank_zero_info(
+            f"{int(probe.issues.sum()):,} of {len(probe.issues):,} labels look wrong: {folder / ISSUES_FILE}"
+        )
 
     def _features(self, module: LightningModule, folds: int, description: str) -> ProbeFeatures:
         """Return what is to be scored: the features that the module declares, else those in its training step."""

@@ -46,6 +46,9 @@ class Probe:
         validation: Mean loss on the held-out fifth and its standard error, in nats, by strength tried.
         entropies: The entropy of its probabilities on every sample, `[n]`, in nats.
         issues: Whether the label of a sample looks wrong, `[n]` bool, see `label_issues`.
+        targets: The given labels, class indices `[n]`.
+        predicted: The most likely class of each sample, `[n]`, by the same probabilities as the losses.
+        confidences: Their probability, `[n]`.
     """
 
     head: LinearHead
@@ -54,6 +57,9 @@ class Probe:
     validation: dict[float, tuple[float, float]]
     entropies: Tensor
     issues: Tensor
+    targets: Tensor
+    predicted: Tensor
+    confidences: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file."""
@@ -61,6 +67,7 @@ class Probe:
         numbers = {"strength": self.strength, "validation": validation}
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         of_samples = {"losses": self.losses, "entropies": self.entropies, "issues": self.issues.to(torch.uint8)}
+        of_samples |= {"targets": self.targets, "predicted": self.predicted, "confidences": self.confidences}
         return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
     @classmethod
@@ -69,8 +76,9 @@ class Probe:
         validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
         head = LinearHead(tensors["weight"], tensors["bias"])
         none = torch.zeros(0)  # files of earlier versions have only the losses
-        entropies, issues = tensors.get("entropies", none), tensors.get("issues", none).bool()
-        return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues)
+        names = ("entropies", "issues", "targets", "predicted", "confidences")
+        entropies, issues, *rest = (tensors.get(name, none) for name in names)
+        return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues.bool(), *rest)
 
 
 def fit_probe(
@@ -119,16 +127,19 @@ def fit_probe(
     for fold in range(folds):
         asked.append((problem.solve(parts != fold, strength), (parts == fold).nonzero().flatten()))
         on_step()
-    losses, entropies, issues = torch.empty(3, len(targets)).unbind()
+    losses, entropies, issues, confidences = torch.empty(4, len(targets)).unbind()
+    predicted = torch.empty(len(targets), dtype=torch.long)
     for other, rows in asked:
         for block, logits in _logits(other, features, rows, device):
             losses[block] = F.cross_entropy(logits, targets[block].to(device), reduction="none").cpu()
-            entropies[block] = torch.special.entr(logits.softmax(1)).sum(1).cpu()
+            probabilities = logits.softmax(1).cpu()
+            entropies[block] = torch.special.entr(probabilities).sum(1)
+            confidences[block], predicted[block] = probabilities.max(1)
     sure = thresholds(losses, targets, num_classes)
     for other, rows in asked:
         for block, logits in _logits(other, features, rows, device):
             issues[block] = label_issues(logits.cpu(), targets[block], sure).float()
-    return Probe(head, losses, strength, validation, entropies, issues.bool())
+    return Probe(head, losses, strength, validation, entropies, issues.bool(), targets.clone(), predicted, confidences)
 
 
 def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
