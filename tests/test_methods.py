@@ -14,7 +14,18 @@ from tests.test_cli_language import TINY
 
 #: Methods that weigh tokens, and methods for images alone: those that need a head to probe or solve.
 TOKENS = {"flow_sequence", "flow_token", "token_masking"}
-IMAGES = {"weighted_probe", "plain_weighted_head", "flow_out_of_fold", "flow_mixture", "excess", "drop", "posterior"}
+IMAGES = {
+    "weighted_probe",
+    "plain_weighted_head",
+    "flow_out_of_fold",
+    "flow_mixture",
+    "excess",
+    "drop",
+    "posterior",
+    "recommended",
+    "lwf",
+    "ldifs",
+}
 STEP = ["--learning_rate=0.001", "--trainer.max_epochs=1", "--trainer.max_steps=1"]
 
 

@@ -10,10 +10,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from flow_lightning.contract import module_contract
-from flow_lightning.distributed import fill
+from flow_lightning.contract import data_contract, module_contract
+from flow_lightning.distributed import fill, on_rank_zero
 from flow_lightning.method.probe import Probe
 from flow_lightning.method.weights import SampleWeights
+from flow_lightning.report.label_issues import ISSUES_FILE, write_label_issues
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
 from flow_lightning.scoring.step_kinds import StepFeatures
@@ -33,7 +34,9 @@ class LinearProbeCallback(RunCallback):
             checkpoints writes the refitted model to `checkpoints/refitted.ckpt` of the run's directory; earlier
             checkpoints hold the trained head. `weighted` refits with FLOW's weights although training has none.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
-            if the probe overfits.
+            if the probe overfits. `label_issues.csv` of the run's directory then says which labels look wrong.
+        rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
+            labels have less part in it. For `FlowWeightingCallback(weighting="posterior")`.
         only: Whether the probe is all: the fit ends before its first step, with the head refitted on the frozen body.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
 
@@ -47,10 +50,14 @@ class LinearProbeCallback(RunCallback):
         *,
         refit: bool | Literal["weighted"] | None = None,
         folds: int = 0,
+        rounds: int = 1,
         only: bool = False,
         memory_budget: float = 4.0,
     ) -> None:
-        self.refit, self.folds, self.only, self.memory_budget = refit, folds, only, memory_budget
+        if rounds > 1 and not folds:
+            raise ValueError(f"rounds is {rounds}, which needs out-of-fold losses. Set folds, to 5 for instance.")
+        self.refit, self.folds, self.rounds = refit, folds, rounds
+        self.only, self.memory_budget = only, memory_budget
         self.probe: Probe | None = None
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
 
@@ -61,6 +68,7 @@ class LinearProbeCallback(RunCallback):
             return
         self.probe = self._refit_weights = None
         self._kind = self._features(pl_module, self.folds, "Linear probe")
+        self._kind.rounds = self.rounds
         self.run.scoring.choose(self._kind)
         self.run.scoring.look_at_model()
 
@@ -71,6 +79,7 @@ class LinearProbeCallback(RunCallback):
         started = time.perf_counter()
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind)
+        self._write_issues(trainer, self.probe)
         if self.refit == "weighted":
             self._refit_weights = SampleWeights.from_losses(self.probe.losses).weights
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
@@ -109,6 +118,16 @@ class LinearProbeCallback(RunCallback):
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(probe, kind)
         return probe
+
+    def _write_issues(self, trainer: Trainer, probe: Probe) -> None:
+        """Say which labels look wrong; files of earlier versions do not have all that is needed."""
+        folder, names = self.run.directory, data_contract(trainer).class_names
+        if folder is None or self.folds < 2 or not len(probe.targets):
+            return
+        on_rank_zero(trainer, lambda: write_label_issues(folder / ISSUES_FILE, probe, names))
+        rank_zero_info(
+            f"{int(probe.issues.sum()):,} of {len(probe.issues):,} labels look wrong: {folder / ISSUES_FILE}"
+        )
 
     def _features(self, module: LightningModule, folds: int, description: str) -> ProbeFeatures:
         """Return what is to be scored: the features that the module declares, else those in its training step."""

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow_lightning.method.flow import flow_weights, temperature
+
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
 _SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8, "history_size": 20}
@@ -44,6 +46,9 @@ class Probe:
         validation: Mean loss on the held-out fifth and its standard error, in nats, by strength tried.
         entropies: The entropy of its probabilities on every sample, `[n]`, in nats.
         issues: Whether the label of a sample looks wrong, `[n]` bool, see `label_issues`.
+        targets: The given labels, class indices `[n]`.
+        predicted: The most likely class of each sample, `[n]`, by the same probabilities as the losses.
+        confidences: Their probability, `[n]`.
     """
 
     head: LinearHead
@@ -52,6 +57,9 @@ class Probe:
     validation: dict[float, tuple[float, float]]
     entropies: Tensor
     issues: Tensor
+    targets: Tensor
+    predicted: Tensor
+    confidences: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file."""
@@ -59,6 +67,7 @@ class Probe:
         numbers = {"strength": self.strength, "validation": validation}
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         of_samples = {"losses": self.losses, "entropies": self.entropies, "issues": self.issues.to(torch.uint8)}
+        of_samples |= {"targets": self.targets, "predicted": self.predicted, "confidences": self.confidences}
         return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
     @classmethod
@@ -67,8 +76,9 @@ class Probe:
         validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
         head = LinearHead(tensors["weight"], tensors["bias"])
         none = torch.zeros(0)  # files of earlier versions have only the losses
-        entropies, issues = tensors.get("entropies", none), tensors.get("issues", none).bool()
-        return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues)
+        names = ("entropies", "issues", "targets", "predicted", "confidences")
+        entropies, issues, *rest = (tensors.get(name, none) for name in names)
+        return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues.bool(), *rest)
 
 
 def fit_probe(
@@ -80,6 +90,7 @@ def fit_probe(
     device: torch.device | str = "cpu",
     weights: Tensor | None = None,
     on_step: Callable[[], Any] = lambda: None,
+    rounds: int = 1,
 ) -> Probe:
     """Choose the strength of the penalty on a held-out fifth (`strongest_within_one_error`), then solve on all samples.
 
@@ -92,13 +103,20 @@ def fit_probe(
         strengths: L2 penalties to try, strongest first.
         device: Where to solve.
         weights: Weights of the samples in the mean losses that are minimised and held out, `[n]`; by default all 1.
-        on_step: Called after each of the `len(strengths) + folds + 1` solutions at most, for a progress bar.
+        on_step: Called after each of the `len(strengths) + folds + 1` solutions of a round at most, for a progress bar.
+        rounds: 2, with folds: solve all again, with FLOW's weights of the first round's losses. Wrong labels have less
+            part in such a probe, so it tells better which they are.
 
     Raises:
         ValueError: If features are not finite, a target is out of range, or there are fewer samples than folds.
     """
     _check(features, targets, num_classes, folds)
     weights = torch.ones(len(targets)) if weights is None else weights.float()
+    if rounds > 1:
+        before = fit_probe(
+            features, targets, num_classes, folds, strengths, device, weights, on_step, rounds - 1
+        ).losses
+        weights = weights * flow_weights(before, temperature(before))
     problem = _Problem(features, targets, weights, num_classes, device)
     parts = stratified_parts(targets, folds or 5)
     validation = _held_out_losses(problem, parts == 0, strengths, on_step)
@@ -109,16 +127,19 @@ def fit_probe(
     for fold in range(folds):
         asked.append((problem.solve(parts != fold, strength), (parts == fold).nonzero().flatten()))
         on_step()
-    losses, entropies, issues = torch.empty(3, len(targets)).unbind()
+    losses, entropies, issues, confidences = torch.empty(4, len(targets)).unbind()
+    predicted = torch.empty(len(targets), dtype=torch.long)
     for other, rows in asked:
         for block, logits in _logits(other, features, rows, device):
             losses[block] = F.cross_entropy(logits, targets[block].to(device), reduction="none").cpu()
-            entropies[block] = torch.special.entr(logits.softmax(1)).sum(1).cpu()
+            probabilities = logits.softmax(1).cpu()
+            entropies[block] = torch.special.entr(probabilities).sum(1)
+            confidences[block], predicted[block] = probabilities.max(1)
     sure = thresholds(losses, targets, num_classes)
     for other, rows in asked:
         for block, logits in _logits(other, features, rows, device):
             issues[block] = label_issues(logits.cpu(), targets[block], sure).float()
-    return Probe(head, losses, strength, validation, entropies, issues.bool())
+    return Probe(head, losses, strength, validation, entropies, issues.bool(), targets.clone(), predicted, confidences)
 
 
 def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:

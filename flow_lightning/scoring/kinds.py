@@ -120,19 +120,23 @@ class ProbeFeatures(Kind):
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
         sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
         head: The layer that the probe is for.
+        rounds: See `fit_probe`.
     """
 
     classes: int
     folds: int = 0
     memory_budget: float = 4.0
     description: str = "Linear probe"
+    rounds: int = 1
     sample_weights: Tensor | None = None
     head: nn.Linear | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """Name the probe with what its result depends on."""
-        return f"linear probe, {self.classes} classes, folds {self.folds}"
+        return f"linear probe, {self.classes} classes, folds {self.folds}" + f", rounds {self.rounds}" * (
+            self.rounds > 1
+        )
 
     def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """Return features `[B, D]` float32 and targets `[B]`."""
@@ -155,9 +159,14 @@ class ProbeFeatures(Kind):
 
     def _solve(self, found: tuple[Tensor, ...], device: torch.device, quiet: bool) -> dict[str, Tensor]:
         features, targets = found
-        steps = len(STRENGTHS) + self.folds + 1
+        steps = self.rounds * (len(STRENGTHS) + self.folds + 1)
         with tqdm(total=steps, desc=f"{self.description}: solving", unit="fit", leave=False, disable=quiet) as bar:
-            settings: Any = {"device": device, "weights": self.sample_weights, "on_step": bar.update}
+            settings: Any = {
+                "device": device,
+                "weights": self.sample_weights,
+                "on_step": bar.update,
+                "rounds": self.rounds,
+            }
             probe = fit_probe(features, targets, self.classes, self.folds, **settings)
         return probe.tensors()
 

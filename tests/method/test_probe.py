@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from flow_lightning.method import probe as probing
 from flow_lightning.method.probe import fit_probe, head_losses, stratified_parts
@@ -162,3 +164,18 @@ def test_entropies_and_label_issues_are_those_of_the_same_probabilities(folds):
     assert (probe.issues.numpy() == expected)[~near].all()
     again = type(probe).from_tensors(probe.tensors())
     assert torch.equal(again.issues, probe.issues) and torch.equal(again.entropies, probe.entropies)
+
+
+def test_a_second_round_weighs_the_samples_by_the_losses_of_the_first():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(300) % 3
+    features = torch.randn(300, 5, generator=generator) + 2 * F.one_hot(targets, 5)
+    given = torch.where(torch.rand(300, generator=generator) < 0.3, (targets + 1) % 3, targets)
+    first = fit_probe(features, given, 3, folds=5)
+    weights = torch.from_numpy(np.exp(-first.losses.double().numpy() / np.median(first.losses))).float()
+    by_hand = fit_probe(features, given, 3, folds=5, weights=weights)
+    second = fit_probe(features, given, 3, folds=5, rounds=2)
+    torch.testing.assert_close(second.losses, by_hand.losses, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(second.head.weight, by_hand.head.weight, rtol=1e-2, atol=1e-3)
+    wrong = given != targets
+    assert roc_auc_score(wrong, second.losses) > roc_auc_score(wrong, first.losses)

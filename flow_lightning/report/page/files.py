@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flow_lightning.callbacks.flow_weighting import WEIGHTS_FILE
 from flow_lightning.method.weights import SampleWeights, TokenWeights
+from flow_lightning.report.label_issues import ISSUES_FILE
 from flow_lightning.report.metrics import Metrics, read_metrics
 from flow_lightning.report.page.evidence import EVIDENCE_FILE, Evidence
 
-ISSUES_FILE = "label_issues.csv"
 _CONFIGURATIONS = ("config.yaml", "hparams.yaml")
 
 
@@ -44,6 +44,8 @@ class RunFiles:
     def name(self, label: Any, names: str = "class_names") -> str:
         """Return the name of a class index; anything else, and an index without a name, as it is."""
         known, text = self.evidence.words.get(names) or [], str(label)
+        if isinstance(label, str) and label in known:  # a name may look like an index
+            return label
         return str(known[int(text)]) if text.isdecimal() and int(text) < len(known) else text
 
 

@@ -1,0 +1,86 @@
+"""The table of suspected label errors against cleanlab on the probabilities of scikit-learn."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from cleanlab.filter import find_label_issues
+from cleanlab.rank import get_label_quality_scores
+
+import flow_lightning as fl
+from flow_lightning.method.probe import Probe, fit_probe, stratified_parts
+from flow_lightning.report.label_issues import write_label_issues
+from flow_lightning.report.page.evidence import Evidence
+from flow_lightning.report.page.files import RunFiles
+from tests.examples import make_trainer
+from tests.images import PictureData, tiny_module
+from tests.method.test_probe import clusters, sklearn_probabilities
+
+HEADER = ["index", "is_label_issue", "label_score", "given_label", "predicted_label", "probability"]
+
+
+def rows_of(path):
+    """Read header and rows."""
+    with open(path, newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        return reader.fieldnames, list(reader)
+
+
+def column(rows, name):
+    return np.array([float(row[name]) for row in rows])
+
+
+@pytest.mark.parametrize("wrong", [0.05, 0.3])
+def test_issues_and_scores_are_cleanlabs(tmp_path, wrong):
+    features, targets = clusters(n=400)
+    flipped = torch.rand(400, generator=torch.Generator().manual_seed(1)) < wrong
+    targets = torch.where(flipped, (targets + 1) % 3, targets)
+    write_label_issues(tmp_path / "issues.csv", fit_probe(features, targets, 3, folds=4, strengths=[0.03]))
+    p, given = np.empty((400, 3)), targets.numpy()
+    for fold in range(4):
+        unseen = stratified_parts(targets, 4) == fold
+        p[unseen] = sklearn_probabilities(features, targets, 0.03, features[unseen], ~unseen)
+    header, rows = rows_of(tmp_path / "issues.csv")
+    assert header == HEADER and [int(row["index"]) for row in rows] == list(range(400))
+    assert [int(row["given_label"]) for row in rows] == targets.tolist()
+    scores = get_label_quality_scores(given, p, method="self_confidence")
+    np.testing.assert_allclose(column(rows, "label_score"), scores, atol=2e-3)
+    np.testing.assert_allclose(column(rows, "probability"), p.max(1), atol=2e-3)
+    ordered = np.sort(p, axis=1)
+    sure = np.array([p[given == c, c].mean() for c in range(3)])
+    near = (ordered[:, -1] - ordered[:, -2] < 4e-3) | (np.abs(p - sure) < 2e-3).any(1)  # rounding decides
+    assert near.sum() < 20
+    assert (column(rows, "predicted_label") == p.argmax(1))[~near].all()
+    expected = find_label_issues(given, p, filter_by="confident_learning", n_jobs=1)
+    found = np.array([row["is_label_issue"] == "True" for row in rows])
+    assert 10 < expected.sum() < 250 and (found == expected)[~near].all()
+
+
+class NamedPictures(PictureData):
+    class_names = ["1", "red, dark", 'a "blue"']
+
+
+def test_a_fit_with_folds_writes_the_table_with_class_names_and_the_report_shows_them():
+    probe = fl.LinearProbeCallback(folds=3)
+    make_trainer(probe, max_epochs=0).fit(tiny_module(), datamodule=NamedPictures())
+    header, rows = rows_of("run/label_issues.csv")
+    assert header == HEADER and len(rows) == 30
+    assert [row["given_label"] for row in rows] == NamedPictures.class_names * 10
+    found = probe.probe
+    assert [row["predicted_label"] for row in rows] == [NamedPictures.class_names[c] for c in found.predicted]
+    assert [row["is_label_issue"] == "True" for row in rows] == found.issues.tolist()
+    np.testing.assert_allclose(column(rows, "label_score"), torch.exp(-found.losses), rtol=1e-4)
+    run = RunFiles("run", evidence=Evidence(words={"class_names": NamedPictures.class_names}))
+    assert run.name("1") == "1" and run.name(1) == "red, dark" and run.name("2") == 'a "blue"'
+
+
+def test_a_fit_without_folds_and_a_probe_of_an_earlier_version_write_no_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_trainer(fl.LinearProbeCallback(), max_epochs=0).fit(tiny_module(), datamodule=PictureData())
+    assert not (tmp_path / "run/label_issues.csv").exists()
+    tensors = fit_probe(*clusters(), 3, folds=3).tensors()
+    again = Probe.from_tensors(tensors)
+    for name in ("targets", "predicted", "confidences"):
+        assert torch.equal(getattr(again, name), tensors.pop(name))
+    assert len(Probe.from_tensors(tensors).targets) == 0
