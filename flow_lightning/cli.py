@@ -56,6 +56,9 @@ class FlowCLI(LightningCLI):
             help="Peak learning rate of the model: one number, or one for each method, {standard: 0.005, flow: 0.001}. "
             "By default the model's own.",
         )
+        parser.add_argument(
+            "--board", type=dict[str, Any] | None, help="For `compare`: what it varies. A fit has none."
+        )
         parser.link_arguments(
             ("learning_rate", "method", "model"), "model.init_args.learning_rate", compute_fn=learning_rate_of
         )

@@ -37,7 +37,7 @@ class Fit(NamedTuple):
         seed: None for that of the configuration.
         folder: Where it writes; `finished.json` there holds its command and its numbers.
         words: Its command.
-        settings: Method, optimizer and rate.
+        settings: Method, optimizer, rate and share of wrong labels.
     """
 
     name: str
@@ -84,6 +84,7 @@ def board_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", type=_listed, default=["standard", "flow"])
     parser.add_argument("--optimizers", type=_listed, default=[None])
     parser.add_argument("--rates", type=_listed, default=[None])
+    parser.add_argument("--noise", type=_listed, default=[None])
     parser.add_argument("--seeds", type=_listed, default=[None])
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--jobs", type=int, default=1)
@@ -102,22 +103,37 @@ def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _read(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     board, rest = parser.parse_known_args(words)
-    if board.board is not None:
-        known = {action.dest for action in parser._actions} - {"board"}
-        settings = yaml.safe_load(board.board.read_text())
+    known = {action.dest for action in parser._actions} - {"board"}
+    for source, settings in _settings(board.board, rest):
         if unknown := set(settings) - known:
-            raise OptionError(f"{board.board} has {sorted(unknown)}, but a board has {', '.join(sorted(known))}.")
+            raise OptionError(f"{source} has {sorted(unknown)}, but a board has {', '.join(sorted(known))}.")
         parser.set_defaults(**{name: str(value) for name, value in settings.items()})
-        board, rest = parser.parse_known_args(words)
+    board, rest = parser.parse_known_args(words)
+    if wrong := [each for each in board.noise if each is not None and not _is_share(each)]:
+        raise OptionError(f"--noise has {wrong[0]!r}; expected shares of wrong labels from 0 to below 1: [0, 0.3].")
     if board.rates != [None] and len(set(board.rates)) < 2:
         raise OptionError(f"--rates is {board.rates}: a board needs at least two, such as [0.001, 0.002, 0.004].")
     return board, rest
+
+
+def _settings(file: Path | None, words: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the settings of boards: the part `board` of each configuration, then the file of a board."""
+    for word in words:
+        path = Path(word.removeprefix("--config="))
+        if word.startswith("--config=") and "{" not in word and path.is_file():
+            yield path, (yaml.safe_load(path.read_text()) or {}).get("board") or {}
+    if file is not None:
+        yield file, yaml.safe_load(file.read_text())
 
 
 def _listed(text: str) -> list[Any]:
     """Read a list such as "[1, 2, 3]"; one value counts as a list of it."""
     value = yaml.safe_load(text)
     return value if isinstance(value, list) else [value]
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1
 
 
 def _warn_if_small(options: argparse.Namespace) -> None:
@@ -144,16 +160,19 @@ def _part(text: str) -> tuple[int, int]:
 
 def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
     """Yield all fits, seed by seed, so that a board that is not finished compares like with like."""
-    for seed, method, optimizer, rate in product(options.seeds, options.methods, options.optimizers, options.rates):
+    factors = (options.seeds, options.noise, options.methods, options.optimizers, options.rates)
+    for seed, noise, method, optimizer, rate in product(*factors):
         varied = {"method": Path(method).stem, "optimizer": optimizer and Path(optimizer).stem, "rate": rate}
         name = " ".join(f"{value:g}" if isinstance(value, int | float) else value for value in varied.values() if value)
+        name += "" if noise is None else f" noise {noise:g}"
         folder = options.output / name.replace(" ", "-") / ("default" if seed is None else f"seed-{seed}")
         words = ["fit", *shared, f"--config={find_part('method', method)}"]
         words += [f"--config={find_part('optimizer', optimizer)}"] if optimizer else []
         words += [f"--trainer.default_root_dir={folder}"]
         words += [] if rate is None else [f"--learning_rate={rate}"]
+        words += [] if noise is None else [f"--data.label_noise.rate={noise}"]
         words += [] if seed is None else [f"--seed_everything={seed}"]
-        yield Fit(name, seed, folder, words, varied)
+        yield Fit(name, seed, folder, words, varied | {"noise": noise})
 
 
 def _make(fit: Fit) -> None:

@@ -22,8 +22,8 @@ TINY = shlex.split("""
     --trainer.max_epochs=1 --trainer.limit_train_batches=1 --trainer.limit_val_batches=1 --trainer.accelerator=cpu
     --trainer.num_sanity_val_steps=0 --trainer.enable_progress_bar=false --trainer.enable_model_summary=false
 """)
-#: The quickstart on a folder of 24 images for training and 12 for tests.
-QUICK = ["-c=quickstart", *TINY, "--model.checkpoint=null", "--retention.images=null", "--data.dataset=folder"]
+#: The digits' configuration on a folder of 24 images for training and 12 for tests.
+QUICK = ["-c=digits", *TINY, "--model.checkpoint=null", "--retention.images=null", "--data.dataset=folder"]
 OWN = ["--model=tests.examples.LinearRegression", "--data=tests.examples.RegressionData", "--trainer.fast_dev_run=1"]
 RATES = "--config={learning_rate: {standard: 0.02, flow: 0.01}}"
 

@@ -56,6 +56,7 @@ def test_without_seeds_each_method_runs_once_at_the_seed_of_the_configuration():
         (["--method=flow"], "compare takes its methods from --methods"),
         (["--seeds=[one]"], "seed_everything: 'one' is no valid value"),
         (["--outptu=x"], "There is no option 'outptu'"),
+        (["--noise=[0, 30]"], "--noise has 30; expected shares of wrong labels from 0 to below 1"),
         (["--part=1"], "--part is '1'; expected 0/4"),
         (["--jobs=two"], "argument --jobs: invalid int value: 'two'"),
     ],
@@ -127,7 +128,7 @@ def test_a_board_can_come_from_a_file(made):
     ("content", "message"),
     [
         ("rates: [0.5]\n", "--rates is [0.5]: a board needs at least two"),
-        ("seed: 3\n", "has ['seed'], but a board has jobs, methods, optimizers"),
+        ("seed: 3\n", "has ['seed'], but a board has jobs, methods, noise, optimizers"),
         ("optimizers: [adam]\n", "No optimizer 'adam'. Did you mean adamw?"),
     ],
 )
@@ -135,6 +136,26 @@ def test_a_wrong_board_is_an_error_before_any_fit(content, message, capsys):
     Path("board.yaml").write_text(content)
     assert message in error_of(capsys, "compare", *QUICK, "--board=board.yaml")
     assert not Path("runs").exists()
+
+
+def test_shares_of_wrong_labels_come_from_a_configuration_and_the_command_line_wins(made):
+    made.pop()
+    Path("mine.yaml").write_text("board: {noise: [0, 0.3], methods: flow}\n")
+    assert set(compare("-c=mine.yaml")) == {"flow noise 0", "flow noise 0.3"}
+    assert [word for words in made for word in words if "noise.rate" in word] == [
+        "--data.label_noise.rate=0",
+        "--data.label_noise.rate=0.3",
+    ]
+    assert set(compare("-c=mine.yaml", "--noise=0.2")) == {"flow noise 0.2"}
+    Path("board.yaml").write_text("noise: [0.1]\n")
+    assert set(compare("-c=mine.yaml", "--board=board.yaml")) == {"flow noise 0.1"}
+
+
+def test_wrong_labels_reach_the_fit_of_a_configuration_with_a_board():
+    Path("mine.yaml").write_text("board: {noise: [0.5], methods: standard}\n")
+    assert list(compare("-c=mine.yaml")) == ["standard noise 0.5"]
+    (config,) = Path("runs/x/standard-noise-0.5/default").rglob("config.yaml")
+    assert "rate: 0.5\n" in config.read_text().partition("label_noise:")[2]
 
 
 def test_optimizers_reach_the_module():

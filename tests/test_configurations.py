@@ -92,5 +92,5 @@ def test_a_wheel_carries_the_configurations_and_finds_them_by_name():
 def test_the_data_of_a_budget_stay_the_name_of_a_file(capsys):
     Path("labels.csv").write_text("file,class_index\n")
     with pytest.raises(SystemExit):
-        main(["fit", "-c", "quickstart", "-c", "budget", "--trainer.callbacks.data=labels.csv", "--print_config"])
+        main(["fit", "-c", "digits", "-c", "budget", "--trainer.callbacks.data=labels.csv", "--print_config"])
     assert "data: labels.csv" in capsys.readouterr().out

@@ -23,6 +23,8 @@ IMAGES = {
     "drop",
     "posterior",
     "recommended",
+    "lwf",
+    "ldifs",
 }
 STEP = ["--learning_rate=0.001", "--trainer.max_epochs=1", "--trainer.max_steps=1"]
 

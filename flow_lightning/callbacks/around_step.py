@@ -1,7 +1,7 @@
 """One place for all that surrounds a `training_step`: what watches it, and what is added to its loss.
 
 In: the step of any module, weighted or not. Out: the same step in a context, with further terms in its loss.
-Next: `online_weights.py`, `distillation.py`, `soft_targets.py`.
+Next: `online_weights.py`, `distillation.py`.
 """
 
 from collections.abc import Iterable, Mapping

@@ -26,7 +26,7 @@ from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_n
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.report.metrics import path_table, print_table
 from flow_lightning.run import RunCallback
-from flow_lightning.scoring.fingerprint import model_fingerprints
+from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
 from flow_lightning.scoring.kinds import ProbeFeatures
 
 
@@ -167,12 +167,7 @@ class RetentionBudgetCallback(RunCallback):
                 "pre-trained model did is not known. Start the fit from the pre-trained model with it."
             )
         self._pretrained |= self._head
-        now = self._of_body()
-        if changed := [name for name, value in self._fingerprints.items() if now.get(name) != value]:
-            raise ValueError(
-                f"The module is not the pre-trained one that the fit started from: {changed[0]} differs. Build it from "
-                "the same weights (random parts need the same seed)."
-            )
+        check_same_model(self._fingerprints, self._of_body())
         check_path(self._pretrained, _tensors(trainer, module))
 
     def state_dict(self) -> dict[str, Any]:

@@ -138,8 +138,8 @@ class ImageDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: If the data set is not there.
-            ValueError: If the normalisation is not known, no sample is left to train on or to validate, or the file of edits does
-                not fit.
+            ValueError: If the normalisation is not known, no sample is left to train on or to validate, or
+                the file of edits does not fit.
         """
         splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
         augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())

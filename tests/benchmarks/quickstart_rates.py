@@ -1,4 +1,4 @@
-"""The learning rates of configs/quickstart.yaml: accuracy on a fifth of the training digits, held out, for each rate.
+"""The learning rates of configs/digits.yaml: accuracy on a fifth of the training digits, held out, for each rate.
 
     python tests/benchmarks/quickstart_rates.py
 
@@ -20,7 +20,7 @@ def held_out_accuracy(method: str, rate: float, seed: int) -> float:
     settings = [f"--learning_rate={rate}", f"--seed_everything={seed}", "--data.validation_fraction=0.2"]
     validation = ["--trainer.check_val_every_n_epoch=3", "--retention.images=null"]
     try:
-        cli = main(["fit", "-c=quickstart", f"--method={method}", *settings, *validation, *QUIET])
+        cli = main(["fit", "-c=digits", f"--method={method}", *settings, *validation, *QUIET])
     except FloatingPointError:
         return 0.0
     return float(cli.trainer.callback_metrics["val/top1"])

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax
+from scipy.special import log_softmax, rel_entr, softmax
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from flow_lightning.method.losses import cross_entropy
+from flow_lightning.method.losses import answer_change, cross_entropy, feature_change, linear_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -14,3 +16,96 @@ def test_is_minus_the_log_probability_in_at_least_float32(dtype):
     assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = -log_softmax(logits.double().numpy(), axis=1)[np.arange(9), targets.numpy()]
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_change_of_answers_is_the_divergence_of_scipy(dtype):
+    before, now = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    p, q = (softmax(logits.double().numpy() / 1.7, axis=1) for logits in (before, now))
+    np.testing.assert_allclose(answer_change(before, now, 1.7).numpy(), rel_entr(p, q).sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_change_of_features_is_the_squared_norm_of_numpy():
+    before, now = torch.randn(2, 9, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = np.linalg.norm((now - before).numpy().reshape(9, -1), axis=1) ** 2
+    np.testing.assert_allclose(feature_change(before, now).numpy(), expected, rtol=1e-5)
+
+
+TOKENS, WIDTH, VOCABULARY, CHUNK = 37, 6, 50, 8
+#: Softcap, scale and whether there is a bias: without the first two torch's own function serves.
+HEADS = [(None, 1.0, False), (None, 1.0, True), (2.0, 1.0, False), (None, 0.3, True), (2.0, 3.0, True)]
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def logits_losses(hidden, head, targets, bias, softcap, scale):
+    """The losses from whole logits, by the formula."""
+    logits = hidden @ head.T
+    logits = scale * (logits if bias is None else logits + bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits.logsumexp(1) - logits[torch.arange(len(targets)), targets]
+
+
+def assert_close(found, expected):
+    """Compare by norms, so that no number near zero counts for more than the others."""
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("chunk_tokens", [CHUNK, None])
+@pytest.mark.parametrize(("softcap", "scale", "has_bias"), HEADS)
+def test_weighted_losses_and_gradients_are_those_of_float64_logits(softcap, scale, has_bias, chunk_tokens):
+    """The head is also the embedding, so that its gradient comes by both ways; each token has a weight, some none."""
+    tied, bias, ids = drawn(VOCABULARY, WIDTH), drawn(VOCABULARY), torch.arange(TOKENS) * 7 % VOCABULARY
+    targets, weights = torch.arange(TOKENS) * 11 % VOCABULARY, torch.linspace(0, 2, TOKENS)
+    found, expected = [], []
+    for function, dtype, rows, more in (
+        (linear_cross_entropy, torch.float32, found, [chunk_tokens]),
+        (logits_losses, torch.float64, expected, []),
+    ):
+        head, offset = tied.to(dtype, copy=True).requires_grad_(), bias.to(dtype, copy=True).requires_grad_()
+        losses = function(head[ids].sin(), head, targets, offset if has_bias else None, softcap, scale, *more)
+        (weights.to(dtype) * losses).sum().backward()
+        with torch.no_grad():  # as in scoring
+            scored = function(head[ids].sin(), head, targets, offset if has_bias else None, softcap, scale, *more)
+        rows.extend([losses.detach(), scored, head.grad] + [offset.grad] * has_bias)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.5)])
+def test_no_tokens_have_no_losses(softcap, scale):
+    targets = torch.zeros(0, dtype=torch.long)
+    assert linear_cross_entropy(drawn(0, WIDTH), drawn(VOCABULARY, WIDTH), targets, None, softcap, scale).shape == (0,)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, in elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return made
+
+
+def largest_of(function, *arguments):
+    hidden, head = drawn(TOKENS, WIDTH).requires_grad_(), drawn(VOCABULARY, WIDTH).requires_grad_()
+    with Largest() as largest:
+        function(hidden, head, torch.arange(TOKENS), None, *arguments).sum().backward()
+    assert hidden.grad is not None and head.grad is not None
+    return largest.elements
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.5)])
+def test_no_tensor_of_tokens_times_vocabulary_is_made(softcap, scale):
+    """Neither forward nor backward: what is largest is one chunk of logits, or the gradient of the head."""
+    assert largest_of(logits_losses, softcap, scale) == TOKENS * VOCABULARY  # so that a whole one would be seen
+    found = largest_of(linear_cross_entropy, softcap, scale, CHUNK)
+    assert found <= VOCABULARY * max(CHUNK, WIDTH)

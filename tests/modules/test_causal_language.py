@@ -6,13 +6,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import flow_lightning as fl
-from flow_lightning.data.instructions import collate
+from flow_lightning.data.instructions import collate, join
 from flow_lightning.method.losses import supervised_counts
-from tests.examples import fit
+from tests.examples import chain, fit
 from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
 
@@ -70,6 +81,72 @@ def test_gemmas_bounded_logits(tmp_path):
     assert not module.whole_logits
     expected = torch.cat(own_losses(module.causal_lm, batch))
     torch.testing.assert_close(module.token_losses(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def joinable(family, attention):
+    """A tiny model of a family: rotary positions, learned ones, or windows that are shorter than the samples."""
+    torch.manual_seed(0)
+    size = {"vocab_size": len(TOKENIZER), "initializer_range": 0.2, "attn_implementation": attention}
+    if family == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **size)
+        return GPT2LMHeadModel(config)
+    size |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "gemma2":
+        windows = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+        return Gemma2ForCausalLM(Gemma2Config(num_key_value_heads=1, head_dim=16, **windows, **size))
+    return LlamaForCausalLM(type(tiny_model(9).config)(num_key_value_heads=1, **size))
+
+
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("gpt2", "sdpa"), ("gemma2", "eager")]
+)
+def test_joined_samples_have_the_losses_and_gradients_of_padded_ones(tmp_path, family, attention, per):
+    data = language_data(tmp_path, 7)
+    data.setup("fit")
+    samples = [data.train_set[i] for i in (3, 0, 6, 1, 5)] + [{"input_ids": torch.tensor([5]), "prompt_length": 0}]
+    samples[-1]["index"] = 2  # nothing of it is supervised: its first token has no prediction
+    samples[0]["prompt_length"] = 0
+    module, offsets = fl.CausalLanguageModule(joinable(family, attention), TOKENIZER), torch.zeros(8, dtype=torch.long)
+    batches = [collate(samples, TOKENIZER.pad_token_id), join(samples)]
+    assert batches[1]["input_ids"].shape == (1, sum(len(sample["input_ids"]) for sample in samples))
+    offsets[batches[0]["index"] + 1] = supervised_counts(batches[0])
+    offsets, flat = offsets.cumsum(0), torch.rand(999) + 0.1
+    token_weights = fl.TokenWeights.from_losses(flat[: offsets[-1]], offsets)
+    module.sample_weights = token_weights if per == "token" else fl.SampleWeights.from_losses(flat[:7])
+    found = []
+    for batch in batches:
+        module.zero_grad()
+        losses = module.training_losses(batch)
+        module.weighted_loss(batch, losses).backward()
+        gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        found.append([losses, module.sample_losses(batch), module.token_counts(batch), gradient / gradient.norm()])
+    assert found[1][2].tolist()[-1] == 0 and found[1][1].shape == (6,)
+    for joined, padded in zip(found[1], found[0]):
+        torch.testing.assert_close(joined, padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kills", [(), (3,)])
+def test_a_fit_without_padding_ends_where_the_padded_one_does(tmp_path, kills):
+    """Two epochs, unbroken, or killed in the middle of the first one and resumed."""
+
+    def fit_once(*callbacks, padding_free=True, **settings):
+        data = language_data(tmp_path, 13, batch_size=3, padding_free=padding_free)
+        keep = ModelCheckpoint("ckpt", save_last=True, every_n_train_steps=1)
+        callbacks, settings = [fl.FlowWeightingCallback(), keep, *callbacks], {"max_epochs": 2} | settings
+        module, _ = fit(*callbacks, module=language_module(), data=data, enable_checkpointing=True, **settings)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    found, expected = chain(fit_once, *kills), fit_once(padding_free=False)
+    start = torch.cat([p.detach().flatten() for p in language_module().parameters()])
+    assert (found - expected).norm() < 1e-5 * (expected - start).norm()
+
+
+def test_a_model_that_cannot_keep_joined_samples_apart_is_refused(tmp_path):
+    config = MambaConfig(vocab_size=len(TOKENIZER), hidden_size=16, num_hidden_layers=1, initializer_range=0.2)
+    module = fl.CausalLanguageModule(MambaForCausalLM(config), TOKENIZER)
+    with pytest.raises(ValueError, match=r"MambaForCausalLM cannot keep samples apart.*Set padding_free: false"):
+        fit(module=module, data=language_data(tmp_path, padding_free=True))
 
 
 class Unusual(LlamaForCausalLM):

@@ -1,4 +1,4 @@
-"""The schedule against the formula of the cosine, and optimizers that come back from a checkpoint."""
+"""The schedule against the formula of the cosine, rates by depth, and optimizers that come back from a checkpoint."""
 
 import sys
 
@@ -12,6 +12,7 @@ import flow_lightning as fl
 from flow_lightning.modules.optimization import optimizer_factory, optimizer_settings
 from tests.examples import make_trainer
 from tests.images import PictureData, tiny_module
+from tests.language import language_module
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,61 @@ def test_the_learning_rate_follows_the_schedule_step_by_step(schedule, warmup, e
     module = Recorded("test_resnet.r160_in1k", 3, pretrained=False, learning_rate=0.1, schedule=schedule, warmup=warmup)
     make_trainer(max_epochs=2).fit(module, datamodule=PictureData())
     np.testing.assert_allclose(rates, 0.1 * np.array(expected), rtol=1e-6)
+
+
+#: Blocks from the top, by hand.
+VIT = {"model.head": 0, "model.norm": 1, "model.patch_embed": 8, "model.cls_token": 9, "model.pos_embed": 9}
+VIT |= {f"model.blocks.{number}": 7 - number for number in range(6)}
+LANGUAGE = {"lm_head": 0, "model.norm": 1, "layers.1": 2, "layers.0": 3, "embed_tokens": 4}
+LORA = {"layers.1": 0, "layers.0": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "from_the_top"),
+    [
+        (lambda **s: tiny_module("test_vit.r160_in1k", **s), VIT),
+        (language_module, LANGUAGE),
+        (lambda **s: language_module(tune="lora", lora_r=2, **s), LORA),
+    ],
+    ids=["vit", "language", "lora"],
+)
+def test_each_block_has_its_own_rate_and_the_groups_of_the_optimizer_keep_their_settings(make, from_the_top):
+    def in_two_groups(parameters):
+        return optim.AdamW([{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in parameters])
+
+    module = make(optimizer=in_two_groups, learning_rate=0.1, layer_decay=0.5, schedule="constant", warmup=0.0)
+    groups = module.configure_optimizers().param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert len(found) == len(trained) == sum(len(group["params"]) for group in groups)
+    for name, parameter in trained.items():
+        (blocks,) = [blocks for part, blocks in from_the_top.items() if f"{part}." in f"{name}."]
+        assert found[id(parameter)] == pytest.approx((0.1 * 0.5**blocks, 0.1 * (parameter.ndim > 1))), name
+
+
+def test_a_step_of_each_block_is_the_plain_one_times_its_factor_and_the_schedule_keeps_it():
+    moved = []
+    for decay in (1.0, 0.5):
+        module = tiny_module("test_vit.r160_in1k", model_kwargs={"img_size": 32}, layer_decay=decay, learning_rate=0.1)
+        start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        module.optimizer = optim.SGD
+        trainer = make_trainer(max_steps=1)
+        torch.manual_seed(0)
+        trainer.fit(module, datamodule=PictureData())
+        moved.append({name: parameter.detach() - start[name] for name, parameter in module.named_parameters()})
+    for name, change in moved[0].items():
+        (blocks,) = [blocks for part, blocks in VIT.items() if f"{part}." in f"{name}."]
+        torch.testing.assert_close(moved[1][name], change * 0.5**blocks, rtol=1e-3, atol=1e-7)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(module, datamodule=PictureData())
+    assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {0.0}  # at the end of the cosine
+    assert {group["initial_lr"] for group in trainer.optimizers[0].param_groups} == {0.1 * 0.5**k for k in range(10)}
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5, float("nan")])
+def test_a_wrong_decay_is_refused(decay):
+    with pytest.raises(ValueError, match=f"layer_decay is {decay}"):
+        tiny_module(layer_decay=decay, schedule="constant").configure_optimizers()
 
 
 def settings_of(optimizer):

@@ -11,12 +11,17 @@ def fits() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     for seed in (1, 2):
         for method, gain in (("standard", 0.0), ("flow", 0.03)):
             for rate in (0.001, 0.004):
-                settings.append({"method": method, "optimizer": None, "rate": rate, "seed": seed, "folder": "x"})
+                settings.append(
+                    {"method": method, "optimizer": None, "rate": rate, "noise": None, "seed": seed, "folder": "x"}
+                )
                 ends = [(0.0, 0.5, 1.0), (0.5, 0.6 + gain + seed / 100, 0.985), (1.0, 0.7 + gain + 10 * rate, 0.9)]
                 points = [
                     {"alpha": a, "test_top1": t, "target_top1": t, "kept_other_half": r, "kept": r} for a, t, r in ends
                 ]
-                found.append({"path/points": points, "target/top1": 0.7, "retention/after/top1": 0.4})
+                found.append(
+                    {"path/points": points, "target/top1": 0.7, "retention/after/top1": 0.4}
+                    | {"budget/alpha": 0.5, "budget/keep": 0.98}
+                )
     return settings, found
 
 
@@ -26,7 +31,8 @@ def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any,
     rows = list(csv.DictReader((tmp_path / "board.csv").open()))
     assert tuple(rows[0]) == COLUMNS and len(rows) == 8 * 3
     assert rows[1] == {
-        **{"method": "standard", "optimizer": "", "rate": "0.001", "seed": "1", "alpha": "0.5", "target": "0.61"},
+        **{"method": "standard", "optimizer": "", "rate": "0.001", "noise": "", "seed": "1"},
+        **{"alpha": "0.5", "target": "0.61", "is_chosen": "1"},
         **{"retention": "0.985", "target_choosing": "0.61", "retention_choosing": "0.985", "folder": "x"},
     }
     header, _, standard, flow = (tmp_path / "board.md").read_text().splitlines()
@@ -44,3 +50,27 @@ def test_fits_without_a_path_have_the_plain_comparison_alone(tmp_path: Path, ren
     one_rate = [setting | {"rate": None} for setting in settings]
     report({"standard": plain[:4], "flow": plain[4:]}, one_rate, plain, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+
+
+def test_shares_of_wrong_labels_have_panels_and_rows_of_their_own(
+    tmp_path: Path, capsys: Any, rendered: None, monkeypatch: Any
+) -> None:
+    panels: list[dict[str, Any]] = []
+    monkeypatch.setattr("flow_lightning.report.frontier_picture.plot_frontier", lambda p, *_: panels.append(p))
+    settings, found = fits()
+    noisy = [setting | {"noise": 0.3 * (setting["rate"] > 0.002), "rate": None} for setting in settings]
+    report({"standard": found[:4], "flow": found[4:]}, noisy, found, tmp_path)
+    assert {title: len(points) for title, points in panels[0].items()} == {"Clean labels": 12, "30 % wrong labels": 12}
+    assert not (tmp_path / "comparison.png").exists(), "its columns would mix clean and wrong labels"
+    text = (tmp_path / "board.md").read_text()
+    assert text.startswith("**Clean labels**\n\n| ") and "\n\n**30 % wrong labels**\n\n| " in text
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "frontier.png" not in line) <= 80
+    rows = [line.replace("│", " ").split() for line in lines if "labels" in line and "│" in line]
+    # Means of seeds 1 and 2, at alpha 0.5 and at alpha 1.
+    assert rows == [
+        ["standard", "Clean", "labels", "0.5", "61.5", "98.5", "71.0", "90.0"],
+        ["flow", "Clean", "labels", "0.5", "64.5", "98.5", "74.0", "90.0"],
+        ["standard", "30", "%", "wrong", "labels", "0.5", "61.5", "98.5", "74.0", "90.0"],
+        ["flow", "30", "%", "wrong", "labels", "0.5", "64.5", "98.5", "77.0", "90.0"],
+    ]

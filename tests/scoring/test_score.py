@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lightning import Callback
+from lightning import Callback, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
@@ -103,3 +103,71 @@ def test_scoring_goes_through_the_transfer_hooks_and_the_precision():
     module, data = Hooked(), fl.IndexedDataset(regression_data())
     (values,) = scored(data, lambda batch: (module(batch.sample[0]),), module, precision="bf16-mixed")
     assert seen == ["before", "after"] * 6 and values.dtype == torch.bfloat16
+
+
+#: What torch says where memory is short, on a GPU and on a CPU.
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried 9 bytes"),
+]
+
+
+class Crowded(LinearRegression):
+    """Fits so many samples at a time into memory, and notes how many it was given."""
+
+    def __init__(self, most, error):
+        super().__init__()
+        self.most, self.error, self.sizes = most, error, []
+
+    def sample_losses(self, batch):
+        losses = super().sample_losses(batch)
+        self.sizes.append(len(losses))
+        if len(losses) > self.most:
+            raise self.error
+        return losses
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_a_batch_that_does_not_fit_is_scored_in_parts(error):
+    module, data = Crowded(3, error), regression_data(45)
+    with pytest.warns(UserWarning, match="Scoring 16 samples at a time takes too much memory"):
+        weights = fl.score(module, DataLoader(fl.IndexedDataset(data), batch_size=16))
+    np.testing.assert_allclose(weights.losses.numpy(), expected_losses(data), rtol=1e-4, atol=1e-7)
+    assert module.sizes == [16, 8, 4] + [2] * 8 + [2] * 8 + [2] * 6 + [1]  # later batches do not fail anew
+
+
+class CrowdedStep(LightningModule):
+    """Declares no losses, optimises by hand, and runs out of memory after its loss, but for the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.automatic_optimization = LinearRegression(), False
+
+    def training_step(self, batch, batch_idx):
+        (x, y), index = batch
+        self.manual_backward(torch.nn.functional.mse_loss(self.model(x), y))
+        if len(x) > 2 and index.min() >= 4:
+            raise NO_MEMORY[0]
+
+
+def test_a_training_step_that_breaks_off_without_memory_is_run_anew_in_parts():
+    data = regression_data(9)
+    weights = fl.score(CrowdedStep(), DataLoader(fl.IndexedDataset(data), batch_size=4))
+    np.testing.assert_allclose(weights.losses.numpy(), expected_losses(data), rtol=1e-4, atol=1e-7)
+
+
+def test_one_sample_that_does_not_fit_and_shards_are_explained(monkeypatch):
+    loader = DataLoader(fl.IndexedDataset(regression_data(5)), batch_size=5)
+    with pytest.raises(torch.OutOfMemoryError, match=r"Scoring 1 sample\(s\) .* 2\.00 GiB.* smaller batch"):
+        fl.score(Crowded(0, NO_MEMORY[0]), loader)
+    monkeypatch.setattr("flow_lightning.scoring.alone._Here.restore_checkpoint_after_setup", True)
+    with pytest.raises(torch.OutOfMemoryError, match=r"Scoring 5 sample\(s\)"):
+        fl.score(Crowded(3, NO_MEMORY[0]), loader)
+
+
+def test_an_error_that_is_not_about_memory_comes_through_at_once():
+    module, error = Crowded(3, RuntimeError("shapes do not match")), "^shapes do not match$"
+    with pytest.raises(RuntimeError, match=error):
+        fl.score(module, DataLoader(fl.IndexedDataset(regression_data(8)), batch_size=8))
+    assert module.sizes == [8] and "batch_samples" not in vars(module)

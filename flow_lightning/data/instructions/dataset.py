@@ -108,3 +108,23 @@ def collate(samples: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tens
         input_ids[row, : len(ids)] = ids
         labels[row, start : len(ids)] = ids[start:]
     return {"input_ids": input_ids, "labels": labels, "index": torch.tensor([sample["index"] for sample in samples])}
+
+
+def join(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Make a batch without padding: the samples one after the other, in one row.
+
+    `input_ids`, `labels` and `position_ids` are `[1, T]`, `index` is `[B]`, all int64. Positions start at 0 in each
+    sample: transformers takes from them which tokens may see each other. The first token of a sample is never
+    supervised, since the sample before it would predict it.
+
+    Example:
+        >>> samples = [{"input_ids": torch.tensor([5, 6, 2]), "prompt_length": 1, "index": i} for i in (7, 3)]
+        >>> join(samples)["position_ids"], join(samples)["labels"]
+        (tensor([[0, 1, 2, 0, 1, 2]]), tensor([[-100,    6,    2, -100,    6,    2]]))
+    """
+    ids = torch.cat([sample["input_ids"] for sample in samples])
+    positions = torch.cat([torch.arange(len(sample["input_ids"])) for sample in samples])
+    prompts = torch.cat([torch.arange(len(s["input_ids"])) < max(1, s["prompt_length"]) for s in samples])
+    index = torch.tensor([sample["index"] for sample in samples])
+    row = {"input_ids": ids, "labels": ids.masked_fill(prompts, IGNORED), "position_ids": positions}
+    return {name: values[None] for name, values in row.items()} | {"index": index}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.indexing import IndexedDataset
-from flow_lightning.data.instructions.dataset import InstructionDataset, collate
+from flow_lightning.data.instructions.dataset import InstructionDataset, collate, join
 from flow_lightning.data.instructions.prompts import end_of_sequence
 from flow_lightning.data.instructions.records import read_records
 from flow_lightning.data.samplers import FixedBatches, LengthGroupedSampler, hold_out, token_budget_batches
@@ -50,6 +50,8 @@ class InstructionDataModule(LightningDataModule):
         seed: Seed of the training order.
         validation_fraction: Share of the training records to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed that chooses the records held out.
+        padding_free: Whether to join the samples of a training batch into one row without padding. Losses, weights and
+            order stay those of the samples. Batches of scoring and evaluation are sorted by length, and stay padded.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
         validation_fraction: float = 0.05,
         split_seed: int = 42,
+        padding_free: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="tokenizer")
@@ -81,6 +84,7 @@ class InstructionDataModule(LightningDataModule):
         self.limit_train, self.limit_test = limit_train, limit_test
         self.tokens_per_batch, self.tokenizer, self.seed = tokens_per_batch, tokenizer, seed
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
+        self.padding_free = padding_free
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
@@ -112,7 +116,8 @@ class InstructionDataModule(LightningDataModule):
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
         lengths = self.train_set.dataset.lengths
         sampler = LengthGroupedSampler(self.train_set, lengths, self.batch_size, world, rank, self.seed)
-        return self._loader(self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler)
+        joined = {"collate_fn": join} if self.padding_free else {}
+        return self._loader(self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler, **joined)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, the longest first, with the `index` they have in training."""
@@ -184,9 +189,5 @@ class InstructionDataModule(LightningDataModule):
     def _loader(self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, **batching: Any) -> DataLoader[Any]:
         tokenizer = self._tokenizer()
         pad_id = tokenizer.pad_token_id
-        return kind(
-            dataset,
-            collate_fn=partial(collate, pad_id=end_of_sequence(tokenizer) if pad_id is None else pad_id),
-            pin_memory=torch.cuda.is_available(),
-            **batching,
-        )
+        padded = partial(collate, pad_id=end_of_sequence(tokenizer) if pad_id is None else pad_id)
+        return kind(dataset, pin_memory=torch.cuda.is_available(), **({"collate_fn": padded} | batching))

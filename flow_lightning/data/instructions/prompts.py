@@ -63,9 +63,14 @@ def _chat_splitter(tokenizer: Any) -> Split:
 
 
 def encode(texts: Iterable[tuple[str, str]], tokenizer: Any, chat: bool = False) -> Iterator[tuple[list[int], int]]:
-    """Tokenise prompts and responses, each text on its own, so that the boundary between them is exact.
+    """Tokenise each prompt together with its response, as one text, and find the boundary between them.
 
-    A response gets the end-of-sequence token, unless it ends with it. Texts from a chat template (`chat`) hold their
+    The tokens are those of the whole text, so losses are, too. Some tokenizers make one token of the prompt's end and
+    the response's beginning: of "A: " and "7", say. Such a token belongs to the response. It is supervised, or a short
+    answer would not be learned, and a prompt never shows a part of its answer. In other words, the prompt is what the
+    tokens of the whole text and those of the prompt alone have in common at their beginning.
+
+    The whole gets the end-of-sequence token, unless it ends with it. Texts from a chat template (`chat`) hold their
     special tokens already, and what follows the last end-of-sequence token is cut off.
 
     Yields:
@@ -73,16 +78,19 @@ def encode(texts: Iterable[tuple[str, str]], tokenizer: Any, chat: bool = False)
     """
     end, pairs = end_of_sequence(tokenizer), iter(texts)
     # Not verbose: it would warn of texts longer than the model, which are cut to max_length later.
-    tokenise = partial(tokenizer, verbose=False)
+    tokenise = partial(tokenizer, verbose=False, add_special_tokens=not chat)
     while chunk := list(islice(pairs, _TEXTS)):
-        prompts = tokenise([prompt for prompt, _ in chunk], add_special_tokens=not chat)["input_ids"]
-        responses = tokenise([response for _, response in chunk], add_special_tokens=False)["input_ids"]
-        for prompt, response in zip(prompts, responses):
+        prompts = tokenise([prompt for prompt, _ in chunk])["input_ids"]
+        wholes = tokenise([prompt + response for prompt, response in chunk])["input_ids"]
+        for prompt, whole in zip(prompts, wholes):
             if not chat and prompt[-1:] == [end]:  # some tokenizers end every text
                 prompt = prompt[:-1]
+            length = next((at for at, pair in enumerate(zip(prompt, whole)) if pair[0] != pair[1]), len(prompt))
+            length = min(length, len(whole))
+            prompt, response = whole[:length], whole[length:]
             if chat and end in response:
                 response = response[: len(response) - response[::-1].index(end)]
-            yield prompt + (response if response[-1:] == [end] else [*response, end]), len(prompt)
+            yield prompt + (response if response[-1:] == [end] else [*response, end]), length
 
 
 def end_of_sequence(tokenizer: Any) -> int:

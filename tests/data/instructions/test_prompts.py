@@ -82,3 +82,21 @@ def test_a_template_without_instruction_and_a_tokenizer_without_end_are_refused(
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no end-of-sequence token.*Set tokenizer\.eos_token"):
         encode_one("Q", "A", tokenizer)
+
+
+@pytest.mark.parametrize("response", ["7", "seven apples", " 7", "\n"])
+@pytest.mark.parametrize("prompt", ["How many apples? A: ", "How many apples? A:", "apples\n"])
+def test_tokens_are_those_of_the_whole_text_and_one_on_the_border_is_the_responses(prompt, response):
+    ids, length = encode_one(prompt, response, TOKENIZER)
+    assert ids == [*TOKENIZER(prompt + response)["input_ids"], TOKENIZER.eos_token_id]
+    assert prompt.startswith(TOKENIZER.decode(ids[:length])), "the prompt shows nothing of the response"
+    assert TOKENIZER.decode(ids[length:]).removesuffix(END).endswith(response)
+    alone = TOKENIZER(prompt)["input_ids"]
+    assert ids[:length] == alone[:length] and ids[length] != [*alone, None][length]
+
+
+def test_a_short_answer_that_shares_its_only_token_with_the_prompt_is_supervised():
+    prompt, response = "How many apples? A: ", "seven"
+    ids, length = encode_one(prompt, response, TOKENIZER)
+    assert TOKENIZER.decode(ids[:length]) == "How many apples? A:", "this tokenizer merges over the border"
+    assert TOKENIZER.decode(ids[length:]) == " seven" + END
