@@ -59,6 +59,7 @@ class DataContract(Protocol):
     mean: list[float] | None = None  #: of each channel, pixels in `[0, 1]`
     std: list[float] | None = None  #: of each channel
     interpolation: str | None = None  #: how images are resized
+    edit_numbers: dict[str, int] | None = None  #: samples dropped and relabelled by hand, for `metrics.json`
     response_field: str = "response"  #: field of a record that holds the reference answer
 
 

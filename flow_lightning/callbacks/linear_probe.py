@@ -14,7 +14,7 @@ from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.distributed import fill, on_rank_zero
 from flow_lightning.method.probe import Probe
 from flow_lightning.method.weights import SampleWeights
-from flow_lightning.report.label_issues import ISSUES_FILE, write_label_issues
+from flow_lightning.report.label_issues import ISSUES_FILE, check_no_edits, write_label_issues
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
 from flow_lightning.scoring.step_kinds import StepFeatures
@@ -77,6 +77,8 @@ class LinearProbeCallback(RunCallback):
         if self.run.resumed:
             return
         started = time.perf_counter()
+        if (folder := self.run.directory) is not None and self.folds:
+            on_rank_zero(trainer, lambda: check_no_edits(folder / ISSUES_FILE))
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind)
         self._write_issues(trainer, self.probe)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
+from flow_lightning.data.edits import read_edits
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
@@ -78,6 +79,9 @@ class ImageDataModule(LightningDataModule):
         validation_fraction: Share of the training set to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed of the random splits (validation, Stanford Dogs, Caltech101, digits).
         download: Fetch the files if torchvision can (not Stanford Cars and Dogs).
+        edits: A CSV file that drops training samples or corrects their labels: `label_issues.csv` of a run with a
+            column `action`, see `flow_lightning.data.edits.read_edits`. Its indices count the training samples of
+            that run, without those held out, which stay as they are. They follow `label_noise`.
         label_noise: Makes some labels of the training set wrong, the held-out part too, for experiments.
 
     Raises:
@@ -100,11 +104,15 @@ class ImageDataModule(LightningDataModule):
         split_seed: int = 42,
         download: bool = False,
         label_noise: LabelNoise | None = None,
+        edits: str | Path | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError(f"Got mean={mean} and std={std}. Give both, or neither for those of the model.")
-        root = str(root)  # checkpoints hold the arguments, and weights_only=True loads no Path
+        root, edits = (
+            str(root),
+            None if edits is None else str(edits),
+        )  # checkpoints hold the arguments, and weights_only=True loads no Path
         self.save_hyperparameters(ignore="label_noise")
         self.dataset = find_dataset(dataset)
         self.root = Path(root)
@@ -113,7 +121,9 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std, self.interpolation = mean, std, interpolation
         self.transforms = transforms or CATALOGUE[self.dataset].transforms
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
-        self.label_noise = label_noise
+        self.label_noise, self.edits = label_noise, edits
+        #: How many training samples the edits dropped and relabelled, known after `setup`; for `metrics.json`.
+        self.edit_numbers: dict[str, int] | None = None
         #: Names of the classes in the order of their indices, known after `setup`.
         self.class_names: list[str] | None = None
         self._splits: Splits | None = None
@@ -128,7 +138,8 @@ class ImageDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: If the data set is not there.
-            ValueError: If the normalisation is not known, or no sample is left to train on or to validate.
+            ValueError: If the normalisation is not known, no sample is left to train on or to validate, or
+                the file of edits does not fit.
         """
         splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
         augment, plain = recipe(self.transforms, self.image_size, *self._normalisation())
@@ -137,6 +148,9 @@ class ImageDataModule(LightningDataModule):
         if self.label_noise is not None:
             given = with_noise(given, self.label_noise, len(splits.class_names))
         training, validation = given.part(kept), given.part(held_out)
+        if self.edits is not None:
+            edits = read_edits(self.edits, training.targets, splits.class_names)
+            training, self.edit_numbers = edits.of_images(training), edits.numbers
         seed = torch.initial_seed()
         self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
         self.class_names = splits.class_names

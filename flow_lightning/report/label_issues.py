@@ -15,6 +15,15 @@ ISSUES_FILE = "label_issues.csv"
 COLUMNS = ("index", "is_label_issue", "label_score", "given_label", "predicted_label", "probability")
 
 
+def check_no_edits(path: Path) -> None:
+    """Refuse to write over a file that a person has begun to edit: it has a column `action`, see `data/edits.py`."""
+    if path.exists() and "action" in path.read_text(encoding="utf-8-sig").partition("\n")[0].strip().split(","):
+        raise FileExistsError(
+            f"{path} has a column 'action': your edits, which a new fit in this directory would overwrite. Move the "
+            "file, or choose another directory."
+        )
+
+
 def write_label_issues(path: Path, probe: Probe, class_names: Sequence[str] | None = None) -> None:
     """Write what a probe that was asked for folds thinks of each label, in the order of the samples.
 

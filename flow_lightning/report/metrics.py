@@ -24,6 +24,8 @@ _AVERAGES = (
 )
 _AVERAGE = Panel("average", "fraction", "up", {"average": "average"})
 _OTHERS = (
+    Metric("edits/dropped", "training samples dropped by hand", "samples"),
+    Metric("edits/relabelled", "training samples relabelled by hand", "samples"),
     Metric("flow/temperature", "temperature tau", "number"),
     Metric("flow/mean_weight", "mean weight", "number"),
     Metric("flow/effective_sample_size", "effective sample size", "samples"),
