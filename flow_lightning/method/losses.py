@@ -57,6 +57,11 @@ def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
     supervised = batch["labels"][:, 1:] != IGNORED
     if "position_ids" not in batch:
         return supervised.sum(dim=1)
+    if len(batch["position_ids"]) != 1:
+        raise ValueError(
+            f"A batch with position_ids is one row of joined samples, but this one has {len(batch['position_ids'])}. "
+            "Leave position_ids out of padded batches."
+        )
     samples = (batch["position_ids"][0] == 0).cumsum(0) - 1
     counts = samples.new_zeros(int(samples[-1]) + 1)
     return counts.index_add(0, samples[1:], supervised[0].long())

@@ -5,7 +5,13 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flow_lightning.method.losses import answer_change, cross_entropy, feature_change, linear_cross_entropy
+from flow_lightning.method.losses import (
+    answer_change,
+    cross_entropy,
+    feature_change,
+    linear_cross_entropy,
+    supervised_counts,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -109,3 +115,9 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(softcap, scale):
     assert largest_of(logits_losses, softcap, scale) == TOKENS * VOCABULARY  # so that a whole one would be seen
     found = largest_of(linear_cross_entropy, softcap, scale, CHUNK)
     assert found <= VOCABULARY * max(CHUNK, WIDTH)
+
+
+def test_padded_rows_with_positions_are_no_joined_samples():
+    rows = torch.arange(8).view(2, 4)
+    with pytest.raises(ValueError, match="has 2. Leave position_ids out"):
+        supervised_counts({"labels": rows, "position_ids": rows})
