@@ -1,4 +1,4 @@
-"""A budget on forgetting: the fit ends on the point of its path that learns most and surely keeps enough.
+"""A budget on forgetting: the fit ends on the furthest point of its path that surely keeps enough.
 
 In: the pre-trained model, the fine-tuned one, samples to watch. Out: the chosen model, `path.png`, numbers for
 `metrics.json`. Next: `method/path.py` and `method/budget.py`, which compute both.
@@ -31,7 +31,7 @@ from flow_lightning.scoring.kinds import ProbeFeatures
 
 
 class RetentionBudgetCallback(RunCallback):
-    """Choose the point between pre-trained and fine-tuned weights that learns most within a budget on forgetting.
+    """Choose the furthest point from pre-trained to fine-tuned weights that keeps a budget on forgetting.
 
     At `on_train_end` it measures the points of the path `pretrained + alpha * (finetuned - pretrained)` (see
     `method/path.py`). In the order of alpha it tests whether a point keeps at least `keep` of what the pre-trained

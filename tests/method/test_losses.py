@@ -119,5 +119,5 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(softcap, scale):
 
 def test_padded_rows_with_positions_are_no_joined_samples():
     rows = torch.arange(8).view(2, 4)
-    with pytest.raises(ValueError, match="has 2. Leave position_ids out"):
+    with pytest.raises(ValueError, match="Leave position_ids out"):
         supervised_counts({"labels": rows, "position_ids": rows})
