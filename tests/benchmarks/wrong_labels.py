@@ -8,8 +8,7 @@ score of that name; `posterior` comes from the second round of the probe. Heads 
 labels.
 """
 
-import statistics
-
+import numpy as np
 import torch
 from jsonargparse import auto_cli
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -74,11 +73,9 @@ def main(
             rows.append(
                 (100 * wrong.mean(), 100 * share * (CLASSES - 1) / CLASSES, *found, *map(accuracy, (plain, *heads)))
             )
-        columns = list(zip(*rows))
-        cell = [
-            f"{statistics.mean(column):.3g} ± {statistics.stdev(column) if len(column) > 1 else 0:.2g}"
-            for column in columns
-        ]
+        table = np.array(rows)
+        spread = table.std(0, ddof=1) if len(rows) > 1 else np.zeros(table.shape[1])
+        cell = [f"{mean:.3g} ± {deviation:.2g}" for mean, deviation in zip(table.mean(0), spread)]
         print(
             f"| {cell[0]} % | {cell[1]} % | AP {cell[2]}, AUROC {cell[3]} | AP {cell[4]}, AUROC {cell[5]} | "
             f"{' | '.join(cell[6:])} |",
