@@ -24,7 +24,7 @@ from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedStep
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
-from flow_lightning.scoring.kinds import Kind, SampleLosses, TokenLosses
+from flow_lightning.scoring.kinds import Kind, ProbeFeatures, SampleLosses, TokenLosses
 from flow_lightning.scoring.samples import check_trained_data
 from flow_lightning.scoring.soundness import (
     Weights,
@@ -140,6 +140,15 @@ class FlowWeightingCallback(RunCallback):
             self._resume(trainer, pl_module)
             return
         scoring, started = self.run.scoring, time.perf_counter()
+        if (
+            self.weighting in ("drop", "posterior")
+            and isinstance(scoring.kind, ProbeFeatures)
+            and not scoring.kind.folds
+        ):
+            raise ValueError(
+                f"weighting={self.weighting!r} asks a probe about labels that it was fitted on: none looks wrong. "
+                "Set LinearProbeCallback(folds=5)."
+            )
         result = scoring.scored()
         warn_if_fine_tuned(pl_module, scoring.reference)
         warn_if_new(pl_module, scoring.kind, result["losses"])

@@ -190,3 +190,9 @@ def test_rules_of_the_probe_weigh_a_fit():
     drop = fl.FlowWeightingCallback(weighting="drop")
     run(fl.LinearProbeCallback(folds=3), drop)
     torch.testing.assert_close(drop.weights.weights, 1 - found.issues.float())
+
+
+@pytest.mark.parametrize("weighting", ["drop", "posterior"])
+def test_a_probe_is_not_asked_about_labels_that_it_has_seen(weighting):
+    with pytest.raises(ValueError, match=r"Set LinearProbeCallback\(folds=5\)"):
+        run(fl.LinearProbeCallback(), fl.FlowWeightingCallback(weighting=weighting))
