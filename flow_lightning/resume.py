@@ -85,18 +85,6 @@ class ResumableDataLoader(DataLoader[Any]):
             self.sampler.start = (state_dict["epoch"], state_dict["batches"] * (self.batch_size or 1))
 
 
-class EpochSeed:
-    """A seed for each sample and epoch; loader processes see the epoch change, too."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
-
-    def of(self, position: int) -> int:
-        """Return the seed of a sample in this epoch."""
-        return hash((self.seed, int(self.epoch), position)) % 2**63
-
-
 class LoopRepairs(Callback):
     """Mend what Lightning's loops forget in a resumed fit; `WeightedLossModule` brings it along.
 
@@ -105,6 +93,7 @@ class LoopRepairs(Callback):
     - With `max_steps`, a checkpoint of an epoch's end starts an epoch without batches.
       See https://github.com/Lightning-AI/pytorch-lightning/issues/19617.
     - A checkpoint of an epoch's last batch starts an epoch that is not counted as begun.
+    - A checkpoint of a fit that `max_steps` has ended leaves out the rest of the epoch.
     - A `ReduceLROnPlateau` misses the metric of the epoch in which the fit resumes.
     """
 
@@ -133,6 +122,14 @@ class LoopRepairs(Callback):
         validation = trainer.fit_loop.epoch_loop.val_loop
         if validation.restarted_mid_evaluation:
             validation.batch_progress.total.reset()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take an epoch that `max_steps` has cut short for one that goes on: for Lightning it is over."""
+        batches, loops = trainer.fit_loop.epoch_loop.batch_progress, checkpoint["loops"]["fit_loop"]
+        is_at_end = batches.is_last_batch or batches.current.ready >= trainer.num_training_batches
+        if 0 < trainer.max_steps <= trainer.global_step and not is_at_end:
+            for count in loops["epoch_progress"].values():
+                count["processed"] = count["completed"] = count["ready"] - 1
 
 
 def _end_epoch(trainer: Trainer, data_fetcher: Any) -> None:
@@ -241,6 +238,7 @@ class ExactResumeCallback(LoopRepairs):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the position after the last step into a checkpoint."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
         loops, epoch = checkpoint["loops"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
         metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
         checkpoint[self._KEY] = {"seed": self._seed, "metrics": metrics, "is_plateau_due": False, "samples": None}

@@ -31,6 +31,14 @@ class Tiny(LinearRegression):
         return [optimizer], [by_step, by_epoch]
 
 
+class Steady(Tiny):
+    """Its schedule does not depend on when the fit is to end."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.8), "interval": "epoch"}]
+
+
 class Validated(Tiny):
     """Also has a scheduler by a metric of the validation."""
 
@@ -56,6 +64,10 @@ class Plain(LightningModule):
     configure_optimizers = Tiny.configure_optimizers
 
 
+class PlainSteady(Plain):
+    configure_optimizers = Steady.configure_optimizers
+
+
 class TinyData(RegressionData):
     def __init__(self):
         super().__init__(regression_data(4 * BATCHES))
@@ -67,6 +79,11 @@ class TinyData(RegressionData):
 
     def val_dataloader(self):
         return DataLoader(self.dataset, batch_size=10) if isinstance(self.trainer.lightning_module, Validated) else []
+
+
+class PlainData(TinyData):
+    def train_dataloader(self):
+        return DataLoader(self.dataset, batch_size=4, shuffle=True)
 
 
 class Ends(Callback):
@@ -88,13 +105,14 @@ class Ends(Callback):
         self.seen = list(state_dict["seen"])
 
 
-def tiny_fit(make, *callbacks, ckpt_path=None, **settings):
+def tiny_fit(make, *callbacks, ckpt_path=None, data=TinyData, **settings):
     """Fit from a fixed seed and return all that a fit leaves."""
     seed_everything(3, verbose=False)
     module, ends = make(), Ends()
     settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0} | settings
     trainer = make_trainer(ends, *callbacks, enable_checkpointing=True, **settings)
-    trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path)
+    trainer.save_checkpoint("after.ckpt", weights_only=False)
     state = [module.state_dict(), trainer.optimizers[0].state_dict()["state"]]
     counts = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     logged = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step of the loggers
@@ -272,3 +290,25 @@ def test_the_loader_goes_on_in_any_resumed_fit_of_our_modules():
     tiny_fit(lambda: whole, checkpoint_of(1), accumulate_grad_batches=1)
     tiny_fit(lambda: resumed, ckpt_path="ckpt/step=3.ckpt", accumulate_grad_batches=1)
     assert torch.equal(torch.stack(resumed.seen), torch.stack(whole.seen[3:]))
+
+
+@pytest.mark.parametrize("path", ["ckpt/last.ckpt", "after.ckpt"])
+@pytest.mark.parametrize("steps", [1, 3, 4, 5])
+@pytest.mark.parametrize(("make", "data"), [(Steady, TinyData), (PlainSteady, PlainData)])
+def test_a_fit_that_max_steps_has_stopped_goes_on_where_it_stopped(make, data, steps, path):
+    """In mid-epoch or, of 3 steps, at an epoch's end. `last.ckpt` is written after a step, or where the fit ends."""
+    expected = exact_fit(make, data=data)
+    exact_fit(make, checkpoint_of(2), data=data, max_steps=steps)
+    found = exact_fit(make, data=data, ckpt_path=path)
+    for one in (found, expected):
+        del one[1][1]  # the first fit, too, has ended an epoch
+    assert_equal_fits(found, expected)
+
+
+@pytest.mark.parametrize("path", ["ckpt/last.ckpt", "after.ckpt"])
+def test_the_batches_go_on_after_max_steps_without_exact_resume(path):
+    whole, resumed = Steady(), Steady()
+    tiny_fit(lambda: whole)
+    tiny_fit(Steady, checkpoint_of(3), max_steps=2)
+    tiny_fit(lambda: resumed, ckpt_path=path)
+    assert torch.equal(torch.stack(resumed.seen), torch.stack(whole.seen[4:]))

@@ -18,9 +18,9 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
 from flow_lightning.data.sources import class_folders
-from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, recipe
+from flow_lightning.data.transforms import EpochSeed, Interpolation, RecipeName, Transform, recipe
 from flow_lightning.distributed import data_rank
-from flow_lightning.resume import EpochSeed, ResumableDataLoader, ResumableSampler
+from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 
 
 class TransformedImages(Dataset[dict[str, Any]]):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -25,6 +25,7 @@ from flow_lightning.method.weights import token_positions
 from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
 from flow_lightning.scoring.samples import cut_batches, loader_like
 
+T, R = TypeVar("T"), TypeVar("R")
 #: A function of a batch: tensors whose first has one row per sample, `[B, ...]`.
 BatchFunction = Callable[[Any], tuple[Tensor, ...]]
 
@@ -121,18 +122,33 @@ def _run(
                     on_batch()
                     yield values
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            size = -(-len(wanted[done]) // parts)
-            if size == 1 or trainer.strategy.restore_checkpoint_after_setup:
-                raise torch.OutOfMemoryError(
-                    f"Scoring {size} sample(s) at a time takes more memory than there is ({error}). Use a smaller "
-                    "batch, shorter samples, a lower precision, or a larger device."
-                ) from error
+            _go_on_with_half(trainer, -(-len(wanted[done]) // parts), error)
             parts *= 2
-            rank_zero_warn(f"Scoring {size} samples at a time takes too much memory. Going on with half as many.")
         if done < len(wanted):
             garbage_collection_cuda()  # here, where the error no longer holds the tensors of the failed batch
+
+
+def with_what_fits(trainer: Trainer, function: Callable[[Sequence[T]], R], samples: Sequence[T]) -> R:
+    """Call a function with samples: all of them, or the first half, quarter, ... that fits into memory."""
+    while True:
+        try:
+            return function(samples)
+        except RuntimeError as error:
+            _go_on_with_half(trainer, len(samples), error)
+        samples = samples[: -(-len(samples) // 2)]
+        garbage_collection_cuda()
+
+
+def _go_on_with_half(trainer: Trainer, size: int, error: RuntimeError) -> None:
+    """Say that so many samples do not fit into memory; raise an error that says otherwise, or that less cannot be."""
+    if not is_out_of_memory(error):
+        raise error
+    if size == 1 or trainer.strategy.restore_checkpoint_after_setup:
+        raise torch.OutOfMemoryError(
+            f"Scoring {size} sample(s) at a time takes more memory than there is ({error}). Use a smaller "
+            "batch, shorter samples, a lower precision, or a larger device."
+        ) from error
+    rank_zero_warn(f"Scoring {size} samples at a time takes too much memory. Going on with half as many.")
 
 
 def _batch_values(
@@ -165,13 +181,13 @@ def _cut(batch: Sequence[int], parts: int) -> list[Sequence[int]]:
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Tell whether a device or the CPU has no memory left, also where another error was made of that."""
     texts = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, RuntimeError) and (
         isinstance(error, torch.OutOfMemoryError)
         or any(text in str(error) for text in texts)
-        or _is_out_of_memory(error.__cause__)
+        or is_out_of_memory(error.__cause__)
     )
 
 

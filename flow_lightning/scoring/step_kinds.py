@@ -4,8 +4,9 @@ In: module and batch. Out: losses of samples, or features and targets for a prob
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from flow_lightning.scoring.fingerprint import seed_generators
 from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
 from flow_lightning.scoring.own_step import call_training_step, unnoticed
 from flow_lightning.scoring.samples import Samples, cut_batches
-from flow_lightning.scoring.score import on_device
+from flow_lightning.scoring.score import is_out_of_memory, on_device, with_what_fits
 
 #: How often the order of a batch in training is looked at.
 _DRAWS = 5
@@ -64,8 +65,10 @@ class StepLosses(SampleLosses):
         if self.key is not None:
             self._company = _first_batches(trainer, module)
         chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
+        with_what_fits(trainer, partial(self._inspect, trainer, module, samples.loader.collate_fn), chosen)
+
+    def _inspect(self, trainer: Trainer, module: LightningModule, collate: Any, chosen: Sequence[Any]) -> None:
         half = len(chosen) // 2 + len(chosen) % 2
-        collate: Any = samples.loader.collate_fn
 
         def losses(*items: Any) -> Tensor:
             with _CopyViews():
@@ -100,7 +103,7 @@ class StepLosses(SampleLosses):
         with self.context(trainer, module), evaluation(batch_norms(module)):
             self._check_training(module, chosen[:8], losses)
 
-    def _check_training(self, module: LightningModule, chosen: list[Any], losses: Callable[..., Tensor]) -> None:
+    def _check_training(self, module: LightningModule, chosen: Sequence[Any], losses: Callable[..., Tensor]) -> None:
         """Refuse a step that shuffles its batch in training alone, and tell of one that mixes it."""
         if len(chosen) < 4:
             return
@@ -127,7 +130,7 @@ class StepLosses(SampleLosses):
                 "weight of the one in whose row it is."
             )
 
-    def _company_in_training(self, chosen: list[Any], losses: Callable[..., Tensor], seed: int) -> str:
+    def _company_in_training(self, chosen: Sequence[Any], losses: Callable[..., Tensor], seed: int) -> str:
         """Tell whose losses the rows of a batch have in training: their "own", those of "another", or "mixed" ones."""
         half = len(chosen) // 2
         first, rest = chosen[:half], chosen[half:]
@@ -166,9 +169,9 @@ class StepLosses(SampleLosses):
         loss, interception = self.step(module, batch, size)
         try:
             return sample_losses(loss, interception)
-        except torch.OutOfMemoryError:
-            raise
         except (ValueError, RuntimeError) as error:  # the latter of losses in a part that torch.utils.checkpoint runs
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"{type(module).__name__}.training_step cannot be weighed: {error} {HOW_TO_GIVE_LOSSES}"
             ) from error
@@ -180,7 +183,7 @@ class StepLosses(SampleLosses):
                 output = call_training_step(module, self._beside_others(batch), 0)
             except Exception as error:
                 self._loss_of(None)  # forgets what was given to manual_backward before
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise
                 raise RuntimeError(
                     f"{type(module).__name__}.training_step fails in evaluation mode, in which samples are scored "
@@ -229,8 +232,7 @@ def _first_batches(trainer: Trainer, module: LightningModule) -> Any:
     batches = {}
     for name, loader in named.items():
         collate: Any = loader.collate_fn
-        first = collate([loader.dataset[i] for i in cut_batches(loader)[0]])
-        (batches[name],) = on_device(trainer, module, [first])
+        (batches[name],) = on_device(trainer, module, [collate([loader.dataset[i] for i in cut_batches(loader)[0]])])
     return batches if isinstance(loaders, dict) else list(batches.values())
 
 
@@ -261,12 +263,14 @@ class StepFeatures(ProbeFeatures):
         Raises:
             TypeError: If no linear layer with a bias makes the logits of a cross-entropy.
         """
-        chosen = samples.batches[0]
         collate: Any = samples.loader.collate_fn
-        batch = collate([samples.loader.dataset[i] for i in chosen])
-        with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
-            (moved,) = on_device(trainer, module, [batch])
-            found, _ = self._observe(module, moved, len(chosen))
+
+        def observe(chosen: Sequence[Any]) -> Any:
+            with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
+                (moved,) = on_device(trainer, module, [collate(chosen)])
+                return self._observe(module, moved, len(chosen))[0]
+
+        found = with_what_fits(trainer, observe, [samples.loader.dataset[i] for i in samples.batches[0]])
         if found is None or found[0].bias is None:
             raise TypeError(
                 f"{type(module).__name__} cannot be probed: in its training_step no nn.Linear with a bias makes the "

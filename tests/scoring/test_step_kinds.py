@@ -1,6 +1,7 @@
 """Which steps can be scored, and which of their losses are the samples'."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.scoring.step_kinds import _CopyViews
+from tests.scoring.test_score import NO_MEMORY
 from tests.unchanged import Classifier, data, fit
 
 
@@ -80,6 +82,47 @@ def test_a_penalty_is_left_alone_in_batches_whose_size_divides_it_too(samples: i
         (weighted + 5 * F.mse_loss(anchor, torch.ones_like(anchor))).backward()
         optimizer.step()
     torch.testing.assert_close(module.state_dict(), by_hand.state_dict())
+
+
+class Crowded(Classifier):
+    """Has memory for `most` samples at a time."""
+
+    def __init__(self, most: int, error: RuntimeError) -> None:
+        super().__init__()
+        self.most, self.error = most, error
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if len(batch[0]) > self.most:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY[:2])
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_first_batch_that_does_not_fit_is_looked_at_in_part(error: RuntimeError, probe: bool) -> None:
+    """Of a scoring batch of 16 the first 4 fit: the losses are those of batches of 4, to the last bit."""
+    found = []
+    for most, size in ((23, 4), (4, 16)):
+        flow, module = fl.FlowWeightingCallback(scoring_dataset=DataLoader(data(), size)), Crowded(most, error)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fit(
+                module,
+                data(),
+                flow,
+                *[fl.LinearProbeCallback(refit=False)] * probe,
+                loader=DataLoader(data(), 4),
+                max_steps=1,
+            )
+        halvings = [each for each in seen if "samples at a time takes too much memory" in str(each.message)]
+        found.append((flow.weights.losses, len(halvings)))
+    assert [count for _, count in found] == [0, 4]  # 16 and 8, in the inspection and in scoring
+    assert torch.equal(found[1][0], found[0][0])
+
+
+def test_a_first_sample_that_does_not_fit_is_told() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"Scoring 1 sample\(s\) at a time takes more memory"):
+        fit(Crowded(0, NO_MEMORY[0]), data(), fl.FlowWeightingCallback())
 
 
 def test_samples_that_are_views_are_copied_without_what_they_are_views_of() -> None:

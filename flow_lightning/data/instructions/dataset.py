@@ -71,7 +71,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         if not self.kept:
             raise ValueError(
                 f"None of the {len(records)} records has a prompt of less than max_length={max_length} tokens, so no "
-                "response is left to train on. Raise max_length, or use a shorter template."
+                "response is left to train on. Raise max_length, up to the model's positions, or shorten the template."
             )
         self.excluded = len(records) - len(self.kept) - self.empty
         self.targets = torch.frombuffer(tokens, dtype=torch.int32)

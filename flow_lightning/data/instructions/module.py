@@ -39,7 +39,7 @@ class InstructionDataModule(LightningDataModule):
         instruction_field: Field of the instruction.
         response_field: Field of the response.
         template: "alpaca", "chat" (the tokenizer's chat template), or a text that contains `{instruction}`.
-        max_length: Most tokens of a sample. Longer ones lose their end.
+        max_length: Most tokens of a sample, or the model's positions if it has fewer. Longer samples lose their end.
         batch_size: Training samples per batch and device.
         train_split: Split of a Hugging Face data set to train on.
         test_split: Split of a Hugging Face data set to test on.
@@ -102,13 +102,6 @@ class InstructionDataModule(LightningDataModule):
             take = partial(self._take, name)
             dataset = take() if self.trainer is None else from_rank_zero(self.trainer, take)
             setattr(self, f"{name}_set", IndexedDataset(dataset))
-            positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions
-            longest = int(dataset.lengths.max())
-            if positions is not None and longest > positions:
-                raise ValueError(
-                    f"The longest sample of the {_NAMES[name]} set has {longest} tokens, but the model has {positions} "
-                    f"positions. Set max_length={positions} or less."
-                )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled, with samples of similar length in a batch."""
@@ -161,12 +154,16 @@ class InstructionDataModule(LightningDataModule):
             both = read_records(self.train, self.train_split, fields, self.limit_train)
             held_out, kept = hold_out(len(both), self.validation_fraction, self.split_seed)
             records = [both[position] for position in (kept if name == "train" else held_out)]
-        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, self.max_length, is_test)
+        positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions
+        bound, longest = f"max_length={self.max_length}", self.max_length
+        if positions is not None and positions < longest:
+            bound, longest = f"the model's {positions} positions", positions
+        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, longest, is_test)
         rank_zero_info(
             f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.targets.numel()} tokens, "
-            f"{int(dataset.supervised.sum())} of them supervised. Cut to max_length={self.max_length}: "
-            f"{dataset.truncated} samples. Excluded, because the prompt alone is longer: {dataset.excluded}; "
-            f"because the response is empty: {dataset.empty}."
+            f"{int(dataset.supervised.sum())} of them supervised. Cut to {bound}: {dataset.truncated} samples. "
+            f"Excluded, because the prompt alone is longer: {dataset.excluded}; because the response is empty: "
+            f"{dataset.empty}."
         )
         return dataset
 

@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import LightningModule
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import flow_lightning as fl
 from flow_lightning.data.instructions import module as module_file
 from flow_lightning.data.samplers import LengthGroupedSampler
 from tests.examples import make_trainer
-from tests.language import END, instructions, tiny_tokenizer, write_jsonl
+from tests.language import END, encode_one, instructions, tiny_tokenizer, write_jsonl
 
 
 def data_module(n=20, tests=0, **settings):
@@ -93,10 +94,10 @@ def test_setup_reports_counts(caplog):
 class Recorder(LightningModule):
     """Takes the place of a language model: has its tokenizer, and notes what it is given."""
 
-    def __init__(self, max_positions=None):
+    def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.tokenizer, self.max_positions = tiny_tokenizer(), max_positions
+        self.tokenizer = tiny_tokenizer()
         self.epochs, self.validated = [], []
 
     def on_train_epoch_start(self):
@@ -169,10 +170,27 @@ def test_two_processes_share_the_data_that_rank_0_alone_reads(tmp_path, monkeypa
     assert (tmp_path / "readers").read_text() == "000"
 
 
-def test_samples_longer_than_the_model_are_refused():
-    message = r"longest sample of the training set has \d+ tokens.*Set max_length=32 or less"
-    with pytest.raises(ValueError, match=message):
-        make_trainer().fit(Recorder(max_positions=32), data_module(tokenizer=None))
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_samples_longer_than_the_model_are_cut_and_counted(padding_free, caplog):
+    """Their losses are the model's own on the tokens that are left: the first ones."""
+    tokenizer, template = tiny_tokenizer(), "{instruction} "
+    encoded = [encode_one(f"{r['query']} ", r["response"], tokenizer) for r in instructions(20)]
+    most = sorted(length for _, length in encoded)[15]  # five or so prompts alone are longer
+    cut = [(ids[:most], length) for ids, length in encoded if length < most]
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": most, "vocab_size": len(tokenizer)}
+    model = GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.2)).eval()
+    with torch.no_grad():
+        labels = [[-100] * length + ids[length:] for ids, length in cut]
+        own = [model(torch.tensor([ids]), labels=torch.tensor([row])).loss for (ids, _), row in zip(cut, labels)]
+    data = data_module(20, tokenizer=None, template=template, batch_size=3, padding_free=padding_free)
+    flow, module = fl.FlowWeightingCallback(), fl.CausalLanguageModule(model, tokenizer)
+    with caplog.at_level("INFO"):
+        make_trainer(flow).fit(module, data)
+    torch.testing.assert_close(flow.weights.losses, torch.stack(own), rtol=1e-5, atol=1e-5)
+    longer = sum(len(ids) > most for ids, length in encoded if length < most)
+    assert 0 < longer and len(cut) < 20
+    told = f"Cut to the model's {most} positions: {longer} samples. Excluded, because the prompt alone is longer: "
+    assert f"Training set: {len(cut)} samples" in caplog.text and f"{told}{20 - len(cut)}" in caplog.text
 
 
 @pytest.mark.parametrize(
