@@ -100,7 +100,7 @@ class Crowded(Classifier):
 @pytest.mark.parametrize("error", NO_MEMORY[:2])
 @pytest.mark.parametrize("probe", [False, True])
 def test_a_first_batch_that_does_not_fit_is_looked_at_in_part(error: RuntimeError, probe: bool) -> None:
-    """Of a scoring batch of 16 the first 4 fit: the losses are those of batches of 4, to the last bit."""
+    """Of a scoring batch of 16 the first 4 fit; a probe that sees features of other roundings ends within 1e-3."""
     found = []
     for most, size in ((23, 4), (4, 16)):
         flow, module = fl.FlowWeightingCallback(scoring_dataset=DataLoader(data(), size)), Crowded(most, error)
@@ -117,7 +117,7 @@ def test_a_first_batch_that_does_not_fit_is_looked_at_in_part(error: RuntimeErro
         halvings = [each for each in seen if "samples at a time takes too much memory" in str(each.message)]
         found.append((flow.weights.losses, len(halvings)))
     assert [count for _, count in found] == [0, 4]  # 16 and 8, in the inspection and in scoring
-    assert torch.equal(found[1][0], found[0][0])
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-3 if probe else 1e-6)
 
 
 def test_a_first_sample_that_does_not_fit_is_told() -> None:
