@@ -10,139 +10,53 @@ import argparse
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import flow_lightning as fl
-from flow_lightning.method.losses import cross_entropy, linear_cross_entropy
+from tests.benchmarks.gpu.correctness import correctness
+from tests.benchmarks.gpu.language import language
+from tests.benchmarks.gpu.processes import processes
+from tests.benchmarks.gpu.rows import Row, skipped
+from tests.benchmarks.gpu.trainers import trainers
+from tests.benchmarks.gpu.vision import vision
 
-Row = dict[str, Any]
-
-
-def row(what: str, value: float, unit: str, bound: float | None = None) -> Row:
-    return {"what": what, "value": value, "unit": unit, "bound": bound}
-
-
-def timed(step: Callable[[], Any], device: str, tiny: bool) -> tuple[float, float]:
-    """Return the median seconds of a step after a warm-up, and the peak memory of the device in MiB (0 on a CPU)."""
-    seconds = []
-    for _ in range(3 if tiny else 12):
-        started = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
-    return sorted(seconds[1:])[len(seconds[1:]) // 2], peak
+PARTS = {
+    "correctness": correctness,
+    "processes": processes,
+    "vision": vision,
+    "language 135M": language,
+    "language 1B": partial(language, geometry="1B"),
+    "trainers": trainers,
+}
 
 
-def correctness(device: str, tiny: bool) -> list[Row]:
-    """Compare losses, weights and gradients on the device in float32 with float64 logits on the CPU."""
-    tokens, width, vocabulary = (64, 16, 300) if tiny else (2048, 256, 32000)
-    draw = torch.Generator().manual_seed(0)
-    hidden, head = (torch.randn(size, width, generator=draw) / width**0.5 for size in (tokens, vocabulary))
-    targets = torch.randint(vocabulary, (tokens,), generator=draw)
-
-    def losses_of(dtype: torch.dtype, where: str) -> tuple[Tensor, ...]:
-        one, two = (tensor.to(where, dtype, copy=True).requires_grad_() for tensor in (hidden, head))
-        if dtype == torch.float64:
-            losses = cross_entropy(one @ two.T, targets)
-        else:
-            losses = linear_cross_entropy(one, two, targets.to(where), chunk_tokens=tokens // 4)
-        weights = torch.exp(-losses.detach() / losses.detach().quantile(0.5))
-        (weights * losses).mean().backward()
-        assert one.grad is not None and two.grad is not None
-        return tuple(tensor.detach().double().cpu() for tensor in (losses, weights, one.grad, two.grad))
-
-    found, expected = losses_of(torch.float32, device), losses_of(torch.float64, "cpu")
-    names = ("losses", "weights", "gradient of hidden states", "gradient of the head")
-    pairs = zip(names, found, expected, strict=True)
-    return [row(f"{name}, fp32", float((a - b).norm() / b.norm()), "relative error", 1e-5) for name, a, b in pairs]
+def write(folder: Path, part: str, rows: list[Row]) -> None:
+    """Write the rows of a part."""
+    (folder / f"{part}.json").write_text(json.dumps(rows))
 
 
-def vision(device: str, tiny: bool) -> list[Row]:
-    """Measure scoring and training of a convolutional classifier."""
-    size, width, batch = (16, 8, 4) if tiny else (128, 128, 256)
-    layers = [nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)).to(device)
-    images = torch.randn(batch, 3, size, size, device=device)
-    targets = torch.arange(batch, device=device) % 10
-    weights, optimizer = torch.rand(batch, device=device), torch.optim.SGD(model.parameters(), 0.01)
-
-    @torch.no_grad()
-    def scoring() -> None:
-        cross_entropy(model(images), targets).cpu()
-
-    def step(weights: Tensor | float) -> None:
-        optimizer.zero_grad()
-        (weights * cross_entropy(model(images), targets)).mean().backward()
-        optimizer.step()
-
-    found = {"scoring": scoring, "plain step": lambda: step(1.0), "weighted step": lambda: step(weights)}
-    return [row(name, batch / timed(each, device, tiny)[0], "images/s") for name, each in found.items()]
-
-
-def language(device: str, tiny: bool) -> list[Row]:
-    """Measure a step of a language model with the geometry of SmolLM2-135M, with token weights and without."""
-    sizes = (32, 64, 2, 2, 1, 300) if tiny else (576, 1536, 30, 9, 3, 49152)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = LlamaConfig(**dict(zip((*names, "vocab_size"), sizes, strict=True)))
-    module = fl.CausalLanguageModule(LlamaForCausalLM(config)).to(device)
-    shape = (2, 16) if tiny else (8, 512)
-    ids = torch.randint(sizes[-1], shape, device=device)
-    batch, optimizer = {"input_ids": ids, "labels": ids}, torch.optim.AdamW(module.parameters(), 1e-5)
-    weights, half = torch.rand(shape[0] * (shape[1] - 1), device=device), not tiny
-
-    @torch.no_grad()
-    def scoring() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            module.token_losses(batch).cpu()
-
-    def step(weights: Tensor | float) -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=half):
-            losses = module.token_losses(batch)
-        (weights * losses).mean().backward()
-        optimizer.step()
-
-    rows = []
-    for name, each in {
-        "scoring": scoring,
-        "plain step": lambda: step(1.0),
-        "weighted step": lambda: step(weights),
-    }.items():
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds, peak = timed(each, device, tiny)
-        rows += [row(name, ids.numel() / seconds, "tokens/s"), row(f"{name}, peak memory", peak, "MiB")]
-    return rows
-
-
-PARTS = {"correctness": correctness, "vision": vision, "language": language}
+def rows_in(folder: Path, part: str) -> list[Row]:
+    """Read the rows of a part, none if it has not been run or has failed."""
+    file = folder / f"{part}.json"
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def table(folder: Path) -> str:
     """Make one Markdown table of the parts that are written."""
-    lines = ["| Part | What | Value | Unit | Bound |", "|---|---|---|---|---|"]
+    lines = ["| Part | What | Value | Unit | Bound |", "|---|---|---:|---|---:|"]
     for name in PARTS:
-        if (file := folder / f"{name}.json").exists():
-            for each in json.loads(file.read_text()):
-                bound = "" if each["bound"] is None else f"{each['bound']:g}"
-                lines.append(f"| {name} | {each['what']} | {each['value']:.4g} | {each['unit']} | {bound} |")
+        for each in rows_in(folder, name):
+            value, bound = ("" if each[key] is None else f"{each[key]:.4g}" for key in ("value", "bound"))
+            lines.append(f"| {name} | {each['what']} | {value} | {each['unit']} | {bound} |")
     return "\n".join(lines) + "\n"
 
 
 def run_part(arguments: argparse.Namespace) -> None:
     """Run one part here, and write its rows."""
     torch.manual_seed(0)
-    rows = PARTS[arguments.part](arguments.device, arguments.tiny)
-    (arguments.out / f"{arguments.part}.json").write_text(json.dumps(rows))
+    write(arguments.out, arguments.part, PARTS[arguments.part](arguments.device, arguments.tiny))
 
 
 def run_all(arguments: argparse.Namespace) -> int:
@@ -156,7 +70,9 @@ def run_all(arguments: argparse.Namespace) -> int:
         except subprocess.TimeoutExpired:
             code = 1
             print(f"{name} took more than {arguments.seconds} seconds.")
-        failed += code != 0
+        if code != 0:
+            failed += 1
+            write(arguments.out, name, [skipped("all of it", f"failed or took over {arguments.seconds:g} s")])
         (arguments.out / "gpu.md").write_text(table(arguments.out))
     print(table(arguments.out))
     return failed + wrong(arguments.out)
@@ -164,9 +80,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 
 def wrong(folder: Path) -> int:
     """Count the values beyond their bound."""
-    rows = [
-        each for name in PARTS if (file := folder / f"{name}.json").exists() for each in json.loads(file.read_text())
-    ]
+    rows = [each for name in PARTS for each in rows_in(folder, name)]
     return sum(each["bound"] is not None and not each["value"] <= each["bound"] for each in rows)
 
 

@@ -1,0 +1,75 @@
+"""Scoring and training of language models with the geometry of SmolLM2-135M and of Llama 3.2 1B.
+
+In: random tokens. Out: tokens per second, peak memory, and shares of the machine's own speed. Next: `trainers.py`.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import flow_lightning as fl
+from tests.benchmarks.gpu.rows import Row, gemm_peak, row, skipped, timed
+
+_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_TINY = (32, 64, 2, 2, 1, 300)
+#: Width, width within a block, blocks, heads, heads of keys, vocabulary.
+GEOMETRIES = {"135M": (576, 1536, 30, 9, 3, 49152), "1B": (2048, 8192, 16, 32, 8, 128256)}
+
+
+def model_of(sizes: tuple[int, ...]) -> LlamaForCausalLM:
+    """Make a Llama with tied embeddings and random parameters."""
+    named = dict(zip((*_NAMES, "vocab_size"), sizes, strict=True))
+    return LlamaForCausalLM(LlamaConfig(**named, tie_word_embeddings=True))
+
+
+def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
+    """Measure scoring, a plain step and a step with token weights, in bf16 autocast (tiny: in float32)."""
+    if geometry == "1B" and device == "cpu":
+        return [skipped("all of it", "the 1B geometry is for a GPU")]
+    sizes, half = _TINY if tiny else GEOMETRIES[geometry], not tiny
+    module = fl.CausalLanguageModule(model_of(sizes).to(device))
+    shape = (2, 16) if tiny else (8, 512)
+    ids = torch.randint(sizes[-1], shape, device=device)
+    batch, optimizer = {"input_ids": ids, "labels": ids}, torch.optim.AdamW(module.parameters(), 1e-5)
+    weights = torch.rand(shape[0] * (shape[1] - 1), device=device)
+
+    def losses() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            return module.token_losses(batch)
+
+    @torch.no_grad()
+    def scoring() -> None:
+        losses().cpu()
+
+    def step(weights: Tensor | float) -> None:
+        optimizer.zero_grad()
+        (weights * losses()).mean().backward()
+        optimizer.step()
+
+    rows, seconds = [], {}
+    steps = {"scoring": scoring, "plain step": partial(step, 1.0), "weighted step": partial(step, weights)}
+    for name, each in steps.items():
+        seconds[name], peak = timed(each, device, tiny)
+        rows += [row(name, ids.numel() / seconds[name], "tokens/s"), row(f"{name}, peak memory", peak, "MiB")]
+    return rows + _shares(module, shape, seconds, gemm_peak(device, tiny, torch.bfloat16 if half else torch.float32))
+
+
+def _shares(module: torch.nn.Module, shape: tuple[int, int], seconds: dict[str, float], peak: float) -> list[Row]:
+    """Return what scoring takes of a step, and what both reach of the machine's matrix products.
+
+    A forward pass takes 2 operations for each parameter and token, and `4 T D` of a layer's attention over T tokens, of
+    which a causal model needs half. A step takes three times that. Source: Chowdhery et al., arXiv 2204.02311, B.
+    """
+    config = module.causal_lm.config  # type: ignore[union-attr]
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    attention = 2 * config.num_hidden_layers * shape[1] * config.hidden_size  # type: ignore[union-attr, operator]
+    forward = shape[0] * shape[1] * (2 * parameters + attention)
+    return [
+        row("scoring, of a plain step's time", seconds["scoring"] / seconds["plain step"], "share"),
+        row("weighted step, of a plain step's time", seconds["weighted step"] / seconds["plain step"], "share"),
+        row("measured peak of matrix products", peak / 1e12, "TFLOP/s"),
+        row("scoring, of that peak", forward / seconds["scoring"] / peak, "share"),
+        row("weighted step, of that peak (MFU)", 3 * forward / seconds["weighted step"] / peak, "share"),
+    ]

