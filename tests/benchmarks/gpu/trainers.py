@@ -10,7 +10,7 @@ import torch
 
 import flow_lightning as fl
 from tests.benchmarks.gpu.language import GEOMETRIES, model_of
-from tests.benchmarks.gpu.rows import Row, row, skipped
+from tests.benchmarks.gpu.rows import Row, memory_row, row, skipped
 from tests.benchmarks.peers import BATCH, PEERS, available, data_of, module_of, run
 from tests.language import TOKENIZER
 
@@ -36,6 +36,5 @@ def trainers(device: str, tiny: bool) -> list[Row]:
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as folder:
             found = run(name, module, data, not tiny, device, folder)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
-        rows += [row(name, found["tokens"] / found["seconds"], "tokens/s"), row(f"{name}, peak memory", peak, "MiB")]
+        rows += [row(name, found["tokens"] / found["seconds"], "tokens/s"), memory_row(name, device)]
     return rows

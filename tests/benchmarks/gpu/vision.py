@@ -48,8 +48,8 @@ def _measured(
         optimizer.step()
 
     model.eval()
-    seconds = {"scoring": timed(scoring, device, tiny)[0]}
+    seconds = {"scoring": timed(scoring, device, tiny)}
     model.train()
-    seconds["plain step"] = timed(lambda: step(1.0), device, tiny)[0]
-    seconds["weighted step"] = timed(lambda: step(weights), device, tiny)[0]
+    seconds["plain step"] = timed(lambda: step(1.0), device, tiny)
+    seconds["weighted step"] = timed(lambda: step(weights), device, tiny)
     return [row(f"{what}, {name}", shape[0] / each, "images/s") for what, each in seconds.items()]
