@@ -25,7 +25,8 @@ from flow_lightning.method.weights import token_positions
 from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
 from flow_lightning.scoring.samples import cut_batches, loader_like
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 #: A function of a batch: tensors whose first has one row per sample, `[B, ...]`.
 BatchFunction = Callable[[Any], tuple[Tensor, ...]]
 
@@ -128,7 +129,7 @@ def _run(
             garbage_collection_cuda()  # here, where the error no longer holds the tensors of the failed batch
 
 
-def with_what_fits(trainer: Trainer, function: Callable[[Sequence[T]], R], samples: Sequence[T]) -> R:
+def with_what_fits(trainer: Trainer, function: Callable[[list[T]], R], samples: list[T]) -> R:
     """Call a function with samples: all of them, or the first half, quarter, ... that fits into memory."""
     while True:
         try:

@@ -4,7 +4,7 @@ In: module and batch. Out: losses of samples, or features and targets for a prob
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -67,7 +67,7 @@ class StepLosses(SampleLosses):
         chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
         with_what_fits(trainer, partial(self._inspect, trainer, module, samples.loader.collate_fn), chosen)
 
-    def _inspect(self, trainer: Trainer, module: LightningModule, collate: Any, chosen: Sequence[Any]) -> None:
+    def _inspect(self, trainer: Trainer, module: LightningModule, collate: Any, chosen: list[Any]) -> None:
         half = len(chosen) // 2 + len(chosen) % 2
 
         def losses(*items: Any) -> Tensor:
@@ -103,7 +103,7 @@ class StepLosses(SampleLosses):
         with self.context(trainer, module), evaluation(batch_norms(module)):
             self._check_training(module, chosen[:8], losses)
 
-    def _check_training(self, module: LightningModule, chosen: Sequence[Any], losses: Callable[..., Tensor]) -> None:
+    def _check_training(self, module: LightningModule, chosen: list[Any], losses: Callable[..., Tensor]) -> None:
         """Refuse a step that shuffles its batch in training alone, and tell of one that mixes it."""
         if len(chosen) < 4:
             return
@@ -130,7 +130,7 @@ class StepLosses(SampleLosses):
                 "weight of the one in whose row it is."
             )
 
-    def _company_in_training(self, chosen: Sequence[Any], losses: Callable[..., Tensor], seed: int) -> str:
+    def _company_in_training(self, chosen: list[Any], losses: Callable[..., Tensor], seed: int) -> str:
         """Tell whose losses the rows of a batch have in training: their "own", those of "another", or "mixed" ones."""
         half = len(chosen) // 2
         first, rest = chosen[:half], chosen[half:]
@@ -265,7 +265,7 @@ class StepFeatures(ProbeFeatures):
         """
         collate: Any = samples.loader.collate_fn
 
-        def observe(chosen: Sequence[Any]) -> Any:
+        def observe(chosen: list[Any]) -> Any:
             with self.context(trainer, module), evaluation(module), evaluation_stage(trainer):
                 (moved,) = on_device(trainer, module, [collate(chosen)])
                 return self._observe(module, moved, len(chosen))[0]
