@@ -54,10 +54,10 @@ def agreement_kept(before: Tensor, after: Tensor, confidence: float) -> Kept:
     flips, n = int(flipped.sum()), int(asked.sum())
     share = 1 - flips / n
     if before.ndim == 2 and 0 < flips < n:
-        rate, error = _mean_and_error(_sums(flipped.sum(1), asked.sum(1)).sum(0))
+        rate, error = map(float, _mean_and_error(_sums(flipped.sum(1), asked.sum(1)).sum(0)))
         z = NormalDist().inv_cdf(confidence)
         student = 1 + (z**2 + 1) / (4 * max(1, len(before) - 1))  # its quantile over that of the normal distribution
-        n = max(1, int(min(n, rate * (1 - rate) / max(error, 1e-300) ** 2) / student**2))
+        n = max(1, int(min(n, rate * (1 - rate) / max(error, 1e-150) ** 2) / student**2))
         flips = math.ceil(rate * n)
     return Kept(share, 1 - upper_bound(flips, n, confidence))
 
