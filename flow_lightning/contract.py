@@ -25,6 +25,7 @@ class ModuleContract(Protocol):
     sample_losses: Callable[[Any], Tensor] | None = None  #: one loss per sample, `[B]`; else those of training_step
     token_losses: Callable[[Any], Tensor] | None = None  #: one loss per supervised token, `[K]`: to weigh tokens
     token_counts: Callable[[Any], Tensor] | None = None  #: the number of supervised tokens of each sample, `[B]`
+    top_tokens: Callable[[Any], Tensor] | None = None  #: the most likely token at each supervised position, `[K]`
     features: Callable[[Any], Tensor] | None = None  #: what the head sees, `[B, D]`; for LinearProbeCallback
     head: nn.Module | None = None  #: the last linear layer; for LinearProbeCallback
     new_parts: tuple[str, ...] = ()  #: prefixes of parameters that are not pre-trained, such as those of adapters

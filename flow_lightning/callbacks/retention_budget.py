@@ -21,7 +21,7 @@ from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
 from flow_lightning.measures.images import TargetAccuracy
-from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, halves, watched
+from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
 from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.report.metrics import path_table, print_table
@@ -52,10 +52,10 @@ class RetentionBudgetCallback(RunCallback):
         keep: The share to keep, in (0, 1).
         confidence: Probability that the promise holds, in (0, 1), if retention samples are independent draws.
         of: What is kept. `accuracy` on labelled images, with the pre-trained head, gains counted. `agreement` of the
-            answers with those of the pre-trained model: stricter, but without labels. `perplexity` of text: that of the
-            pre-trained model, divided by that of the point.
-        data: Images, as for `PretrainedImages`; for `perplexity` text files, as for `GeneralText`; or such a measure
-            itself, with its settings. None, for `agreement` alone: the inputs of the training. Answers on these are
+            answers with those of the pre-trained model: stricter, but without labels. Of a language model these are its
+            most likely next tokens. `perplexity` of text: that of the pre-trained model, divided by that of the point.
+        data: Images, as for `PretrainedImages`; for language models text files, as for `GeneralText`; or such a measure
+            itself, with its settings. None, for `agreement` of images: the inputs of the training. Answers on these are
             those of the pre-trained head, if the module has one. Otherwise they are the logits in its `training_step`,
             with the head from before training if a probe was fitted.
         alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
@@ -95,7 +95,6 @@ class RetentionBudgetCallback(RunCallback):
         check_shape(shape)
         self.keep, self.confidence, self.of, self.data, self.shape = keep, confidence, of, data, shape
         self.alphas, self.samples, self.curve = [0.0, *(alpha for alpha in alphas if alpha > 0)], samples, curve
-        self._needed = samples_needed(keep, confidence, of)
         self._reset()
 
     def _reset(self) -> None:
@@ -123,7 +122,8 @@ class RetentionBudgetCallback(RunCallback):
         """Find the data, and refuse what is too small or does not go with the module."""
         self._watched: Outcomes = watched(self.of, self.data, pl_module)
         self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
-        groups = self._watched.groups
+        groups, is_text = self._watched.groups, isinstance(self._watched, TextOutcomes)
+        self._needed = samples_needed(self.keep, self.confidence, self.of, is_text)
         self._halves = halves(groups, self.samples)
         self._check_size(len(self._halves[0]), "samples")
         if (photographs := len(set(groups))) < len(groups):

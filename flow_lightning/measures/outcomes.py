@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +21,7 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.measures.base import Measure
 from flow_lightning.measures.images import PretrainedImages, target_outcomes, top_k_correct
 from flow_lightning.measures.text import GeneralText, token_sums_and_counts
+from flow_lightning.method.losses import IGNORED, choices
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.scoring.samples import Samples, cut_batches, loader_like
 from flow_lightning.scoring.score import BatchFunction, by_index, score_blocks
@@ -99,23 +101,33 @@ class ImageOutcomes(Outcomes):
     def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """See the class."""
         logits = module(batch["image"]).float()
-        return (top_k_correct(logits, batch["target"]).float() if self.of == "accuracy" else _choices(logits),)
+        return (top_k_correct(logits, batch["target"]).float() if self.of == "accuracy" else choices(logits),)
 
 
 class TextOutcomes(Outcomes):
-    """Sum of the token losses and number of tokens of each window of text: `[B]` and `[B]`."""
+    """Sum of the token losses and number of tokens of each window of text, `[B]` and `[B]`.
 
-    def __init__(self, source: GeneralText) -> None:
-        self.source = source
+    For `agreement` the most likely token at each position, `[B, T]`; -1 behind the end of a shorter window.
+    """
+
+    def __init__(self, of: str, source: GeneralText) -> None:
+        self.of, self.source = of, source
 
     def prepare(self, trainer: Trainer, module: LightningModule, samples: Samples) -> None:
         """Read the texts and cut them into windows."""
         self.source.prepare(trainer, module)
         self.take(self.source.loader)
+        windows: Any = self.source.loader.dataset
+        self._width = int(windows.lengths.max()) - 1
 
-    def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+    def of_batch(self, module: Any, batch: Any) -> tuple[Tensor, ...]:
         """See the class."""
-        return token_sums_and_counts(module, batch)
+        if self.of == "perplexity":
+            return token_sums_and_counts(module, batch)
+        is_asked = F.pad(batch["labels"][:, 1:] != IGNORED, (0, self._width + 1 - batch["labels"].shape[1]))
+        tokens = torch.full_like(is_asked, -1, dtype=torch.int32)
+        tokens[is_asked] = module.top_tokens(batch).int()
+        return (tokens,)
 
 
 class StepOutcomes(Outcomes):
@@ -134,7 +146,7 @@ class StepOutcomes(Outcomes):
         _, interception = self.kind.step(module, batch, size)
         for term in interception.terms:
             if term.name == "cross_entropy" and term.input.shape[:1] == (size,) and term.input.ndim == 2:
-                return (_choices(term.input.detach().float()),)
+                return (choices(term.input.detach().float()),)
         raise TypeError(
             f"{type(module).__name__} has no pretrained_task(), and in its training_step no cross-entropy has one row "
             "of logits for each sample, so its answers are not known. Give the budget texts and of='perplexity', or "
@@ -187,16 +199,18 @@ class TargetOutcomes(Outcomes):
 
 def watched(of: str, data: str | Sequence[str] | Measure | None, module: LightningModule) -> Outcomes:
     """Return what a budget watches: see `RetentionBudgetCallback`; a TypeError if the data are of another kind."""
-    if of == "perplexity" and data is not None and not isinstance(data, Measure):
+    contract = module_contract(module)
+    is_text = of == "perplexity" or (of == "agreement" and contract.top_tokens is not None)
+    if is_text and data is not None and not isinstance(data, Measure):
         data = GeneralText([data] if isinstance(data, str) else list(data), window=_WINDOW)
     elif isinstance(data, str):
         data = PretrainedImages(data)
-    kind = GeneralText if of == "perplexity" else PretrainedImages
-    if data is not None and not isinstance(data, kind):
+    kind = GeneralText if is_text else PretrainedImages
+    if not isinstance(data, kind) and (is_text or data is not None):
         raise TypeError(f"of={of!r} takes data for {kind.__name__}, but data is {data!r}.")
     if isinstance(data, GeneralText):
-        return TextOutcomes(data)
-    if data is not None or module_contract(module).pretrained_head is not None:
+        return TextOutcomes(of, data)
+    if data is not None or contract.pretrained_head is not None:
         return ImageOutcomes(of, data)
     return StepOutcomes()
 
@@ -242,8 +256,3 @@ def _bytes(sample: Any) -> int:
         return sample.nbytes
     parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else ()
     return 64 + sum(map(_bytes, parts))
-
-
-def _choices(logits: Tensor) -> Tensor:
-    """Return the class with the largest logit, `[B]`; -1 where one is NaN: that agrees with nothing."""
-    return torch.where(logits.isnan().any(dim=1), -1, logits.argmax(dim=1))

@@ -94,7 +94,7 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
     """
-    chunk_tokens = chunk_tokens or max(256, _CHUNK_BYTES // (4 * len(head_weight)))
+    chunk_tokens = chunk_tokens or _chunk_of(head_weight)
     if softcap is None and scale == 1.0 and _torch_serves(hidden, head_weight):
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=min(chunk_tokens, len(hidden)), chunking_method=None
@@ -111,6 +111,32 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():
         return torch.cat([losses_of(*chunk) for chunk in chunks])
     return torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def choices(logits: Tensor) -> Tensor:
+    """Return the class with the largest logit, `[B]`, of `[B, C]`; -1 where one is NaN: that agrees with nothing.
+
+    >>> choices(torch.tensor([[0.0, 2.0], [torch.nan, 1.0]]))
+    tensor([ 1, -1])
+    """
+    return torch.where(logits.isnan().any(dim=1), -1, logits.argmax(dim=1))
+
+
+def linear_choices(hidden: Tensor, head_weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the token with the largest logit for each hidden state, `[K]`, without the full logits.
+
+    A softcap, and a scale above 0, do not change which one it is. Arguments are as in `linear_cross_entropy`.
+
+    >>> linear_choices(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 9.0], [1.0, 0.0]]))
+    tensor([1])
+    """
+    parts = hidden.split(_chunk_of(head_weight))
+    return torch.cat([choices(F.linear(part, head_weight, bias).float()) for part in parts])
+
+
+def _chunk_of(head_weight: Tensor) -> int:
+    """Return how many tokens a chunk has by default."""
+    return max(256, _CHUNK_BYTES // (4 * len(head_weight)))
 
 
 def _torch_serves(hidden: Tensor, head_weight: Tensor) -> bool:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from flow_lightning.distributed import is_attached, shard
-from flow_lightning.method.losses import IGNORED, linear_cross_entropy, supervised_counts
+from flow_lightning.method.losses import IGNORED, choices, linear_choices, linear_cross_entropy, supervised_counts
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
@@ -128,22 +128,21 @@ class CausalLanguageModule(WeightedLossModule):
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row."""
         targets = batch["labels"][:, 1:]
-        supervised = targets != IGNORED
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-        if "position_ids" in batch and not self._joins:
-            self._check_joining()
+        targets = targets[targets != IGNORED]
+        states = self._supervised_states(batch)
         if self.whole_logits:
-            logits = self(**inputs)[:, :-1][supervised]
-            return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="none")
-        # No attention mask is needed: a causal model does not see padding on the right, and transformers tells joined
-        # samples apart by their positions, if it gets no mask.
-        hidden = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+            return nn.functional.cross_entropy(states.float(), targets, reduction="none")
         head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         softcap, bias = getattr(config, "final_logit_softcapping", None), getattr(head, "bias", None)
-        return linear_cross_entropy(
-            hidden[:, :-1][supervised], head.weight, targets[supervised], bias, softcap, scale, self.chunk_tokens
-        )
+        return linear_cross_entropy(states, head.weight, targets, bias, softcap, scale, self.chunk_tokens)
+
+    def top_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the most likely token at each supervised position, `[K]`, row by row; -1 if a logit is NaN."""
+        states, head = self._supervised_states(batch), self.causal_lm.get_output_embeddings()
+        if self.whole_logits:
+            return choices(states.float())
+        return linear_choices(states, head.weight, getattr(head, "bias", None))
 
     def token_counts(self, batch: dict[str, Tensor]) -> Tensor:
         """Count the supervised tokens of each sequence, `[B]`."""
@@ -196,7 +195,7 @@ class CausalLanguageModule(WeightedLossModule):
         """Shard the model under ModelParallelStrategy, so that it may be larger than one device."""
         names = set(self.causal_lm._no_split_modules or ())
         blocks = [part for part in self.causal_lm.modules() if type(part).__name__ in names]
-        shard(self, self.causal_lm, blocks, ["token_losses"])
+        shard(self, self.causal_lm, blocks, ["token_losses", "top_tokens"])
 
     @contextmanager
     def frozen_reference(self) -> Iterator[None]:
@@ -213,6 +212,19 @@ class CausalLanguageModule(WeightedLossModule):
         model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+    def _supervised_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute what predicts each supervised token: hidden states `[K, D]`, or logits `[K, V]` if whole."""
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        if "position_ids" in batch and not self._joins:
+            self._check_joining()
+        # No attention mask is needed: a causal model does not see padding on the right, and transformers tells joined
+        # samples apart by their positions, if it gets no mask.
+        if self.whole_logits:
+            states = self(**inputs)
+        else:
+            states = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
+        return states[:, :-1][batch["labels"][:, 1:] != IGNORED]  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _agrees_with_model(self) -> bool:

@@ -43,7 +43,7 @@ class Train(Callback):
 
 def budget(**settings):
     """A budget that is so loose that the few images of the tests can show something."""
-    if (images := settings.get("data")) and settings.get("of") != "perplexity":
+    if isinstance(images := settings.get("data"), str) and settings.get("of") != "perplexity":
         settings["data"] = PretrainedImages(images, image_size=SIZE)
     return fl.RetentionBudgetCallback(**({"keep": 0.3, "confidence": 0.5, "of": "agreement"} | settings))
 
@@ -255,6 +255,25 @@ def test_perplexity_of_text_is_that_of_the_measure(monkeypatch, tune):
         if "lora_" in name:
             expected = train.state[name] * (0.5 if "lora_B" in name else 1)
         torch.testing.assert_close(value, expected, msg=name)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_agreement_of_a_language_model_is_that_of_its_next_tokens(monkeypatch, tune):
+    """By hand: the tokens of whole logits, window by window, of the model without adapters and of the point."""
+    module = retention.language_module(learning_rate=0.0, tune=tune, **({"lora_r": 2} if tune == "lora" else {}))
+    monkeypatch.setattr("flow_lightning.method.budget._FEWEST_TEXTS", 1)
+    text = GeneralText([retention.text_file()], window=20, batch_size=3)
+    callback = budget(data=text, keep=0.1, alphas=[0.5])
+    module, _ = language_fit(callback, Train(0.3), module=module, max_epochs=1)
+    windows = text.loader.dataset
+    rows = [windows[i]["input_ids"][None] for i in halves(range(len(windows)), 1000)[0]]
+    with torch.no_grad():
+        now = torch.cat([module.eval()(row)[0, :-1].argmax(1) for row in rows])
+        with module.frozen_reference():
+            start = module if tune == "lora" else retention.language_module()
+            before = torch.cat([start.eval()(row)[0, :-1].argmax(1) for row in rows])
+    share = float((now == before).double().mean())
+    assert callback.alpha == 0.5 and callback.points[-1]["kept"] == pytest.approx(share) and 0.1 < share < 1
 
 
 @pytest.mark.parametrize("flow", [[], [fl.FlowWeightingCallback()]], ids=len)

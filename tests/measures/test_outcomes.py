@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from flow_lightning.measures import GeneralText, PretrainedImages
 from flow_lightning.measures.outcomes import ImageOutcomes, StepOutcomes, TextOutcomes, halves, watched
 from tests.images import tiny_module
+from tests.language import language_module
 from tests.unchanged import Classifier
 
 
@@ -57,5 +58,9 @@ def test_what_is_watched_follows_from_what_is_kept_and_the_module():
     assert watched("perplexity", text, tiny_module()).source is text
     assert watched("perplexity", "a.txt", tiny_module()).source.texts == ["a.txt"]
     assert isinstance(watched("perplexity", ["a.txt", "b.txt"], tiny_module()), TextOutcomes)
+    tokens = watched("agreement", "a.txt", language_module())
+    assert isinstance(tokens, TextOutcomes) and tokens.source.texts == ["a.txt"]
+    with pytest.raises(TypeError, match="of='agreement' takes data for GeneralText, but data is None"):
+        watched("agreement", None, language_module())
     with pytest.raises(TypeError, match="of='accuracy' takes data for PretrainedImages, but data is"):
         watched("accuracy", text, tiny_module())

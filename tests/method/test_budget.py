@@ -176,3 +176,27 @@ def test_perplexity_is_that_of_all_tokens_and_a_diverged_model_keeps_nothing():
     assert perplexity_kept(before, before, 0.95) == (1, 1)
     assert perplexity_kept(before, after * torch.nan, 0.95) == (0, 0)
     assert perplexity_kept(before[:29], before[:29], 0.95).bound == 0 and samples_needed(0.98, 0.95, "perplexity") == 30
+
+
+def test_agreement_of_tokens_at_the_border_is_refused_in_about_95_percent_of_the_draws():
+    """Tokens of a text flip together, so that counting them as independent breaks the promise."""
+    generator, draws, n, tokens = np.random.default_rng(5), 150, 60, 50
+    before, kept, naive = torch.zeros(n, tokens, dtype=torch.int32), 0, 0
+    for _ in range(draws):
+        rate = generator.beta(0.1 * 19, 0.9 * 19, n)  # the true share is 0.9
+        after = torch.from_numpy((generator.random((n, tokens)) < rate[:, None]).astype(np.int32))
+        kept += agreement_kept(before, after, 0.95).bound > 0.9
+        naive += agreement_kept(before.flatten(), after.flatten(), 0.95).bound > 0.9
+    assert 0 < kept <= most(draws, 0.06) < naive
+
+
+def test_agreement_of_tokens_is_that_of_all_tokens_that_there_are():
+    before = torch.arange(40 * 7).reshape(40, 7)
+    before[::2, 5:] = -1  # shorter texts
+    after = before.clone()
+    after[3, 2:5], after[0, 6], after[4, 0] = 0, 9, -1  # three flips, one behind the end, one NaN
+    kept = agreement_kept(before, after, 0.95)
+    assert kept.share == pytest.approx(1 - 4 / (40 * 7 - 20 * 2)) and 0.9 < kept.bound < kept.share
+    assert agreement_kept(before, before, 0.95) == (1, pytest.approx(0.05 ** (1 / 240)))
+    assert agreement_kept(before, torch.full_like(before, -1), 0.95) == (0, 0)
+    assert samples_needed(0.98, 0.95, texts=True) == 30
