@@ -207,7 +207,8 @@ def watched(of: str, data: str | Sequence[str] | Measure | None, module: Lightni
         data = PretrainedImages(data)
     kind = GeneralText if is_text else PretrainedImages
     if not isinstance(data, kind) and (is_text or data is not None):
-        raise TypeError(f"of={of!r} takes data for {kind.__name__}, but data is {data!r}.")
+        wanted = "text files or a GeneralText" if is_text else "a folder of images or a PretrainedImages"
+        raise TypeError(f"data is {data!r}. For {type(module).__name__} and of={of!r}, give {wanted}.")
     if isinstance(data, GeneralText):
         return TextOutcomes(of, data)
     if data is not None or contract.pretrained_head is not None:

@@ -345,5 +345,14 @@ def test_an_unfit_retention_set_is_refused_before_training(tmp_path, images, set
 
 
 def test_answers_need_logits():
+    class Regression(unchanged.Classifier):
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.mse_loss(self.net(batch[0])[:, 0], batch[1].float())
+
     with pytest.raises(TypeError, match="no cross-entropy has one row of logits for each sample"):
+        unchanged.fit(Regression(), unchanged.data(), budget(), NoTraining(), max_epochs=1)
+
+
+def test_answers_of_a_language_model_need_texts():
+    with pytest.raises(TypeError, match="give text files"):
         language_fit(budget(), NoTraining())
