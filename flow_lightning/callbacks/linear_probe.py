@@ -124,7 +124,7 @@ class LinearProbeCallback(RunCallback):
     def _write_issues(self, trainer: Trainer, probe: Probe) -> None:
         """Say which labels look wrong; files of earlier versions do not have all that is needed."""
         folder, names = self.run.directory, data_contract(trainer).class_names
-        if folder is None or self.folds < 2 or not len(probe.targets):
+        if folder is None or self.folds < 2 or not len(probe.right):
             return
         on_rank_zero(trainer, lambda: write_label_issues(folder / ISSUES_FILE, probe, names))
         rank_zero_info(
