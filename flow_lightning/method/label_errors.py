@@ -31,9 +31,9 @@ def right_labels(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     Returns:
         Probabilities `[n]`, float32, and T, `[C, C]` float64.
 
-    >>> p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.01, 0.99]])
-    >>> right_labels(p, torch.zeros(4, dtype=torch.long))[0].round(decimals=1)
-    tensor([1., 1., 1., 0.])
+    >>> p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.01, 0.99], [0.1, 0.9]])
+    >>> right_labels(p, torch.tensor([0, 1, 0, 1]))[0].round(decimals=1)
+    tensor([1.0000, 0.9000, 0.0000, 1.0000])
     """
     n, classes = probabilities.shape
     some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: max(1, _MOST // classes)].sort().values

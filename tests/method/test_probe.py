@@ -193,6 +193,6 @@ def test_labels_are_judged_by_the_mean_of_probe_and_ridge_regression():
     x = x / x.square().mean().sqrt()
     other = ridge_probabilities(lambda rows: [(x[rows], targets[rows], weights[rows])], parts, targets, weights, 3)
     mean = (probe.probabilities + other) / 2
-    torch.testing.assert_close(probe.right, right_labels(mean, targets)[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(probe.right, right_labels(mean, targets)[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(probe.probabilities.gather(1, targets[:, None]).squeeze(1), (-probe.losses).exp())
-    assert probe.right.std() > 0.05 and "right" not in fit_probe(features, targets, 3, strengths=[0.03]).tensors()
+    assert probe.right.min() < 0.95 and "right" not in fit_probe(features, targets, 3, strengths=[0.03]).tensors()
