@@ -20,6 +20,7 @@ from flow_lightning.report.page.evidence import Evidence
 from flow_lightning.report.page.render import page, write_page
 from tests.examples import Kill, chain, fit
 from tests.images import PictureData, tiny_module
+from tests.language import TOKENIZER, instructions, language_module, write_jsonl
 from tests.retention import unlabelled_images
 
 
@@ -177,3 +178,16 @@ def test_lost_answers_are_right_ones_that_became_wrong_and_without_labels_all_ch
     assert lost_samples(tensors).tolist() == [0]
     del tensors["given"]
     assert lost_samples(tensors).tolist() == [0, 2]
+
+
+def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(tmp_path):
+    records = instructions(6)
+    records[2]["response"] = "Step one is to add the numbers and then we"
+    write_jsonl(tmp_path / "train.jsonl", [*records, records[4]])
+    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
+    data = fl.InstructionDataModule(str(tmp_path / "train.jsonl"), **settings)
+    fit(fl.ReportCallback(samples=2), fl.FlowWeightingCallback(), module=language_module(), data=data)
+    evidence = Evidence.load(Path("run"))
+    assert evidence.tensors["text/unended"].nonzero().flatten().tolist() == [2]
+    assert evidence.tensors["text/twin"].tolist()[6] == 4
+    assert "numbers and then we" in Path("run/report.html").read_text()
