@@ -161,7 +161,7 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
     if weighting == "drop":
         return (beside["issues"] == 0).float()
     if weighting == "posterior":
-        return beside["right"]
+        return beside["right"].clone()  # a file has both
     return flow_weights((losses - beside["entropies"].to(losses)).clamp_min(0), parameter)
 
 

@@ -137,5 +137,8 @@ def test_excess_surprise_and_dropped_labels_by_hand():
     assert torch.equal(loaded.weights, excess.weights) and loaded.weighting == "excess"
     issues = {"issues": torch.tensor([0, 1, 0], dtype=torch.uint8)}
     assert SampleWeights.from_losses(losses, weighting="drop", beside=issues).weights.tolist() == [1, 0, 1]
+    right = torch.tensor([0.9, 0.1, 1.0])
+    posterior = SampleWeights.from_losses(losses, weighting="posterior", beside={"right": right})
+    assert torch.equal(posterior.weights, right) and posterior.weights.data_ptr() != right.data_ptr()
     with pytest.raises(ValueError, match="needs the issues of a linear probe"):
         SampleWeights.from_losses(losses, weighting="drop")
