@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
+import numpy as np
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
@@ -41,6 +42,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically, in a folder that is made if need be; an OSError leaves an older file as it was."""
     with _replacing(Path(path), uuid4().hex) as file:  # another run may write the same file at the same time
         file.write(content)
+
+
+def save_array(path: str | Path, values: Tensor) -> None:
+    """Write a tensor as `.npy`, which `numpy.load` reads without pickle, atomically and without a copy in memory."""
+    with _replacing(Path(path), uuid4().hex) as file:
+        np.save(file, values.numpy(), allow_pickle=False)
 
 
 def remove(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.distributed import fill, on_rank_zero
@@ -37,6 +37,9 @@ class LinearProbeCallback(RunCallback):
             if the probe overfits. `label_issues.csv` of the run's directory then says which labels look wrong.
         rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
             labels have less part in it. For `FlowWeightingCallback(weighting="posterior")`.
+        arrays: Whether to write `pred_probs.npy` `[N, C]`, out of fold, and `features.npy` `[N, D]`, float32, into the
+            run's directory, with folds. They are what `cleanlab.Datalab.find_issues(pred_probs=..., features=...)`
+            takes. 50,000 samples of 1,280 features take 244 MiB.
         only: Whether the probe is all: the fit ends before its first step, with the head refitted on the frozen body.
         memory_budget: Features above this many GiB go to a memory-mapped temporary file.
 
@@ -51,12 +54,15 @@ class LinearProbeCallback(RunCallback):
         refit: bool | Literal["weighted"] | None = None,
         folds: int = 0,
         rounds: int = 1,
+        arrays: bool = False,
         only: bool = False,
         memory_budget: float = 4.0,
     ) -> None:
         if rounds > 1 and not folds:
             raise ValueError(f"rounds is {rounds}, which needs out-of-fold losses. Set folds, to 5 for instance.")
-        self.refit, self.folds, self.rounds = refit, folds, rounds
+        if arrays and folds < 2:
+            raise ValueError("arrays are probabilities out of fold. Set folds, to 5 for instance.")
+        self.refit, self.folds, self.rounds, self.arrays = refit, folds, rounds, arrays
         self.only, self.memory_budget = only, memory_budget
         self.probe: Probe | None = None
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
@@ -79,9 +85,12 @@ class LinearProbeCallback(RunCallback):
         started = time.perf_counter()
         if (folder := self.run.directory) is not None and self.folds:
             on_rank_zero(trainer, lambda: check_no_edits(folder / ISSUES_FILE))
+        self._kind.arrays = folder if self.arrays else None
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind)
         self._write_issues(trainer, self.probe)
+        if self._kind.arrays is not None and trainer.is_global_zero:  # nothing was solved
+            rank_zero_warn("Arrays were not written: a weights_file has losses, but no features. Delete it.")
         if self.refit == "weighted":
             self._refit_weights = SampleWeights.from_losses(self.probe.losses).weights
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
@@ -124,7 +133,7 @@ class LinearProbeCallback(RunCallback):
     def _write_issues(self, trainer: Trainer, probe: Probe) -> None:
         """Say which labels look wrong; files of earlier versions do not have all that is needed."""
         folder, names = self.run.directory, data_contract(trainer).class_names
-        if folder is None or self.folds < 2 or not len(probe.targets):
+        if folder is None or self.folds < 2 or not len(probe.right):
             return
         on_rank_zero(trainer, lambda: write_label_issues(folder / ISSUES_FILE, probe, names))
         rank_zero_info(

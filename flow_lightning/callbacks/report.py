@@ -20,6 +20,7 @@ from flow_lightning.measures.images import PretrainedImages
 from flow_lightning.measures.outcomes import Outcomes, StepOutcomes
 from flow_lightning.report.page.evidence import Evidence, describe
 from flow_lightning.report.page.files import sample_means
+from flow_lightning.report.texts import has_tokens, look_at_texts
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import targets_of
 
@@ -130,6 +131,9 @@ class ReportCallback(RunCallback):
         labels = None if contract.tokenizer is not None else _integers(targets_of(dataset), count)
         if labels is not None:
             evidence.tensors["labels"] = labels
+        if contract.tokenizer is not None and has_tokens(dataset):
+            found, evidence.words["answers"] = look_at_texts(dataset, contract.tokenizer)
+            evidence.tensors |= found
         config = contract.data_config or {}
         settings = {
             "tokenizer": contract.tokenizer,

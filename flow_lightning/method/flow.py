@@ -118,40 +118,11 @@ def constant(losses: Tensor, value: float) -> Tensor:
     return torch.full_like(losses.detach().float(), value)
 
 
-def right_labels(losses: Tensor, classes: int, steps: int = 100) -> tuple[Tensor, float]:
-    """Compute the probability that each label is right, and the share of wrong labels.
-
-    A share `e` of the labels is drawn evenly from all C classes; the others come from the model, with the probability
-    `p = exp(-l)`. So a label is right with the probability `(1 - e) p / ((1 - e) p + e / C)`. Expectation and
-    maximisation finds `e`. With hardly any wrong labels all weights are near 1: unlike FLOW's, they do not take from
-    samples that are merely hard.
-
-    Args:
-        losses: Cross-entropy of a model that has not seen the labels (out of fold), `[n]`, in nats.
-        classes: C.
-        steps: Rounds of expectation and maximisation.
-
-    Returns:
-        Probabilities `[n]`, float32, and `e`.
-
-    >>> weights, share = right_labels(torch.tensor([0.1, 0.1, 0.1, 9.0]), classes=10)
-    >>> weights.round(decimals=2), round(share, 2)
-    (tensor([0.9600, 0.9600, 0.9600, 0.0000]), 0.28)
-    """
-    check_losses(losses)
-    likely, share = losses.detach().double().neg().exp(), torch.tensor(0.5, dtype=torch.float64)
-    for _ in range(steps):
-        right = (1 - share) * likely
-        right = right / (right + share / classes)
-        share = 1 - right.mean()
-    return right.float(), float(share)
-
-
 #: Rules by name, from losses and temperature (for `threshold`: the bound) to weights. A rule of your own goes in here.
 WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights, "threshold": keep_below}
 WEIGHTINGS["mean"] = constant
 #: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
-OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "weight"}
+OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right"}
 
 
 def parameter_of(
@@ -169,7 +140,7 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
     """Compute weights by the rule of a name, `[n]` float32, from losses and what a probe gives `beside` them.
 
     `excess` is `exp(-max(0, l - H) / tau)`, H the model's own entropy on the sample: what it expects to be unsure of
-    is not made to weigh less. `drop` is 0 for samples whose label is an issue, see `probe.label_issues`, and 1 for all
+    is not made to weigh less. `drop` is 0 for samples whose label is an issue, see `label_issues`, and 1 for all
     others. `posterior` is the probability that a label is right, see `right_labels`; tau plays no part in it.
 
     Raises:
@@ -190,7 +161,7 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
     if weighting == "drop":
         return (beside["issues"] == 0).float()
     if weighting == "posterior":
-        return right_labels(losses, len(beside["weight"]))[0]
+        return beside["right"].clone()  # a file has both
     return flow_weights((losses - beside["entropies"].to(losses)).clamp_min(0), parameter)
 
 

@@ -8,7 +8,7 @@ In: features, targets, weights. Out: `Probe`: head and losses. Next: `weights.py
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow_lightning.method.flow import flow_weights, temperature
+from flow_lightning.method.label_errors import label_issues, right_labels, stratified_parts, thresholds
+from flow_lightning.method.ridge import ridge_probabilities
 
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
@@ -49,6 +51,8 @@ class Probe:
         targets: The given labels, class indices `[n]`.
         predicted: The most likely class of each sample, `[n]`, by the same probabilities as the losses.
         confidences: Their probability, `[n]`.
+        right: The probability that each label is right, `[n]`, see `right_labels`; empty without folds.
+        probabilities: Of all classes, out of fold, `[n, C]`; None without folds. Files do not have them.
     """
 
     head: LinearHead
@@ -60,6 +64,8 @@ class Probe:
     targets: Tensor
     predicted: Tensor
     confidences: Tensor
+    right: Tensor = field(default_factory=lambda: torch.zeros(0))
+    probabilities: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file."""
@@ -68,6 +74,7 @@ class Probe:
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         of_samples = {"losses": self.losses, "entropies": self.entropies, "issues": self.issues.to(torch.uint8)}
         of_samples |= {"targets": self.targets, "predicted": self.predicted, "confidences": self.confidences}
+        of_samples |= {"right": self.right} if len(self.right) else {}
         return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
     @classmethod
@@ -76,7 +83,7 @@ class Probe:
         validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
         head = LinearHead(tensors["weight"], tensors["bias"])
         none = torch.zeros(0)  # files of earlier versions have only the losses
-        names = ("entropies", "issues", "targets", "predicted", "confidences")
+        names = ("entropies", "issues", "targets", "predicted", "confidences", "right")
         entropies, issues, *rest = (tensors.get(name, none) for name in names)
         return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues.bool(), *rest)
 
@@ -111,13 +118,22 @@ def fit_probe(
         ValueError: If features are not finite, a target is out of range, or there are fewer samples than folds.
     """
     _check(features, targets, num_classes, folds)
-    weights = torch.ones(len(targets)) if weights is None else weights.float()
-    if rounds > 1:
-        before = fit_probe(
-            features, targets, num_classes, folds, strengths, device, weights, on_step, rounds - 1
-        ).losses
-        weights = weights * flow_weights(before, temperature(before))
-    problem = _Problem(features, targets, weights, num_classes, device)
+    given = torch.ones(len(targets)) if weights is None else weights.float()
+    problem = _Problem(features, targets, given, num_classes, device)
+    probe = _fit(problem, folds, strengths, on_step)
+    for _ in range(rounds - 1):
+        problem.weights = given * flow_weights(probe.losses, temperature(probe.losses))
+        probe = _fit(problem, folds, strengths, on_step)
+    if probe.probabilities is not None:
+        parts = stratified_parts(targets, folds)
+        other = ridge_probabilities(problem.blocks, parts, targets, problem.weights, num_classes)
+        probe.right = right_labels((probe.probabilities + other) / 2, targets)[0]
+    return probe
+
+
+def _fit(problem: "_Problem", folds: int, strengths: Sequence[float], on_step: Callable[[], Any]) -> Probe:
+    """Fit the probe of one round; see `fit_probe`."""
+    targets = problem.targets
     parts = stratified_parts(targets, folds or 5)
     validation = _held_out_losses(problem, parts == 0, strengths, on_step)
     strength = strongest_within_one_error(validation)
@@ -127,19 +143,36 @@ def fit_probe(
     for fold in range(folds):
         asked.append((problem.solve(parts != fold, strength), (parts == fold).nonzero().flatten()))
         on_step()
+    probabilities = torch.empty(len(targets), problem.num_classes) if folds else None
+    losses, *others = _answers(problem, asked, probabilities)
+    probe = Probe(head, losses, strength, validation, *others)
+    probe.probabilities = probabilities
+    return probe
+
+
+def _answers(
+    problem: "_Problem", asked: Sequence[tuple[LinearHead, Tensor]], probabilities: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Ask heads about some samples each: losses, entropies, issues, targets, predicted classes, their confidences.
+
+    `probabilities` `[n, C]`, if given, are filled in.
+    """
+    features, targets, device = problem.features, problem.targets, problem.device
     losses, entropies, issues, confidences = torch.empty(4, len(targets)).unbind()
     predicted = torch.empty(len(targets), dtype=torch.long)
-    for other, rows in asked:
-        for block, logits in _logits(other, features, rows, device):
+    for head, rows in asked:
+        for block, logits in _logits(head, features, rows, device):
             losses[block] = F.cross_entropy(logits, targets[block].to(device), reduction="none").cpu()
-            probabilities = logits.softmax(1).cpu()
-            entropies[block] = torch.special.entr(probabilities).sum(1)
-            confidences[block], predicted[block] = probabilities.max(1)
-    sure = thresholds(losses, targets, num_classes)
-    for other, rows in asked:
-        for block, logits in _logits(other, features, rows, device):
+            shares = logits.softmax(1).cpu()
+            entropies[block] = torch.special.entr(shares).sum(1)
+            confidences[block], predicted[block] = shares.max(1)
+            if probabilities is not None:
+                probabilities[block] = shares
+    sure = thresholds(losses, targets, problem.num_classes)
+    for head, rows in asked:
+        for block, logits in _logits(head, features, rows, device):
             issues[block] = label_issues(logits.cpu(), targets[block], sure).float()
-    return Probe(head, losses, strength, validation, entropies, issues.bool(), targets.clone(), predicted, confidences)
+    return losses, entropies, issues.bool(), targets.clone(), predicted, confidences
 
 
 def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> float:
@@ -156,21 +189,6 @@ def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> 
     return max(strength for strength, (loss, _) in validation.items() if loss <= best + error)
 
 
-def stratified_parts(targets: Tensor, parts: int) -> Tensor:
-    """Divide samples into equal parts with equal shares of each class, by index alone: the same on every run.
-
-    Targets are class indices `[n]`; returns the part of each sample, `[n]`, integers in `[0, parts)`.
-
-    >>> stratified_parts(torch.tensor([0, 1, 0, 1, 0, 1]), 3)
-    tensor([1, 2, 0, 1, 2, 0])
-    """
-    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    order = shuffled[targets[shuffled].argsort(stable=True)]
-    part = torch.empty(len(targets), dtype=torch.long)
-    part[order] = torch.arange(len(targets)) % parts
-    return part
-
-
 @torch.no_grad()
 def head_losses(head: LinearHead, features: Tensor, targets: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Compute the cross-entropy of a head on cached features, `[n]`, float32, on the CPU."""
@@ -178,38 +196,6 @@ def head_losses(head: LinearHead, features: Tensor, targets: Tensor, device: tor
     blocks = zip(features.split(_ROWS), targets.split(_ROWS))
     losses = [F.cross_entropy(head(x.to(device).float()), y.to(device), reduction="none").cpu() for x, y in blocks]
     return torch.cat(losses)
-
-
-def thresholds(losses: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Return how sure the model is of each class, `[C]`: its mean probability of the label, over samples of that label.
-
-    >>> thresholds(torch.tensor([0.0, 0.0]), torch.tensor([0, 0]), 2)
-    tensor([1., inf])
-    """
-    counts = torch.bincount(targets, minlength=num_classes)
-    sums = torch.zeros(num_classes).index_add(0, targets, (-losses).exp())
-    return torch.where(counts > 0, sums / counts, torch.inf)
-
-
-def label_issues(logits: Tensor, targets: Tensor, thresholds: Tensor) -> Tensor:
-    """Tell which labels look wrong, by confident learning (Northcutt et al., arXiv 1911.00068), `[n]` bool.
-
-    The model is confident of the classes whose probability reaches their threshold. A label is an issue if the most
-    likely of these is another one, an entry off the diagonal of the confident joint, and the model answers otherwise.
-
-    Args:
-        logits: `[n, C]`, out of fold: a model that has seen the labels finds none of them wrong.
-        targets: Class indices, `[n]`.
-        thresholds: See there, `[C]`.
-
-    >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.1, 0.0]])
-    >>> label_issues(logits, torch.tensor([0, 1, 1]), torch.tensor([0.8, 0.4]))
-    tensor([False,  True, False])
-    """
-    probabilities = logits.float().softmax(1)
-    confident = torch.where(probabilities >= thresholds - 1e-6, probabilities, -1.0)
-    most, likely = confident.max(1)
-    return (most > 0) & (likely != targets) & (logits.argmax(1) != targets)
 
 
 def _logits(
@@ -249,8 +235,8 @@ class _Problem:
         if start is not None:
             weight.copy_(start.weight * self.scale)
             bias.copy_(start.bias + start.weight @ self.mean)
-        rows = chosen.nonzero().flatten().split(_ROWS)
-        resident = list(self._blocks(rows)) if len(rows) == 1 else None
+        rows = chosen.nonzero().flatten()
+        resident = list(self.blocks(rows)) if len(rows) <= _ROWS else None
         total_weight = float(self.weights[chosen].double().sum().clamp_min(1e-30))
         parameters = [weight.requires_grad_(), bias.requires_grad_()]
         optimizer = torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe", **_SOLVER)
@@ -259,7 +245,7 @@ class _Problem:
             optimizer.zero_grad()
             total = 0.5 * strength * weight.square().sum()
             total.backward()
-            for x, y, w in resident or self._blocks(rows):
+            for x, y, w in resident or self.blocks(rows):
                 loss = (w * F.cross_entropy(F.linear(x, weight, bias), y, reduction="none")).sum() / total_weight
                 loss.backward()
                 total = total + loss.detach()
@@ -270,9 +256,10 @@ class _Problem:
         plain = weight.detach().cpu() / self.scale
         return LinearHead(plain, bias.detach().cpu() - plain @ self.mean)
 
-    def _blocks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield standardised features, targets and weights of some rows on the device, block by block."""
         mean = self.mean.to(self.device)
-        for chosen in rows:
+        for chosen in rows.split(_ROWS):
             x = (self.features[chosen].to(self.device).float() - mean) / self.scale
             yield x, self.targets[chosen].to(self.device), self.weights[chosen].to(self.device)
 

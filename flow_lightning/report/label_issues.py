@@ -27,12 +27,12 @@ def check_no_edits(path: Path) -> None:
 def write_label_issues(path: Path, probe: Probe, class_names: Sequence[str] | None = None) -> None:
     """Write what a probe that was asked for folds thinks of each label, in the order of the samples.
 
-    `label_score` is the probability of the given label. `probability` is that of the predicted one. Both come from a
-    probe that was not fitted on the sample. Labels are written as class names where they are known, else as indices.
+    `label_score` is the probability that the given label is right, see `right_labels`. `probability` is that of the
+    predicted one, by a probe that was not fitted on the sample. `is_label_issue` is by confident learning on the same
+    probabilities. Labels are written as class names where they are known, else as indices.
     """
     names = {index: str(name) for index, name in enumerate(class_names or ())}
-    scores, confidences = (-probe.losses.double()).exp(), probe.confidences
-    columns = (probe.issues, scores, probe.targets, probe.predicted, confidences)
+    columns = (probe.issues, probe.right, probe.targets, probe.predicted, probe.confidences)
     content = io.StringIO()
     writer = csv.writer(content, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flow_lightning.distributed import from_rank_zero
+from flow_lightning.files import save_array
 from flow_lightning.method.flow import check_losses
 from flow_lightning.method.probe import STRENGTHS, fit_probe
 from flow_lightning.method.weights import SampleWeights, TokenWeights
@@ -121,6 +123,7 @@ class ProbeFeatures(Kind):
         sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
         head: The layer that the probe is for.
         rounds: See `fit_probe`.
+        arrays: A folder that gets `pred_probs.npy` and `features.npy`, with folds, once the probe is solved; then None.
     """
 
     classes: int
@@ -130,6 +133,7 @@ class ProbeFeatures(Kind):
     rounds: int = 1
     sample_weights: Tensor | None = None
     head: nn.Linear | None = None
+    arrays: Path | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -168,6 +172,12 @@ class ProbeFeatures(Kind):
                 "rounds": self.rounds,
             }
             probe = fit_probe(features, targets, self.classes, self.folds, **settings)
+        if self.arrays is not None and probe.probabilities is not None:
+            for name, values in {"pred_probs": probe.probabilities, "features": features}.items():
+                save_array(self.arrays / f"{name}.npy", values)
+                size = values.numel() * values.element_size() / 2**20
+                rank_zero_info(f"{self.arrays / name}.npy: {' x '.join(map(str, values.shape))}, {size:,.1f} MiB")
+            self.arrays = None
         return probe.tensors()
 
 

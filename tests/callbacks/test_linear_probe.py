@@ -1,12 +1,15 @@
 """The head before and after training: one pass, one probe, the same model for every method."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cleanlab import Datalab
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
@@ -196,3 +199,33 @@ def test_rules_of_the_probe_weigh_a_fit():
 def test_a_probe_is_not_asked_about_labels_that_it_has_seen(weighting):
     with pytest.raises(ValueError, match=r"Set LinearProbeCallback\(folds=5\)"):
         run(fl.LinearProbeCallback(), fl.FlowWeightingCallback(weighting=weighting))
+
+
+def test_cleanlab_takes_the_arrays_as_they_are_and_finds_the_same_scores():
+    probe = fl.LinearProbeCallback(folds=3, arrays=True)
+    module, _ = run(probe, max_epochs=0)
+    features, probabilities = (np.load(f"run/{name}.npy") for name in ("features", "pred_probs"))
+    _, targets = features_and_targets(module)
+    loader = DataLoader(PictureData().train_set, 30)
+    with torch.no_grad():
+        np.testing.assert_allclose(features, module.features(next(iter(loader))), atol=1e-5)
+    lab = Datalab({"label": targets}, label_name="label", verbosity=0)
+    lab.find_issues(pred_probs=probabilities, features=features, issue_types={"label": {}, "near_duplicate": {}})
+    scores = lab.get_issues("label")
+    own = np.exp(-probe.probe.losses.numpy())
+    np.testing.assert_allclose(probabilities[np.arange(30), targets], own, rtol=1e-5)
+    assert spearmanr(scores["label_score"], own).statistic > 0.9  # cleanlab adjusts for classes
+    assert len(lab.get_issues("near_duplicate")) == 30
+
+
+def test_arrays_need_folds_and_features():
+    def score():
+        probe = fl.LinearProbeCallback(folds=3, arrays=True)
+        run(probe, fl.FlowWeightingCallback(weights_file="w.safetensors"), max_epochs=0)
+
+    with pytest.raises(ValueError, match="Set folds"):
+        fl.LinearProbeCallback(arrays=True)
+    score()
+    Path("run/pred_probs.npy").unlink()
+    with pytest.warns(UserWarning, match="Arrays were not written"):
+        score()

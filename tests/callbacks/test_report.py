@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import flow_lightning as fl
 from flow_lightning.callbacks.report import choose, lost_samples
 from flow_lightning.measures import PretrainedImages
 from flow_lightning.report.page.evidence import Evidence
+from flow_lightning.report.page.render import page, write_page
 from tests.examples import Kill, chain, fit
 from tests.images import PictureData, tiny_module
+from tests.language import TOKENIZER, instructions, language_module, write_jsonl
 from tests.retention import unlabelled_images
 
 
@@ -69,6 +72,28 @@ def test_a_fit_with_the_callback_is_the_fit_without_it():
     without, _ = fit_pictures(max_epochs=2, report=False)
     for name, value in without.state_dict().items():
         assert torch.equal(value, with_page.state_dict()[name]), name
+
+
+def test_two_processes_write_one_whole_page_with_the_answers_of_one_process(monkeypatch):
+    def noted(folder):
+        with open("writes.txt", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return write_page(folder)
+
+    monkeypatch.setattr("flow_lightning.report.page.render.write_page", noted)
+    fit_pictures()
+    one = Evidence.load(Path("run"))
+    Path("run/report.html").unlink()
+    Path("writes.txt").unlink()
+    fit_pictures(devices=2, strategy="ddp_fork")
+    two, html = Evidence.load(Path("run")), Path("run/report.html").read_text()
+    assert len(Path("writes.txt").read_text().split()) == 1
+    assert html.rstrip().endswith("</html>") and html.count("<!DOCTYPE html>") == 1
+    assert html == page(Path("run")) and not list(Path("run").glob(".report*"))
+    assert two.shown.keys() == one.shown.keys() and torch.equal(two.tensors["labels"], one.tensors["labels"])
+    for index, seen in two.shown.items():
+        assert seen["before"] == pytest.approx(one.shown[index]["before"], abs=1e-4) and len(seen["after"]) == 2
+        assert f">{index}</dd>" in html and seen["picture"] in html
 
 
 def test_a_resumed_run_gathers_what_an_unbroken_one_does():
@@ -153,3 +178,16 @@ def test_lost_answers_are_right_ones_that_became_wrong_and_without_labels_all_ch
     assert lost_samples(tensors).tolist() == [0]
     del tensors["given"]
     assert lost_samples(tensors).tolist() == [0, 2]
+
+
+def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(tmp_path):
+    records = instructions(6)
+    records[2]["response"] = "Step one is to add the numbers and then we"
+    write_jsonl(tmp_path / "train.jsonl", [*records, records[4]])
+    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
+    data = fl.InstructionDataModule(str(tmp_path / "train.jsonl"), **settings)
+    fit(fl.ReportCallback(samples=2), fl.FlowWeightingCallback(), module=language_module(), data=data)
+    evidence = Evidence.load(Path("run"))
+    assert evidence.tensors["text/unended"].nonzero().flatten().tolist() == [2]
+    assert evidence.tensors["text/twin"].tolist()[6] == 4
+    assert "numbers and then we" in Path("run/report.html").read_text()

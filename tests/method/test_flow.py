@@ -9,7 +9,6 @@ from flow_lightning.method.flow import (
     effective_sample_size,
     flow_weights,
     mixture_temperature,
-    right_labels,
     temperature,
 )
 from flow_lightning.method.weights import SampleWeights
@@ -138,20 +137,8 @@ def test_excess_surprise_and_dropped_labels_by_hand():
     assert torch.equal(loaded.weights, excess.weights) and loaded.weighting == "excess"
     issues = {"issues": torch.tensor([0, 1, 0], dtype=torch.uint8)}
     assert SampleWeights.from_losses(losses, weighting="drop", beside=issues).weights.tolist() == [1, 0, 1]
+    right = torch.tensor([0.9, 0.1, 1.0])
+    posterior = SampleWeights.from_losses(losses, weighting="posterior", beside={"right": right})
+    assert torch.equal(posterior.weights, right) and posterior.weights.data_ptr() != right.data_ptr()
     with pytest.raises(ValueError, match="needs the issues of a linear probe"):
         SampleWeights.from_losses(losses, weighting="drop")
-
-
-@pytest.mark.parametrize("wrong", [0.0, 0.3])
-def test_the_share_of_wrong_labels_is_found_and_each_label_is_as_right_as_its_weight_says(wrong):
-    generator = torch.Generator().manual_seed(0)
-    probabilities = (3 * torch.randn(20_000, 10, generator=generator)).softmax(1)
-    true = probabilities.multinomial(1, generator=generator).squeeze(1)
-    drawn = torch.rand(20_000, generator=generator) < wrong
-    labels = torch.where(drawn, torch.randint(10, true.shape, generator=generator), true)
-    weights, share = right_labels(-probabilities[torch.arange(20_000), labels].log(), classes=10)
-    assert abs(share - float(drawn.float().mean())) < 0.01
-    for low, high in [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)]:
-        chosen = (weights >= low) & (weights < high)
-        if chosen.sum() > 500:
-            assert abs(float((~drawn[chosen]).float().mean()) - float(weights[chosen].mean())) < 0.05

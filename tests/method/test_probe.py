@@ -8,7 +8,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from flow_lightning.method import probe as probing
-from flow_lightning.method.probe import fit_probe, head_losses, stratified_parts
+from flow_lightning.method.label_errors import right_labels, stratified_parts
+from flow_lightning.method.probe import fit_probe, head_losses
+from flow_lightning.method.ridge import ridge_probabilities
 
 
 def clusters(n=150, d=12, classes=3, spread=1.5, seed=0):
@@ -179,3 +181,18 @@ def test_a_second_round_weighs_the_samples_by_the_losses_of_the_first():
     torch.testing.assert_close(second.head.weight, by_hand.head.weight, rtol=1e-2, atol=1e-3)
     wrong = given != targets
     assert roc_auc_score(wrong, second.losses) > roc_auc_score(wrong, first.losses)
+
+
+def test_labels_are_judged_by_the_mean_of_probe_and_ridge_regression():
+    features, targets = clusters(spread=0.8)
+    targets[::5] = (targets[::5] + 1) % 3
+    weights = torch.rand(len(targets), generator=torch.Generator().manual_seed(0)) + 0.5
+    probe = fit_probe(features, targets, 3, folds=4, strengths=[0.03], weights=weights)
+    parts = stratified_parts(targets, 4)
+    x = features - features.mean(0)
+    x = x / x.square().mean().sqrt()
+    other = ridge_probabilities(lambda rows: [(x[rows], targets[rows], weights[rows])], parts, targets, weights, 3)
+    mean = (probe.probabilities + other) / 2
+    torch.testing.assert_close(probe.right, right_labels(mean, targets)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(probe.probabilities.gather(1, targets[:, None]).squeeze(1), (-probe.losses).exp())
+    assert probe.right.min() < 0.95 and "right" not in fit_probe(features, targets, 3, strengths=[0.03]).tensors()

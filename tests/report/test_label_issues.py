@@ -7,9 +7,11 @@ import pytest
 import torch
 from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
+from sklearn.metrics import average_precision_score
 
 import flow_lightning as fl
-from flow_lightning.method.probe import Probe, fit_probe, stratified_parts
+from flow_lightning.method.label_errors import stratified_parts
+from flow_lightning.method.probe import Probe, fit_probe
 from flow_lightning.report.label_issues import write_label_issues
 from flow_lightning.report.page.evidence import Evidence
 from flow_lightning.report.page.files import RunFiles
@@ -18,6 +20,7 @@ from tests.images import PictureData, tiny_module
 from tests.method.test_probe import clusters, sklearn_probabilities
 
 HEADER = ["index", "is_label_issue", "label_score", "given_label", "predicted_label", "probability"]
+_SCORES = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
 
 def rows_of(path):
@@ -32,11 +35,12 @@ def column(rows, name):
 
 
 @pytest.mark.parametrize("wrong", [0.05, 0.3])
-def test_issues_and_scores_are_cleanlabs(tmp_path, wrong):
+def test_issues_and_probabilities_are_cleanlabs(tmp_path, wrong):
     features, targets = clusters(n=400)
     flipped = torch.rand(400, generator=torch.Generator().manual_seed(1)) < wrong
     targets = torch.where(flipped, (targets + 1) % 3, targets)
-    write_label_issues(tmp_path / "issues.csv", fit_probe(features, targets, 3, folds=4, strengths=[0.03]))
+    probe = fit_probe(features, targets, 3, folds=4, strengths=[0.03])
+    write_label_issues(tmp_path / "issues.csv", probe)
     p, given = np.empty((400, 3)), targets.numpy()
     for fold in range(4):
         unseen = stratified_parts(targets, 4) == fold
@@ -45,7 +49,8 @@ def test_issues_and_scores_are_cleanlabs(tmp_path, wrong):
     assert header == HEADER and [int(row["index"]) for row in rows] == list(range(400))
     assert [int(row["given_label"]) for row in rows] == targets.tolist()
     scores = get_label_quality_scores(given, p, method="self_confidence")
-    np.testing.assert_allclose(column(rows, "label_score"), scores, atol=2e-3)
+    np.testing.assert_allclose(torch.exp(-probe.losses), scores, atol=2e-3)
+    np.testing.assert_allclose(column(rows, "label_score"), probe.right, rtol=1e-5)
     np.testing.assert_allclose(column(rows, "probability"), p.max(1), atol=2e-3)
     ordered = np.sort(p, axis=1)
     sure = np.array([p[given == c, c].mean() for c in range(3)])
@@ -55,6 +60,19 @@ def test_issues_and_scores_are_cleanlabs(tmp_path, wrong):
     expected = find_label_issues(given, p, filter_by="confident_learning", n_jobs=1)
     found = np.array([row["is_label_issue"] == "True" for row in rows])
     assert 10 < expected.sum() < 250 and (found == expected)[~near].all()
+
+
+def test_the_score_finds_more_wrong_labels_than_any_of_cleanlabs_where_two_classes_are_confused(tmp_path):
+    features, targets = clusters(n=600)
+    flipped = torch.rand(600, generator=torch.Generator().manual_seed(1)) < 0.3
+    targets = torch.where(flipped, (targets + 1) % 3, targets)
+    probe = fit_probe(features, targets, 3, folds=5)
+    p = probe.probabilities.double().numpy()
+    others = [get_label_quality_scores(targets.numpy(), p / p.sum(1, keepdims=True), method=name) for name in _SCORES]
+    best = max(average_precision_score(flipped, -each) for each in others)
+    write_label_issues(tmp_path / "issues.csv", probe)
+    score = column(rows_of(tmp_path / "issues.csv")[1], "label_score")
+    assert average_precision_score(flipped, -score) > best + 0.02
 
 
 class NamedPictures(PictureData):
@@ -70,7 +88,7 @@ def test_a_fit_with_folds_writes_the_table_with_class_names_and_the_report_shows
     found = probe.probe
     assert [row["predicted_label"] for row in rows] == [NamedPictures.class_names[c] for c in found.predicted]
     assert [row["is_label_issue"] == "True" for row in rows] == found.issues.tolist()
-    np.testing.assert_allclose(column(rows, "label_score"), torch.exp(-found.losses), rtol=1e-4)
+    np.testing.assert_allclose(column(rows, "label_score"), found.right, rtol=1e-4)
     run = RunFiles("run", evidence=Evidence(words={"class_names": NamedPictures.class_names}))
     assert run.name("1") == "1" and run.name(1) == "red, dark" and run.name("2") == 'a "blue"'
 
@@ -81,6 +99,6 @@ def test_a_fit_without_folds_and_a_probe_of_an_earlier_version_write_no_table(tm
     assert not (tmp_path / "run/label_issues.csv").exists()
     tensors = fit_probe(*clusters(), 3, folds=3).tensors()
     again = Probe.from_tensors(tensors)
-    for name in ("targets", "predicted", "confidences"):
+    for name in ("targets", "predicted", "confidences", "right"):
         assert torch.equal(getattr(again, name), tensors.pop(name))
-    assert len(Probe.from_tensors(tensors).targets) == 0
+    assert len(Probe.from_tensors(tensors).right) == 0

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from flow_lightning.files import load_tensors, save_tensors
+from flow_lightning.report.texts import answer_start
 
 EVIDENCE_FILE = "report.safetensors"
 _FORMAT = "flow_lightning.Evidence/1"
@@ -30,12 +31,14 @@ class Evidence:
     """What `ReportCallback` has gathered so far.
 
     Attributes:
-        tensors: `labels` of the training samples, `[n]`; the classes chosen by measures, such as `target/before`.
+        tensors: `labels` of the training samples, `[n]`; the classes chosen by measures, such as `target/before`;
+            of instruction data what `report/texts.py` found.
         shown: What is shown of a training sample, by its index as a string: `picture`, `text` or `tokens`, and the
             answers `before` and `after`, each a class and its probability.
         lost: The same of retention samples whose answer changed for the worse, with `given`, `before` and `after`.
         curve: Rows of `step` and `loss`.
-        words: Names of classes (`class_names`, `pretrained_names`), and a `note` for each thing that is not known.
+        words: Names of classes (`class_names`, `pretrained_names`), `answers` in which something was found, and a
+            `note` for each thing that is not known.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -115,10 +118,7 @@ def _jpeg(image: Image.Image) -> str:
 def _tokens(sample: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Return the end of the prompt, and the supervised tokens, each as text; `cut` says that there are more."""
     ids = torch.as_tensor(sample["input_ids"])
-    labels = sample.get("labels")
-    start = (
-        int(sample.get("prompt_length", 0)) if labels is None else int((torch.as_tensor(labels) != -100).int().argmax())
-    )
+    start = answer_start(sample)
     answer = ids[start : start + _TOKENS].tolist()
     prompt = tokenizer.decode(ids[max(0, start - _TOKENS) : start].tolist())
     return {

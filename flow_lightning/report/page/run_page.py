@@ -12,6 +12,7 @@ from flow_lightning.report.page.answer_section import answer_section
 from flow_lightning.report.page.files import RunFiles
 from flow_lightning.report.page.sample_sections import sample_section, weight_section
 from flow_lightning.report.page.section import Section, Table, percent
+from flow_lightning.report.page.text_section import text_section
 
 
 def sections(run: RunFiles) -> Iterator[Section]:
@@ -20,6 +21,8 @@ def sections(run: RunFiles) -> Iterator[Section]:
     yield _path(run)
     yield weight_section(run)
     yield sample_section(run)
+    if texts := text_section(run):
+        yield texts
     yield answer_section(run)
     yield _curves(run)
     known = {key for key, value in run.metrics.items() if isinstance(value, int | float)}

@@ -1,0 +1,63 @@
+"""Instruction data on a page: loss by length, answers without an end, answers that repeat the prompt, duplicates.
+
+In: `RunFiles` with what `report/texts.py` found. Out: a section. Next: `section.py`.
+"""
+
+from torch import Tensor
+
+from flow_lightning.report.page.files import RunFiles, sample_means
+from flow_lightning.report.page.section import Section, Table
+
+_BINS = 5
+_MOST_ROWS = 500
+
+
+def text_section(run: RunFiles) -> Section | None:
+    """Show what was found in texts; None if the run has none."""
+    found = {name: values for name, values in run.evidence.tensors.items() if name.startswith("text/")}
+    if not found:
+        return None
+    unended, repeats, twin = found["text/unended"].bool(), found["text/repeats"].bool(), found["text/twin"]
+    losses = None if run.weights is None else sample_means(run.weights)[0].cpu()
+    if losses is not None and len(losses) != len(twin):
+        losses = None
+    section = Section("Texts")
+    section.text = [
+        f"Of {len(twin):,} texts, {int((twin >= 0).sum()):,} are like an earlier one. {int(unended.sum()):,} answers "
+        f"end in the middle of a sentence, and {int(repeats.sum()):,} repeat a part of their prompt."
+    ]
+    if losses is not None:
+        section.tables.append(_by_length(losses, found["text/length"]))
+    for caption, chosen in (
+        ("Answers that end in the middle of a sentence", unended),
+        ("Answers that repeat 20 tokens of their prompt", repeats),
+        ("Duplicates and near-duplicates of an earlier sample", twin >= 0),
+    ):
+        if chosen.any():
+            section.tables.append(_table(run, caption, chosen, losses, found))
+    return section
+
+
+def _by_length(losses: Tensor, lengths: Tensor) -> Table:
+    """Return the mean loss of samples in bins of equal size, from short to long answers."""
+    rows = []
+    for part in lengths.argsort(stable=True).tensor_split(_BINS):
+        if len(part):
+            mean = losses[part].double().mean()
+            rows.append([f"{lengths[part[0]]} to {lengths[part[-1]]}", f"{len(part):,}", f"{mean:.3f}"])
+    return Table("Loss by length of the answer", ["tokens", "samples", "mean loss"], rows)
+
+
+def _table(run: RunFiles, caption: str, chosen: Tensor, losses: Tensor | None, found: dict[str, Tensor]) -> Table:
+    """Return a row for each chosen sample, from high to low loss, with the beginning of its answer where it is kept."""
+    indices = chosen.nonzero().flatten()
+    if losses is not None:
+        indices = indices[losses[indices].argsort(descending=True, stable=True)]
+    words, rows = run.evidence.words.get("answers") or {}, []
+    for index in indices[:_MOST_ROWS].tolist():
+        twin = int(found["text/twin"][index])
+        like = f"{twin} ({found['text/likeness'][index]:.2f})" if twin >= 0 else "–"
+        loss = "–" if losses is None else f"{losses[index]:.3g}"
+        rows.append([str(index), loss, str(int(found["text/length"][index])), like, words.get(str(index), "…")])
+    shown = "" if len(indices) <= _MOST_ROWS else f" (the first {_MOST_ROWS} of {len(indices):,})"
+    return Table(caption + shown, ["index", "loss", "tokens", "like sample", "answer"], rows)

@@ -1,0 +1,65 @@
+"""What is found in instruction data, against the cosines of all pairs, and by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics.pairwise import cosine_similarity
+
+from flow_lightning.report.texts import answer_start, has_tokens, is_unended, look_at_texts, twins
+from tests.language import tiny_tokenizer
+
+ANSWERS = {
+    "It is seven, for three and four make seven in all.": False,
+    "It is seven, for three and four make seven in": True,
+    "seven": False,
+    "First add three and four, and after that, multiply by two,": True,
+    "First add three and four, and then we get 7": False,
+    "": False,
+}
+
+
+@pytest.mark.parametrize(("answer", "unended"), ANSWERS.items())
+def test_an_answer_of_several_words_ends_with_a_mark_or_a_number(answer, unended):
+    assert is_unended(answer) == unended
+
+
+def test_samples_are_found_with_the_beginning_of_their_answer():
+    tokenizer = tiny_tokenizer()
+    prompt = "What does the whole of this long question about three apples and four pears ask for? "
+    answers = ["seven.", prompt + "seven.", *ANSWERS, "seven."]
+    samples = []
+    for index, answer in enumerate(answers):
+        start, end = (tokenizer(text)["input_ids"] for text in (f"{prompt}{index if index < 8 else 0}", answer))
+        samples.append({"input_ids": torch.tensor(start + end), "prompt_length": len(start)})
+    found, texts = look_at_texts(samples, tokenizer)
+    assert found["text/unended"].tolist() == [False, False, *ANSWERS.values(), False]
+    assert found["text/repeats"].tolist() == [False, True] + [False] * 7
+    assert found["text/length"].tolist() == [len(s["input_ids"]) - s["prompt_length"] for s in samples]
+    assert found["text/twin"][8] == 0 and found["text/likeness"][8] == pytest.approx(1, abs=1e-5)
+    assert texts["1"] == answers[1][:160] and {"3", "5", "8"} <= texts.keys() and "0" not in texts
+
+
+def test_labels_or_the_length_of_the_prompt_say_where_the_answer_begins():
+    ids = torch.arange(5)
+    assert answer_start({"input_ids": ids, "prompt_length": 3}) == 3
+    assert answer_start({"input_ids": ids, "labels": torch.tensor([-100, -100, 2, 3, 4])}) == 2
+    assert has_tokens([{"input_ids": ids}]) and not has_tokens([(ids, 0)]) and not has_tokens([])
+
+
+def test_twins_are_those_of_all_cosines_of_tf_idf(monkeypatch):
+    monkeypatch.setattr("flow_lightning.report.texts._ROWS", 17)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(500, (80,), generator=generator) for _ in range(60)]
+    for index in range(20, 60, 2):  # copies with some tokens changed
+        changed = torch.rand(80, generator=generator) < (index - 20) / 200
+        texts[index] = torch.where(changed, texts[index], texts[index - 20])
+    twin, likeness = twins(texts, 0.9)
+    counts = np.stack([np.bincount(text, minlength=500) for text in texts])
+    rare = np.log(60 / np.maximum(1, (counts > 0).sum(0))) + 1e-6
+    alike = np.tril(cosine_similarity(counts * rare), -1)
+    sure = np.abs(alike.max(1) - 0.9) > 0.04  # the projection errs by 0.02 there
+    assert (alike.max(1) > 0.9).sum() >= 5 and sure.sum() > 45
+    assert ((twin >= 0).numpy() == (alike.max(1) > 0.9))[sure].all()
+    near = (twin >= 0).numpy() & sure
+    assert (twin.numpy() == alike.argmax(1))[near].all()
+    np.testing.assert_allclose(likeness.numpy()[near], alike.max(1)[near], atol=0.04)
