@@ -60,7 +60,7 @@ def test_what_is_watched_follows_from_what_is_kept_and_the_module():
     assert isinstance(watched("perplexity", ["a.txt", "b.txt"], tiny_module()), TextOutcomes)
     tokens = watched("agreement", "a.txt", language_module())
     assert isinstance(tokens, TextOutcomes) and tokens.source.texts == ["a.txt"]
-    with pytest.raises(TypeError, match="data is None. For CausalLanguageModule and of='agreement', give text files"):
+    with pytest.raises(TypeError, match="For CausalLanguageModule and of='agreement', give text files"):
         watched("agreement", None, language_module())
     with pytest.raises(TypeError, match="of='accuracy', give a folder of images or a PretrainedImages"):
         watched("accuracy", text, tiny_module())
