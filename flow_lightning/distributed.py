@@ -3,11 +3,12 @@
 In: Trainer, module, tensors. Out: the same on every rank. Next: `run.py`, `scoring/score.py`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -77,6 +78,29 @@ def fill(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, gathered from all processes if it is in shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained_tensors(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """Copy what training may change, on the CPU: trainable parameters and buffers, whole if they are in shards."""
+    drop_gathered(module)
+    unfreezes = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return {
+        name: whole(value).detach().cpu().clone()
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor) and (unfreezes or value.requires_grad or not isinstance(value, nn.Parameter))
+    }
+
+
+def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters and buffers of these names, in shards or not."""
+    own = module.state_dict()
+    for name, value in tensors.items():
+        fill(own[name], value)
 
 
 def on_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T | None:

@@ -11,15 +11,14 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
-from flow_lightning.distributed import drop_gathered, fill, on_rank_zero
+from flow_lightning.distributed import on_rank_zero, put, trained_tensors
 from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
 from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
@@ -63,6 +62,9 @@ class RetentionBudgetCallback(RunCallback):
         samples: Most samples of each half.
         curve: Whether to measure each point for a board, too (see `compare`): on the other half and on the test set. A
             LinearProbeCallback solves its head anew for that, in a pass over the training set for each point.
+        guard: Whether to stop a training that is beyond recovery. At the end of an epoch, the first point after alpha 0
+            then keeps less than `keep`, by more than the bound's distance. It costs a forward pass of half the
+            retention set, at most `samples`, per epoch. It only ends the training, so the promise is not weakened.
 
     Raises:
         ValueError: If an argument is out of range. In the fit, if the retention set is too small or has no labels. In
@@ -82,6 +84,7 @@ class RetentionBudgetCallback(RunCallback):
         shape: Shape = "even",
         samples: int = 1000,
         curve: bool = False,
+        guard: bool = False,
     ) -> None:
         for name, value in (("keep", keep), ("confidence", confidence)):
             if not 0 < value < 1:
@@ -95,6 +98,7 @@ class RetentionBudgetCallback(RunCallback):
         check_shape(shape)
         self.keep, self.confidence, self.of, self.data, self.shape = keep, confidence, of, data, shape
         self.alphas, self.samples, self.curve = [0.0, *(alpha for alpha in alphas if alpha > 0)], samples, curve
+        self.guard = guard
         self._reset()
 
     def _reset(self) -> None:
@@ -114,7 +118,7 @@ class RetentionBudgetCallback(RunCallback):
         if stage != "fit":
             return
         self._reset()
-        self._pretrained = _tensors(trainer, pl_module)
+        self._pretrained = trained_tensors(trainer, pl_module)
         # First, so that missing data are found before hours of scoring.
         trainer.callbacks = [self, *other_callbacks(trainer, self)]  # type: ignore[attr-defined]
 
@@ -138,7 +142,7 @@ class RetentionBudgetCallback(RunCallback):
         if self.run.resumed:
             self._resume(trainer, pl_module)
         else:
-            self._pretrained = _tensors(trainer, pl_module)
+            self._pretrained = trained_tensors(trainer, pl_module)
             self._head = {name: self._pretrained[name] for name in self._head_names(pl_module)}
             self._fingerprints = self._of_body()
             with module_contract(pl_module).frozen_reference():
@@ -168,7 +172,7 @@ class RetentionBudgetCallback(RunCallback):
             )
         self._pretrained |= self._head
         check_same_model(self._fingerprints, self._of_body())
-        check_path(self._pretrained, _tensors(trainer, module))
+        check_path(self._pretrained, trained_tensors(trainer, module))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs: tensors and primitives."""
@@ -179,12 +183,28 @@ class RetentionBudgetCallback(RunCallback):
         self._before, self._head = state_dict["before"], state_dict["head"]
         self._fingerprints = state_dict["fingerprints"]
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With `guard`, stop a training of which only the pre-trained model would be left."""
+        first = next((alpha for alpha in self.alphas if alpha > 0), None)
+        if not self.guard or first is None:
+            return
+        trained = trained_tensors(trainer, pl_module)
+        put(pl_module, point(self._pretrained, trained, first, self.shape) | self._head)
+        kept = self._kept(trainer, pl_module, first, 0)
+        put(pl_module, trained)
+        if kept.share + (kept.share - kept.bound) < self.keep:
+            trainer.should_stop = True
+            rank_zero_warn(
+                f"Training stops after epoch {trainer.current_epoch}: even at alpha {first:g} the model keeps only "
+                f"{kept.share:.1%} of the {self.of}, and {self.keep:.1%} are asked for. Lower the learning rate."
+            )
+
     # -- after training ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Walk the path, choose, and put the chosen point into the module."""
         started = time.perf_counter()
-        finetuned = _tensors(trainer, pl_module)
+        finetuned = trained_tensors(trainer, pl_module)
         target = TargetOutcomes()
         target.prepare(trainer, pl_module, self.run.scoring.samples)
         at = partial(point, self._pretrained, finetuned, shape=self.shape)
@@ -193,9 +213,9 @@ class RetentionBudgetCallback(RunCallback):
         self.alpha = self.alphas[chosen]
         other = self.points[chosen].get("kept_other_half")  # a curve has it
         if other is None:
-            self._put(pl_module, at(self.alpha) | self._head)
+            put(pl_module, at(self.alpha) | self._head)
             other = self._kept(trainer, pl_module, self.alpha, 1).share
-        self._put(pl_module, at(self.alpha))
+        put(pl_module, at(self.alpha))
         self._save(trainer)
         metrics = self._metrics(self.points[chosen], other)
         metrics["time/budget_s"] = self._seconds + time.perf_counter() - started
@@ -213,10 +233,10 @@ class RetentionBudgetCallback(RunCallback):
         tensors: dict[str, Tensor],
     ) -> dict[str, float]:
         """Measure what a point keeps on the half that chooses, and the target."""
-        self._put(module, tensors | self._head)
+        put(module, tensors | self._head)
         kept = self._kept(trainer, module, alpha, 0)
         others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share} if self.curve else {}
-        self._put(module, {name: tensors[name] for name in self._head})
+        put(module, {name: tensors[name] for name in self._head})
         if self.curve:
             others["test_top1"] = self._test_accuracy(trainer, module)
         self._forwards += len(target.positions)
@@ -297,20 +317,3 @@ class RetentionBudgetCallback(RunCallback):
 
     def _of_body(self) -> dict[str, str]:
         return model_fingerprints({name: value for name, value in self._pretrained.items() if name not in self._head})
-
-    @staticmethod
-    def _put(module: LightningModule, tensors: Mapping[str, Tensor]) -> None:
-        own = module.state_dict()
-        for name, value in tensors.items():
-            fill(own[name], value)
-
-
-def _tensors(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-    """Copy what training may change, on the CPU: trainable parameters and buffers, whole if they are in shards."""
-    drop_gathered(module)
-    unfreezes = any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
-        for name, value in module.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor) and (unfreezes or value.requires_grad or not isinstance(value, nn.Parameter))
-    }

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
+
+from flow_lightning.distributed import whole
 
 _SAMPLES = 32
 _ELEMENTS = 1024
@@ -53,8 +54,7 @@ def check_same_model(before: Mapping[str, str], now: Mapping[str, str]) -> None:
 
 
 def _some(name: str, value: Tensor) -> tuple[str, tuple[int, ...], Tensor]:
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    flat = whole.detach().flatten()
+    flat = whole(value).detach().flatten()
     last, count = max(flat.numel() - 1, 0), min(_ELEMENTS, flat.numel())
     positions = torch.linspace(0, last, count, dtype=torch.float64).long()
     return name, tuple(value.shape), flat[positions.to(flat.device)].double()

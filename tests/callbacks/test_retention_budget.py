@@ -104,6 +104,14 @@ def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape)
     assert [each["alpha"] for each in callback.points] == ALPHAS and len(set(shares)) > 1
 
 
+@pytest.mark.parametrize(("guard", "epochs"), [(False, 4), (True, 2)])
+def test_a_guard_ends_a_training_that_keeps_too_little_at_its_first_point(tmp_path, guard, epochs):
+    """The weights change after the guard has looked, so it sees those of the first epoch at the end of the second."""
+    callback = budget(data=unlabelled_images(tmp_path), keep=0.5, alphas=[0.5, 1.0], guard=guard)
+    _, trainer = image_fit(callback, Train(100.0), module=image_module(learning_rate=0.0), max_epochs=4)
+    assert trainer.current_epoch == epochs
+
+
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_norm, rendered):
     """The first point that is not kept ends the search. Running statistics are on the path."""
@@ -122,9 +130,10 @@ def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_no
 
 
 def test_a_budget_that_is_kept_changes_nothing(tmp_path):
-    plain, _ = image_fit(max_epochs=1)
-    module, _ = image_fit(callback := budget(data=unlabelled_images(tmp_path), keep=0.01), max_epochs=1)
-    assert callback.alpha == 1
+    plain, _ = image_fit(max_epochs=2)
+    callback = budget(data=unlabelled_images(tmp_path), keep=0.01, guard=True)
+    module, trainer = image_fit(callback, max_epochs=2)
+    assert callback.alpha == 1 and trainer.current_epoch == 2
     torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
