@@ -33,6 +33,8 @@ class LinearProbeCallback(RunCallback):
             refit weighs the samples as training did: an unweighted one learns wrong labels back. A fit that writes
             checkpoints writes the refitted model to `checkpoints/refitted.ckpt` of the run's directory; earlier
             checkpoints hold the trained head. `weighted` refits with FLOW's weights although training has none.
+            `corrected`, with folds, refits on the probabilities of the true classes that the frozen body and the given
+            labels give, see `flow_lightning.method.label_errors.true_classes`. Checkpoints then hold these, too.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
             if the probe overfits. `label_issues.csv` of the run's directory then says which labels look wrong.
         rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
@@ -51,7 +53,7 @@ class LinearProbeCallback(RunCallback):
     def __init__(
         self,
         *,
-        refit: bool | Literal["weighted"] | None = None,
+        refit: bool | Literal["weighted", "corrected"] | None = None,
         folds: int = 0,
         rounds: int = 1,
         arrays: bool = False,
@@ -60,21 +62,24 @@ class LinearProbeCallback(RunCallback):
     ) -> None:
         if rounds > 1 and not folds:
             raise ValueError(f"rounds is {rounds}, which needs out-of-fold losses. Set folds, to 5 for instance.")
+        if refit == "corrected" and folds < 2:
+            raise ValueError("refit='corrected' needs probabilities out of fold. Set folds, to 5 for instance.")
         if arrays and folds < 2:
             raise ValueError("arrays are probabilities out of fold. Set folds, to 5 for instance.")
         self.refit, self.folds, self.rounds, self.arrays = refit, folds, rounds, arrays
         self.only, self.memory_budget = only, memory_budget
         self.probe: Probe | None = None
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
+        self._refit_classes: torch.Tensor | None = None  # of a refit on corrected labels
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unsuitable module now, not after hours of training, and say what is to be scored."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.probe = self._refit_weights = None
+        self.probe = self._refit_weights = self._refit_classes = None
         self._kind = self._features(pl_module, self.folds, "Linear probe")
-        self._kind.rounds = self.rounds
+        self._kind.rounds, self._kind.keeps_classes = self.rounds, self.refit == "corrected"
         self.run.scoring.choose(self._kind)
         self.run.scoring.look_at_model()
 
@@ -93,6 +98,7 @@ class LinearProbeCallback(RunCallback):
             rank_zero_warn("Arrays were not written: a weights_file has losses, but no features. Delete it.")
         if self.refit == "weighted":
             self._refit_weights = SampleWeights.from_losses(self.probe.losses).weights
+        self._refit_classes = self.probe.classes
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
 
@@ -102,12 +108,13 @@ class LinearProbeCallback(RunCallback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of the refit, which a resumed fit cannot compute any more."""
-        return {} if self._refit_weights is None else {"refit_weights": self._refit_weights}
+        """Return weights and classes of the refit, which a resumed fit cannot compute any more."""
+        kept = {"refit_weights": self._refit_weights, "refit_classes": self._refit_classes}
+        return {name: value for name, value in kept.items() if value is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the weights of a checkpoint."""
-        self._refit_weights = state_dict.get("refit_weights")
+        """Take weights and classes of a checkpoint."""
+        self._refit_weights, self._refit_classes = state_dict.get("refit_weights"), state_dict.get("refit_classes")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head again, if asked to, with the weights of the fit."""
@@ -122,10 +129,12 @@ class LinearProbeCallback(RunCallback):
         self.run.record(trainer, {"refit/strength": probe.strength, "time/refit_s": seconds})
 
     def solve(self, module: LightningModule) -> Probe:
-        """Fit the head on the features of the body as it is now, with the weights of the fit, and put it in."""
+        """Fit the head on the features of the body as it is now, with weights or corrected labels, and put it in."""
         weights: Any = module_contract(module).sample_weights
         kind = self._features(module, 0, "Head refit")
-        kind.sample_weights = self._refit_weights if weights is None else weights.weights.cpu()
+        kind.sample_classes = self._refit_classes
+        if self._refit_classes is None:
+            kind.sample_weights = self._refit_weights if weights is None else weights.weights.cpu()
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
         self._install(probe, kind)
         return probe

@@ -13,34 +13,44 @@ _MOST = 2**21
 _ROWS = 65_536
 
 
-def right_labels(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the probability that each label is right, and the transitions T from true classes to labels.
+def true_classes(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the probabilities of the true classes, given the labels, and the transitions T from classes to labels.
 
     The model gives a sample's true class the probabilities p. A sample of class c gets the label k with probability
-    `T_ck`. So a label y is right with the probability `p_y T_yy / sum_c p_c T_cy`. Wrong labels are even over the
-    classes, unless T with classes that are often confused predicts held-out labels better by one standard error.
+    `T_ck`. So its class is c with the probability `p_c T_cy / sum_k p_k T_ky`, y its label. Wrong labels are even over
+    the classes, unless T with classes that are often confused predicts held-out labels better by one standard error.
 
-    With hardly any wrong labels all probabilities are near 1: unlike FLOW's weights, they do not take from samples that
-    are merely hard. A model fitted on many wrong labels finds some of them likely, so the share of wrong labels comes
-    out too small. Their order is better known than their number.
+    With hardly any wrong labels those of the labels are near 1: unlike FLOW's weights, they do not take from samples
+    that are merely hard. A model fitted on many wrong labels finds some of them likely, so the share of wrong labels
+    comes out too small. Their order is better known than their number.
 
     Args:
         probabilities: p, `[n, C]`, out of fold.
         targets: The given labels, class indices `[n]`.
 
     Returns:
-        Probabilities `[n]`, float32, and T, `[C, C]` float64.
+        Probabilities `[n, C]`, float32, and T, `[C, C]` float64. The column of the label says whether it is right.
 
     >>> p = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.01, 0.99], [0.1, 0.9]])
-    >>> right_labels(p, torch.tensor([0, 1, 0, 1]))[0].round(decimals=1)
-    tensor([1.0000, 0.9000, 0.0000, 1.0000])
+    >>> true_classes(p, torch.tensor([0, 1, 0, 1]))[0][:, 1].round(decimals=1)
+    tensor([0.0000, 0.9000, 1.0000, 1.0000])
     """
     n, classes = probabilities.shape
     some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: max(1, _MOST // classes)].sort().values
     matrix = transition(probabilities[some], targets[some], _choose_even(probabilities[some], targets[some]))
     blocks = zip(probabilities.split(_ROWS), targets.split(_ROWS))
-    right = [_true_classes(p, y, matrix).gather(1, y[:, None]).squeeze(1).float() for p, y in blocks]
-    return torch.cat(right), matrix
+    return torch.cat([_given_labels(p, y, matrix).float() for p, y in blocks]), matrix
+
+
+def right_labels(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the probability that each label is right, `[n]`, and T; see `true_classes`."""
+    classes, matrix = true_classes(probabilities, targets)
+    return of_labels(classes, targets), matrix
+
+
+def of_labels(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Return the probability of each label, `[n]`, of those of all classes, `[n, C]`."""
+    return probabilities.gather(1, targets[:, None]).squeeze(1)
 
 
 def transition(
@@ -66,14 +76,14 @@ def transition(
     wrong = (1 - right) / max(1, classes - 1)
     matrix = 0.7 * right + 0.3 * wrong if start is None else start
     for _ in range(steps):
-        counts = torch.zeros_like(right).index_add_(1, targets, _true_classes(probabilities, targets, matrix).T)
+        counts = torch.zeros_like(right).index_add_(1, targets, _given_labels(probabilities, targets, matrix).T)
         share = max(1e-3, 1 - float(counts.trace()) / len(targets))  # of 0 it would never rise again
         prior = (1 - share) * right + share * wrong
         matrix = prior if even == torch.inf else (counts + even * prior) / (counts.sum(1, keepdim=True) + even)
     return matrix
 
 
-def _true_classes(probabilities: Tensor, targets: Tensor, matrix: Tensor) -> Tensor:
+def _given_labels(probabilities: Tensor, targets: Tensor, matrix: Tensor) -> Tensor:
     """Return the probability of each true class, given the label, `[n, C]` float64."""
     joint = probabilities.double() * matrix.T[targets]
     return joint / joint.sum(1, keepdim=True).clamp_min(1e-300)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow_lightning.method.flow import flow_weights, temperature
-from flow_lightning.method.label_errors import label_issues, right_labels, stratified_parts, thresholds
+from flow_lightning.method.label_errors import label_issues, of_labels, stratified_parts, thresholds, true_classes
 from flow_lightning.method.ridge import ridge_probabilities
 
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
@@ -53,6 +53,7 @@ class Probe:
         confidences: Their probability, `[n]`.
         right: The probability that each label is right, `[n]`, see `right_labels`; empty without folds.
         probabilities: Of all classes, out of fold, `[n, C]`; None without folds. Files do not have them.
+        classes: Of the true classes, given the labels, `[n, C]`, see `true_classes`; None without folds.
     """
 
     head: LinearHead
@@ -66,15 +67,17 @@ class Probe:
     confidences: Tensor
     right: Tensor = field(default_factory=lambda: torch.zeros(0))
     probabilities: Tensor | None = None
+    classes: Tensor | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all of it as tensors, to be written to a file."""
+    def tensors(self, with_classes: bool = False) -> dict[str, Tensor]:
+        """Return all of it as tensors, to be written to a file; `classes`, which are large, in float16 if asked for."""
         validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
         numbers = {"strength": self.strength, "validation": validation}
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         of_samples = {"losses": self.losses, "entropies": self.entropies, "issues": self.issues.to(torch.uint8)}
         of_samples |= {"targets": self.targets, "predicted": self.predicted, "confidences": self.confidences}
         of_samples |= {"right": self.right} if len(self.right) else {}
+        of_samples |= {"classes": self.classes.half()} if with_classes and self.classes is not None else {}
         return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
     @classmethod
@@ -85,7 +88,9 @@ class Probe:
         none = torch.zeros(0)  # files of earlier versions have only the losses
         names = ("entropies", "issues", "targets", "predicted", "confidences", "right")
         entropies, issues, *rest = (tensors.get(name, none) for name in names)
-        return cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues.bool(), *rest)
+        probe = cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues.bool(), *rest)
+        probe.classes = tensors.get("classes")
+        return probe
 
 
 def fit_probe(
@@ -98,6 +103,7 @@ def fit_probe(
     weights: Tensor | None = None,
     on_step: Callable[[], Any] = lambda: None,
     rounds: int = 1,
+    classes: Tensor | None = None,
 ) -> Probe:
     """Choose the strength of the penalty on a held-out fifth (`strongest_within_one_error`), then solve on all samples.
 
@@ -113,6 +119,7 @@ def fit_probe(
         on_step: Called after each of the `len(strengths) + folds + 1` solutions of a round at most, for a progress bar.
         rounds: 2, with folds: solve all again, with FLOW's weights of the first round's losses. Wrong labels have less
             part in such a probe, so it tells better which they are.
+        classes: Probabilities of the classes of each sample, `[n, C]`, to fit instead of `targets`; without folds.
 
     Raises:
         ValueError: If features are not finite, a target is out of range, or there are fewer samples than folds.
@@ -120,6 +127,7 @@ def fit_probe(
     _check(features, targets, num_classes, folds)
     given = torch.ones(len(targets)) if weights is None else weights.float()
     problem = _Problem(features, targets, given, num_classes, device)
+    problem.goals = targets if classes is None else classes.float()
     probe = _fit(problem, folds, strengths, on_step)
     for _ in range(rounds - 1):
         problem.weights = given * flow_weights(probe.losses, temperature(probe.losses))
@@ -127,7 +135,8 @@ def fit_probe(
     if probe.probabilities is not None:
         parts = stratified_parts(targets, folds)
         other = ridge_probabilities(problem.blocks, parts, targets, problem.weights, num_classes)
-        probe.right = right_labels((probe.probabilities + other) / 2, targets)[0]
+        probe.classes, _ = true_classes((probe.probabilities + other) / 2, targets)
+        probe.right = of_labels(probe.classes, targets)
     return probe
 
 
@@ -220,6 +229,7 @@ class _Problem:
         self, features: Tensor, targets: Tensor, weights: Tensor, num_classes: int, device: torch.device | str
     ) -> None:
         self.features, self.targets, self.weights = features, targets, weights
+        self.goals = targets  #: of the cross-entropy: class indices, or probabilities of classes `[n, C]`
         self.num_classes, self.device = num_classes, device
         total, square = 0.0, 0.0
         for block in features.split(_ROWS):
@@ -257,25 +267,25 @@ class _Problem:
         return LinearHead(plain, bias.detach().cpu() - plain @ self.mean)
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield standardised features, targets and weights of some rows on the device, block by block."""
+        """Yield standardised features, goals and weights of some rows on the device, block by block."""
         mean = self.mean.to(self.device)
         for chosen in rows.split(_ROWS):
             x = (self.features[chosen].to(self.device).float() - mean) / self.scale
-            yield x, self.targets[chosen].to(self.device), self.weights[chosen].to(self.device)
+            yield x, self.goals[chosen].to(self.device), self.weights[chosen].to(self.device)
 
 
 def _held_out_losses(
     problem: _Problem, held_out: Tensor, strengths: Sequence[float], on_step: Callable[[], Any]
 ) -> dict[float, tuple[float, float]]:
     """Follow the penalties from strong to weak, each from the last solution, until held-out loss has risen twice."""
-    features, targets = problem.features[held_out], problem.targets[held_out]
+    features, goals = problem.features[held_out], problem.goals[held_out]
     weights = problem.weights[held_out].double()
     total = weights.sum().clamp_min(1e-30)
     validation: dict[float, tuple[float, float]] = {}
     head: LinearHead | None = None
     for strength in strengths:
         head = problem.solve(~held_out, strength, head)
-        losses = head_losses(head, features, targets, problem.device).double()
+        losses = head_losses(head, features, goals, problem.device).double()
         mean = (weights * losses).sum() / total
         error = (weights * (losses - mean)).square().sum().sqrt() / total  # for weights of 1, std / sqrt(n)
         validation[strength] = (float(mean), float(error))

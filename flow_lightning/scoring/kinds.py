@@ -123,6 +123,8 @@ class ProbeFeatures(Kind):
         sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
         head: The layer that the probe is for.
         rounds: See `fit_probe`.
+        sample_classes: Probabilities of classes to fit instead of the targets, `[n, C]`; see `fit_probe`.
+        keeps_classes: Whether the result holds those of the true classes; with folds.
         arrays: A folder that gets `pred_probs.npy` and `features.npy`, with folds, once the probe is solved; then None.
     """
 
@@ -133,14 +135,15 @@ class ProbeFeatures(Kind):
     rounds: int = 1
     sample_weights: Tensor | None = None
     head: nn.Linear | None = None
+    sample_classes: Tensor | None = None
+    keeps_classes: bool = False
     arrays: Path | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]
         """Name the probe with what its result depends on."""
-        return f"linear probe, {self.classes} classes, folds {self.folds}" + f", rounds {self.rounds}" * (
-            self.rounds > 1
-        )
+        rounds, kept = f", rounds {self.rounds}" * (self.rounds > 1), ", true classes" * self.keeps_classes
+        return f"linear probe, {self.classes} classes, folds {self.folds}{rounds}{kept}"
 
     def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """Return features `[B, D]` float32 and targets `[B]`."""
@@ -170,6 +173,7 @@ class ProbeFeatures(Kind):
                 "weights": self.sample_weights,
                 "on_step": bar.update,
                 "rounds": self.rounds,
+                "classes": self.sample_classes,
             }
             probe = fit_probe(features, targets, self.classes, self.folds, **settings)
         if self.arrays is not None and probe.probabilities is not None:
@@ -178,7 +182,7 @@ class ProbeFeatures(Kind):
                 size = values.numel() * values.element_size() / 2**20
                 rank_zero_info(f"{self.arrays / name}.npy: {' x '.join(map(str, values.shape))}, {size:,.1f} MiB")
             self.arrays = None
-        return probe.tensors()
+        return probe.tensors(self.keeps_classes)
 
 
 def allocator(budget: float, folder: Path) -> Callable[..., Tensor]:

@@ -62,7 +62,7 @@ def found(given: Tensor, wrong: Tensor, features: Tensor, classes: int) -> list[
 
 
 def measure_heads(given: Tensor, features: Tensor, classes: int, test: tuple[Tensor, Tensor]) -> list[float]:
-    """Return mean weight, and test accuracy in percent of heads: plain, by FLOW out of fold, by `posterior`."""
+    """Return mean weight, and test accuracy in percent of heads: plain, FLOW out of fold, `posterior`, corrected."""
     probe, second = (fit_probe(features, given, classes, folds=5, rounds=rounds) for rounds in (1, 2))
     flow = flow_weights(probe.losses, temperature(probe.losses))
 
@@ -70,7 +70,8 @@ def measure_heads(given: Tensor, features: Tensor, classes: int, test: tuple[Ten
         return 100 * float((fitted.head(test[0]).argmax(1) == test[1]).float().mean())
 
     weighted = [fit_probe(features, given, classes, weights=weights) for weights in (flow, second.right)]
-    return [float(second.right.mean()), *map(accuracy, (probe, *weighted))]
+    corrected = fit_probe(features, given, classes, classes=second.classes)
+    return [float(second.right.mean()), *map(accuracy, (probe, *weighted, corrected))]
 
 
 def main(
@@ -84,7 +85,7 @@ def main(
 ) -> None:
     """Measure at each kind and rate of wrong labels, with each seed."""
     images, classes, ((features, targets), test) = read(dataset, root, size)
-    names = ["mean weight", "plain", "FLOW", "posterior"] if heads else ["label_score", "AUROC", *SCORES]
+    names = ["mean weight", "plain", "FLOW", "posterior", "corrected"] if heads else ["label_score", "AUROC", *SCORES]
     print("| wrong labels | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names), flush=True)
     for kind in kinds:
         for rate in rates if kind == kinds[0] else [rate for rate in rates if rate]:

@@ -174,13 +174,35 @@ def test_a_probe_alone_is_the_weighted_solution_on_the_frozen_body():
     torch.testing.assert_close(*body, rtol=0, atol=0)
 
 
-def test_a_weighted_refit_behind_plain_training_survives_a_resume():
-    probe, resumed = fl.LinearProbeCallback(refit="weighted"), fl.LinearProbeCallback(refit="weighted")
+def test_a_corrected_refit_fits_the_probable_classes_in_place_of_the_labels():
+    probe = fl.LinearProbeCallback(refit="corrected", folds=3)
+    module, trainer = run(probe, fl.FlowWeightingCallback(weighting="posterior"), max_steps=2)
+    classes = probe.probe.classes.float()
+    x, targets = features_and_targets(module)
+    torch.testing.assert_close(classes[torch.arange(30), targets], probe.probe.right, atol=1e-3, rtol=0)
+    strength, count = float(trainer.callback_metrics["refit/strength"]), classes.shape[1]
+    reference = LogisticRegression(C=1 / (strength * 30), tol=1e-10, max_iter=100_000)
+    labels = np.tile(np.arange(count), 30)
+    reference.fit(x.repeat(count, axis=0), labels, sample_weight=classes.flatten().numpy())
+    with torch.no_grad():
+        probabilities = module(PictureData().train_set.dataset.images).softmax(1)
+    expected = torch.from_numpy(reference.predict_proba(x)).float()
+    torch.testing.assert_close(probabilities, expected, rtol=0, atol=5e-3)
+    with pytest.raises(ValueError, match="Set folds"):
+        fl.LinearProbeCallback(refit="corrected")
+
+
+@pytest.mark.parametrize("refit", ["weighted", "corrected"])
+def test_a_refit_behind_plain_training_survives_a_resume(refit):
+    probe, resumed = (fl.LinearProbeCallback(refit=refit, folds=3) for _ in range(2))
     run(probe, ModelCheckpoint("ckpt", save_last=True), enable_checkpointing=True)
     trainer = make_trainer(resumed, max_epochs=2)
     trainer.fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/last.ckpt")
-    losses = probe.probe.losses
-    torch.testing.assert_close(resumed._refit_weights, torch.exp(-losses / losses.quantile(0.5)))
+    if refit == "corrected":
+        assert torch.equal(resumed._refit_classes, probe.probe.classes)
+    else:
+        losses = probe.probe.losses
+        torch.testing.assert_close(resumed._refit_weights, torch.exp(-losses / losses.quantile(0.5)))
     assert trainer.callback_metrics["refit/strength"] > 0
 
 

@@ -132,6 +132,17 @@ def test_weights_of_samples_are_scikit_learns():
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
 
 
+def test_probabilities_of_classes_count_as_a_sample_of_each_class_would():
+    """One of each class, weighted by its probability, which scikit-learn can solve."""
+    features, targets = clusters()
+    classes = (2 * torch.randn(len(targets), 3, generator=torch.Generator().manual_seed(0))).softmax(1)
+    probe = fit_probe(features, targets, 3, strengths=[0.03], classes=classes)
+    each, labels = features.repeat_interleave(3, dim=0), torch.arange(3).repeat(len(targets))
+    expected = sklearn_probabilities(each, labels, 0.03, features, weights=classes.flatten())
+    np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
+    assert torch.equal(probe.targets, targets)
+
+
 def test_samples_of_weight_zero_do_not_count():
     """Half of the labels are wrong, and their weights are 0: the head is that of the other half alone."""
     features, targets = clusters(n=300)
