@@ -122,12 +122,19 @@ def fit_probe(
         classes: Probabilities of the classes of each sample, `[n, C]`, to fit instead of `targets`; without folds.
 
     Raises:
-        ValueError: If features are not finite, a target is out of range, or there are fewer samples than folds.
+        ValueError: If features are not finite, a target is out of range, there are fewer samples than folds, or
+            `classes` do not fit.
     """
     _check(features, targets, num_classes, folds)
     given = torch.ones(len(targets)) if weights is None else weights.float()
     problem = _Problem(features, targets, given, num_classes, device)
-    problem.goals = targets if classes is None else classes.float()
+    if classes is not None:
+        if folds or classes.shape != (len(targets), num_classes):
+            raise ValueError(
+                f"classes are of shape {list(classes.shape)}, folds {folds}; expected {[len(targets), num_classes]} and "
+                "no folds. Resume with the data that the fit began with."
+            )
+        problem.goals = classes.float()
     probe = _fit(problem, folds, strengths, on_step)
     for _ in range(rounds - 1):
         problem.weights = given * flow_weights(probe.losses, temperature(probe.losses))

@@ -117,6 +117,8 @@ def test_constant_features_do_no_harm():
         (lambda f, t: (f.index_fill(0, torch.tensor([4]), float("nan")), t), {}, r"samples \[4\] are NaN"),
         (lambda f, t: (f, t + 1), {}, "expected targets from 0 to 2"),
         (lambda f, t: (f, t), {"folds": 1}, "expected 0 .in sample. or 2 to 150"),
+        (lambda f, t: (f, t), {"classes": torch.ones(9, 3)}, r"of shape \[9, 3\].*expected \[150, 3\]"),
+        (lambda f, t: (f, t), {"classes": torch.ones(150, 3), "folds": 2}, "and no folds"),
     ],
 )
 def test_bad_input_is_an_error(change, arguments, message):

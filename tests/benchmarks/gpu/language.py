@@ -3,14 +3,12 @@
 In: random tokens. Out: tokens per second, peak memory, and shares of the machine's own speed. Next: `trainers.py`.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flow_lightning as fl
-from tests.benchmarks.gpu.rows import Row, gemm_peak, memory_row, row, skipped, timed
+from tests.benchmarks.gpu.rows import Row, gemm_peak, memory_row, passes, row, skipped, timed
 
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _TINY = (32, 64, 2, 2, 1, 300)
@@ -39,18 +37,8 @@ def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
         with torch.autocast(device, torch.bfloat16, enabled=half):
             return module.token_losses(batch)
 
-    @torch.no_grad()
-    def scoring() -> None:
-        losses().cpu()
-
-    def step(weights: Tensor | float) -> None:
-        optimizer.zero_grad()
-        (weights * losses()).mean().backward()
-        optimizer.step()
-
     rows, seconds = [], {}
-    steps = {"scoring": scoring, "plain step": partial(step, 1.0), "weighted step": partial(step, weights)}
-    for name, each in steps.items():
+    for name, each in passes(losses, optimizer, weights).items():
         seconds[name] = timed(each, device, tiny)
         rows += [row(name, ids.numel() / seconds[name], "tokens/s"), memory_row(name, device)]
     return rows + _shares(module, shape, seconds, gemm_peak(device, tiny, torch.bfloat16 if half else torch.float32))

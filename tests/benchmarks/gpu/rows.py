@@ -5,10 +5,12 @@ In: a function to measure. Out: rows. Next: `correctness.py`, `vision.py`, `lang
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Row = dict[str, Any]
 
@@ -28,6 +30,23 @@ def memory_row(what: str, device: str) -> Row:
     if device != "cuda":
         return skipped(f"{what}, peak memory", "only of a GPU")
     return row(f"{what}, peak memory", torch.cuda.max_memory_allocated() / 2**20, "MiB")
+
+
+def passes(
+    losses: Callable[[], Tensor], optimizer: torch.optim.Optimizer, weights: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """Make what is timed of a model: a scoring, a plain and a weighted step, by name."""
+
+    @torch.no_grad()
+    def scoring() -> None:
+        losses().cpu()
+
+    def step(weights: Tensor | float) -> None:
+        optimizer.zero_grad()
+        (weights * losses()).mean().backward()
+        optimizer.step()
+
+    return {"scoring": scoring, "plain step": partial(step, 1.0), "weighted step": partial(step, weights)}
 
 
 def timed(step: Callable[[], Any], device: str, tiny: bool) -> float:

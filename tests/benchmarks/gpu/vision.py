@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from flow_lightning.method.losses import cross_entropy
-from tests.benchmarks.gpu.rows import Row, row, skipped, timed
+from tests.benchmarks.gpu.rows import Row, passes, row, skipped, timed
 
 
 def vision(device: str, tiny: bool) -> list[Row]:
@@ -38,18 +38,8 @@ def _measured(
         with torch.autocast(device, torch.bfloat16, enabled=half):
             return cross_entropy(run(images), targets)
 
-    @torch.no_grad()
-    def scoring() -> None:
-        losses().cpu()
-
-    def step(weights: Tensor | float) -> None:
-        optimizer.zero_grad()
-        (weights * losses()).mean().backward()
-        optimizer.step()
-
-    model.eval()
-    seconds = {"scoring": timed(scoring, device, tiny)}
-    model.train()
-    seconds["plain step"] = timed(lambda: step(1.0), device, tiny)
-    seconds["weighted step"] = timed(lambda: step(weights), device, tiny)
+    seconds = {}
+    for what, each in passes(losses, optimizer, weights).items():
+        model.train(what != "scoring")
+        seconds[what] = timed(each, device, tiny)
     return [row(f"{what}, {name}", shape[0] / each, "images/s") for what, each in seconds.items()]
