@@ -131,8 +131,8 @@ def fit_probe(
     if classes is not None:
         if folds or classes.shape != (len(targets), num_classes):
             raise ValueError(
-                f"classes are of shape {list(classes.shape)}, folds {folds}; expected {[len(targets), num_classes]} and "
-                "no folds. Resume with the data that the fit began with."
+                f"classes are of shape {list(classes.shape)}, folds {folds}; expected {[len(targets), num_classes]}, "
+                "and no folds. Resume with the data that the fit began with."
             )
         problem.goals = classes.float()
     probe = _fit(problem, folds, strengths, on_step)
