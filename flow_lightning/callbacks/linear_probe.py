@@ -69,6 +69,7 @@ class LinearProbeCallback(RunCallback):
         self.refit, self.folds, self.rounds, self.arrays = refit, folds, rounds, arrays
         self.only, self.memory_budget = only, memory_budget
         self.probe: Probe | None = None
+        self.solved: Probe | None = None  #: a refit that another callback has done already, on the body that it chose
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
         self._refit_classes: torch.Tensor | None = None  # of a refit on corrected labels
 
@@ -77,7 +78,7 @@ class LinearProbeCallback(RunCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self.probe = self._refit_weights = self._refit_classes = None
+        self.probe = self.solved = self._refit_weights = self._refit_classes = None
         self._kind = self._features(pl_module, self.folds, "Linear probe")
         self._kind.rounds, self._kind.keeps_classes = self.rounds, self.refit == "corrected"
         self.run.scoring.choose(self._kind)
@@ -92,7 +93,7 @@ class LinearProbeCallback(RunCallback):
             on_rank_zero(trainer, lambda: check_no_edits(folder / ISSUES_FILE))
         self._kind.arrays = folder if self.arrays else None
         self.probe = Probe.from_tensors(self.run.scoring.scored())
-        self._install(self.probe, self._kind)
+        self._install(self.probe, self._kind.description)
         self._write_issues(trainer, self.probe)
         if self._kind.arrays is not None and trainer.is_global_zero:  # nothing was solved
             rank_zero_warn("Arrays were not written: a weights_file has losses, but no features. Delete it.")
@@ -122,7 +123,10 @@ class LinearProbeCallback(RunCallback):
         if not (weights is not None or self.run.is_body_moved if self.refit is None else self.refit):
             return
         started = time.perf_counter()
-        probe = self.solve(pl_module)
+        if (probe := self.solved) is None:
+            probe = self.solve(pl_module)
+        else:
+            self._install(probe, "Head refit")
         if trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "refitted.ckpt", weights_only=False)
         seconds = time.perf_counter() - started
@@ -136,7 +140,8 @@ class LinearProbeCallback(RunCallback):
         if self._refit_classes is None:
             kind.sample_weights = self._refit_weights if weights is None else weights.weights.cpu()
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
-        self._install(probe, kind)
+        self._kind.head = kind.head  # a resumed fit has not looked for it yet
+        self._install(probe, kind.description)
         return probe
 
     def _write_issues(self, trainer: Trainer, probe: Probe) -> None:
@@ -159,15 +164,20 @@ class LinearProbeCallback(RunCallback):
         kind.head, kind.new_parts = head, tuple(f"{name}." for name, part in module.named_modules() if part is head)
         return kind
 
-    def _install(self, probe: Probe, kind: ProbeFeatures) -> None:
+    def _install(self, probe: Probe, description: str) -> None:
         """Put the probe into the module's head."""
-        head: Any = kind.head
+        head: Any = self._kind.head
         fill(head.weight, probe.head.weight)
         fill(head.bias, probe.head.bias)
         rank_zero_info(
-            f"{kind.description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
+            f"{description}: {len(probe.losses)} samples, L2 strength {probe.strength:.3g}, "
             f"mean loss {probe.losses.mean():.4f}."
         )
+
+
+def probes_of(trainer: Trainer) -> list[LinearProbeCallback]:
+    """Return the probes of a fit."""
+    return [each for each in trainer.callbacks if isinstance(each, LinearProbeCallback)]  # type: ignore[attr-defined]
 
 
 def probed_head(module: LightningModule) -> torch.nn.Linear:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from flow_lightning.callbacks.linear_probe import LinearProbeCallback
+from flow_lightning.callbacks.linear_probe import probes_of
 from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero, put, trained_tensors
@@ -23,6 +23,7 @@ from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
 from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
 from flow_lightning.method.path import Shape, check_path, check_shape, point
+from flow_lightning.method.probe import Probe
 from flow_lightning.report.metrics import path_table, print_table
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
@@ -32,17 +33,18 @@ from flow_lightning.scoring.kinds import ProbeFeatures
 class RetentionBudgetCallback(RunCallback):
     """Choose the furthest point from pre-trained to fine-tuned weights that keeps a budget on forgetting.
 
-    At `on_train_end` it measures the points of the path `pretrained + alpha * (finetuned - pretrained)` (see
-    `method/path.py`). In the order of alpha it tests whether a point keeps at least `keep` of what the pre-trained
-    model did, with `confidence`. The last point before the first that does not surely keep it becomes the model. If
-    only alpha 0 does, the body is the pre-trained one again. A LinearProbeCallback in the fit then solves the head
-    anew, with the sample weights; without one, the head is on the path, too.
+    At `on_train_end` it walks the path `pretrained + alpha * (finetuned - pretrained)` (see `method/path.py`). In the
+    order of alpha it tests whether a point keeps at least `keep` of what the pre-trained model did, with `confidence`.
+    The last point before the first that does not surely keep it becomes the model. If only alpha 0 does, the body is
+    the pre-trained one again. A LinearProbeCallback in the fit then solves the head anew, with the sample weights;
+    without one, the head is on the path, too.
 
     Half of the retention set chooses; what is kept on the other half is reported. Numbers are in `metrics.json`
     (`budget/...`, and `path/points` for all points), the picture is `path.png`. A fit that writes checkpoints writes a
     chosen model other than the fine-tuned one to `checkpoints/budget.ckpt`; a probe that refits writes its own file.
-    RetentionCallback then measures the chosen model. Each point costs a forward pass of half the retention set, at most
-    `samples`, and of at most 250 samples of the target. The pre-trained model does both halves before training.
+    RetentionCallback then measures the chosen model. Each point up to the first that is not kept, and the last, costs a
+    forward pass of half the retention set, at most `samples`, and of at most 250 samples of the target. The pre-trained
+    model does both halves before training.
 
     A checkpoint carries what a resumed fit needs, but for the pre-trained weights: build the module from them again, as
     for the first fit.
@@ -57,10 +59,11 @@ class RetentionBudgetCallback(RunCallback):
             itself, with its settings. None, for `agreement` of images: the inputs of the training. Answers on these are
             those of the pre-trained head, if the module has one. Otherwise they are the logits in its `training_step`,
             with the head from before training if a probe was fitted.
-        alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them.
+        alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them. A tight
+            budget needs small steps near 0.
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
         samples: Most samples of each half.
-        curve: Whether to measure each point for a board, too (see `compare`): on the other half and on the test set. A
+        curve: Whether to measure all points, for a board (see `compare`): on the other half and on the test set, too. A
             LinearProbeCallback solves its head anew for that, in a pass over the training set for each point.
         guard: Whether to stop a training that is beyond recovery. At the end of an epoch, the first point after alpha 0
             then keeps less than `keep`, by more than the bound's distance. It costs a forward pass of half the
@@ -80,7 +83,7 @@ class RetentionBudgetCallback(RunCallback):
         confidence: float = 0.95,
         of: Literal["accuracy", "agreement", "perplexity"] = "accuracy",
         data: Any = None,  # of other types the command line would read the file of that name
-        alphas: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        alphas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
         shape: Shape = "even",
         samples: int = 1000,
         curve: bool = False,
@@ -108,6 +111,7 @@ class RetentionBudgetCallback(RunCallback):
         self._head: dict[str, Tensor] = {}  # before training, if a probe is fitted
         self._before: list[Tensor] = []  # outcomes of the pre-trained model on both halves
         self._fingerprints: dict[str, str] = {}
+        self._heads: dict[float, Probe] = {}  # solved at the points of a curve, by alpha
         self._forwards = 0
 
     # -- before training -----------------------------------------------------------------------------------------------
@@ -208,14 +212,19 @@ class RetentionBudgetCallback(RunCallback):
         target = TargetOutcomes()
         target.prepare(trainer, pl_module, self.run.scoring.samples)
         at = partial(point, self._pretrained, finetuned, shape=self.shape)
-        self.points = [self._measured(trainer, pl_module, target, alpha, at(alpha)) for alpha in self.alphas]
+        for alpha in self.alphas:
+            # Beyond the first that is not kept there is nothing to choose; the last one tells the budget's price.
+            if self.curve or alpha == self.alphas[-1] or all(each["bound"] >= self.keep for each in self.points):
+                self.points.append(self._measured(trainer, pl_module, target, alpha, at(alpha)))
         chosen = max(0, last_kept([each["bound"] for each in self.points], self.keep))
-        self.alpha = self.alphas[chosen]
+        self.alpha = self.points[chosen]["alpha"]
         other = self.points[chosen].get("kept_other_half")  # a curve has it
         if other is None:
             put(pl_module, at(self.alpha) | self._head)
             other = self._kept(trainer, pl_module, self.alpha, 1).share
         put(pl_module, at(self.alpha))
+        for probe in probes_of(trainer):
+            probe.solved = self._heads.get(self.alpha)
         self._save(trainer)
         metrics = self._metrics(self.points[chosen], other)
         metrics["time/budget_s"] = self._seconds + time.perf_counter() - started
@@ -225,29 +234,23 @@ class RetentionBudgetCallback(RunCallback):
         self._pretrained = {}  # its memory is free again
 
     def _measured(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        target: TargetOutcomes,
-        alpha: float,
-        tensors: dict[str, Tensor],
+        self, trainer: Trainer, module: LightningModule, target: TargetOutcomes, alpha: float, at: dict[str, Tensor]
     ) -> dict[str, float]:
         """Measure what a point keeps on the half that chooses, and the target."""
-        put(module, tensors | self._head)
+        put(module, at | self._head)
         kept = self._kept(trainer, module, alpha, 0)
         others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share} if self.curve else {}
-        put(module, {name: tensors[name] for name in self._head})
+        put(module, {name: at[name] for name in self._head})
         if self.curve:
-            others["test_top1"] = self._test_accuracy(trainer, module)
+            others["test_top1"] = self._test_accuracy(trainer, module, alpha)
         self._forwards += len(target.positions)
-        measured = target.measure(trainer, module, f"Path {alpha:g}: target")
-        return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | measured | others
+        on_target = target.measure(trainer, module, f"Path {alpha:g}: target")
+        return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | on_target | others
 
-    def _test_accuracy(self, trainer: Trainer, module: LightningModule) -> float:
+    def _test_accuracy(self, trainer: Trainer, module: LightningModule, alpha: float) -> float:
         """Solve the head anew, if the fit has a probe, and measure the accuracy on the test set."""
-        for probe in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(probe, LinearProbeCallback):
-                probe.solve(module)
+        for probe in probes_of(trainer):
+            self._heads[alpha] = probe.solve(module)
         test = TargetAccuracy()
         test.prepare(trainer, module)
         return test.measure(trainer, module, "after")["top1"]
@@ -272,18 +275,15 @@ class RetentionBudgetCallback(RunCallback):
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""
         self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
-        refits = any(
-            isinstance(c, LinearProbeCallback) and c.refit is not False for c in other_callbacks(trainer, self)
-        )
+        refits = any(probe.refit is not False for probe in probes_of(trainer))
         if moved and not refits and trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "budget.ckpt")
 
     def _say(self, metrics: Mapping[str, float], target: TargetOutcomes) -> None:
         name = "target_top1" if "budget/target_top1" in metrics else "target_loss"
-        cost = (
-            f"On {len(target.positions)} {'validation' if target.is_held_out else 'training'} samples {name} is "
-            f"{metrics[f'budget/{name}']:.3f}; at alpha {self.alphas[-1]:g}, {metrics[f'budget/{name}_free']:.3f}."
-        )
+        where = f"On {len(target.positions)} {'validation' if target.is_held_out else 'training'} samples {name} is"
+        at, end = metrics[f"budget/{name}"], metrics[f"budget/{name}_free"]
+        cost = f"{where} {at:.3f}; at alpha {self.alphas[-1]:g}, {end:.3f}."
         if self.alpha == 0:
             rank_zero_warn(
                 f"No point of the path surely keeps {self.keep:.1%} of the {self.of} (confidence "

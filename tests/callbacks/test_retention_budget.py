@@ -44,7 +44,8 @@ def budget(**settings):
     """A budget that is so loose that the few images of the tests can show something."""
     if isinstance(images := settings.get("data"), str) and settings.get("of") != "perplexity":
         settings["data"] = PretrainedImages(images, image_size=SIZE)
-    return fl.RetentionBudgetCallback(**({"keep": 0.3, "confidence": 0.5, "of": "agreement"} | settings))
+    loose = {"keep": 0.3, "confidence": 0.5, "of": "agreement", "alphas": ALPHAS}
+    return fl.RetentionBudgetCallback(**(loose | settings))
 
 
 def run(callback, *callbacks, size=0.3, **settings):
@@ -81,7 +82,7 @@ def saved(name):
 def test_every_point_keeps_what_a_model_built_by_hand_keeps(tmp_path, of, shape):
     images = (labelled_images if of == "accuracy" else unlabelled_images)(tmp_path)
     callback, reference, start = (
-        budget(of=of, data=images, shape=shape),
+        budget(of=of, data=images, shape=shape, curve=True),
         retention.pretrained(),
         image_module().state_dict(),
     )
@@ -113,12 +114,14 @@ def test_a_guard_ends_a_training_that_keeps_too_little_at_its_first_point(tmp_pa
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
 def test_the_fit_ends_on_the_last_point_that_keeps_the_budget(tmp_path, batch_norm, rendered):
-    """The first point that is not kept ends the search. Running statistics are on the path."""
+    """The first point that is not kept ends the search, but for the last one. Running statistics are on the path."""
     start = copy_of(module := image_module(learning_rate=0.0, batch_norm=batch_norm))
     callback = budget(data=unlabelled_images(tmp_path), keep=0.5)
     module, end = run(callback, module=module, size=0.5)
     kept = [each["bound"] >= 0.5 for each in callback.points]
-    assert not all(kept) and callback.alpha == ALPHAS[kept.index(False) - 1] > 0
+    failed = kept.index(False)
+    assert callback.alpha == ALPHAS[failed - 1] > 0
+    assert [each["alpha"] for each in callback.points] == sorted({*ALPHAS[: failed + 1], 1.0})
     check_point(module, start, end, callback.alpha, but=())
     moved = not torch.equal(start["model.bn1.running_mean"], end["model.bn1.running_mean"])
     assert moved == (batch_norm == "train")
@@ -161,6 +164,19 @@ def test_a_curve_measures_the_other_half_once_for_each_point(tmp_path):
     other = len(halves([f"{number}.png" for number in range(retention.IMAGES)], 99)[1])
     passes = len(ALPHAS) - 1  # the pre-trained model needs none
     assert metrics["budget/forwards"] - alone["budget/forwards"] == (passes - 1) * other > 0
+
+
+def test_a_curve_solves_the_head_of_the_chosen_point_once(tmp_path, monkeypatch):
+    images, states, solved = unlabelled_images(tmp_path), [], []
+    solve = fl.LinearProbeCallback.solve
+    monkeypatch.setattr(fl.LinearProbeCallback, "solve", lambda *args: solved.append(1) or solve(*args))
+    for curve in (False, True):
+        callback = budget(data=images, alphas=[0.5], curve=curve)
+        module, _ = run(callback, fl.LinearProbeCallback(), fl.FlowWeightingCallback())
+        assert callback.alpha == 0.5 and "refit/strength" in read_metrics("run/metrics.json")
+        states.append(copy_of(module))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert len(solved) == 1 + 2  # once at the end, then once for each point
 
 
 def test_a_path_by_depth_ends_beside_the_fine_tuned_model_so_its_model_is_written(tmp_path):
@@ -304,7 +320,7 @@ def test_an_unchanged_module_agrees_with_itself_on_the_inputs_of_its_training(fl
 @pytest.mark.parametrize("probed", [True, False])
 def test_a_probed_head_is_not_part_of_what_an_unchanged_module_keeps(probed):
     """It will be solved anew, so answers are compared with the head from before training; another head counts."""
-    dataset, module, callback = unchanged.data(), unchanged.Classifier(), budget(keep=0.5)
+    dataset, module, callback = unchanged.data(), unchanged.Classifier(), budget(keep=0.01)
     callbacks = [callback, Train(20.0, only="net.4"), *[fl.LinearProbeCallback()] * probed]
     unchanged.fit(module, dataset, *callbacks, max_epochs=1, default_root_dir="run")
     shares = [each["kept"] for each in callback.points]
