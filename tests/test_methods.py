@@ -25,6 +25,7 @@ IMAGES = {
     "recommended",
     "lwf",
     "ldifs",
+    "label_smoothing",
 }
 #: The others run on both; each makes its step on one of them, by turns.
 EITHER = sorted({*names_of("methods")} - TOKENS - IMAGES)

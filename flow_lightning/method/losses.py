@@ -14,15 +14,18 @@ IGNORED = -100
 _CHUNK_BYTES = 64 * 2**20
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy of each sample, in float32 whatever precision the logits have.
 
     Logits are `[B, C]`, targets class indices `[B]`. Losses are in nats, `[B]`, float32 (float64 for float64 logits).
+    With smoothing the target's probability is `1 - label_smoothing`, plus the share `label_smoothing / C` that every
+    class gets (Szegedy et al., arXiv 1512.00567, section 7).
 
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4 for an even guess among four
     tensor([1.3863, 1.3863])
     """
-    return F.cross_entropy(logits if logits.dtype.itemsize >= 4 else logits.float(), targets, reduction="none")
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def answer_change(before: Tensor, now: Tensor, temperature: float = 1.0) -> Tensor:
