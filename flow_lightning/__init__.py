@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the public names: type checkers and editors see imports, and `_HOME` reads them
     from flow_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
+    from flow_lightning.callbacks.early_learning import EarlyLearningCallback as EarlyLearningCallback
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.online_weights import LossAdaptiveRateCallback as LossAdaptiveRateCallback

@@ -26,6 +26,7 @@ IMAGES = {
     "lwf",
     "ldifs",
     "label_smoothing",
+    "elr",
 }
 #: The others run on both; each makes its step on one of them, by turns.
 EITHER = sorted({*names_of("methods")} - TOKENS - IMAGES)

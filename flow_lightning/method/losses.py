@@ -49,6 +49,18 @@ def feature_change(before: Tensor, now: Tensor) -> Tensor:
     return (now.float() - before.float()).square().flatten(1).sum(1)
 
 
+def early_learning(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Compute the regulariser `log(1 - <p, t>)` of each sample, `[B]`, from predictions p and targets t, `[B, C]`.
+
+    It is the lower, the more a prediction agrees with the running mean of earlier ones (Liu et al., ELR, arXiv
+    2007.00151, equation 6). The agreement is bounded by 0.9999, so that it is finite.
+
+    >>> early_learning(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+    tensor([-0.6931])
+    """
+    return torch.log1p(-(probabilities * targets).sum(1).clamp(max=1 - 1e-4))
+
+
 def supervised_counts(batch: dict[str, Tensor]) -> Tensor:
     """Count the supervised tokens, `[B]`, of `labels` `[B, T]`. The first token has no prediction, so never counts.
 
