@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the public names: type checkers and editors see imports, and `_HOME` reads them
+    from flow_lightning.callbacks.averaging import SequentialAveragingCallback as SequentialAveragingCallback
     from flow_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
     from flow_lightning.callbacks.early_learning import EarlyLearningCallback as EarlyLearningCallback
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback

@@ -271,7 +271,8 @@ class RetentionBudgetCallback(RunCallback):
 
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""
-        self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
+        moved = (self.alpha, self.shape) != (1, "even")
+        self.run.is_body_moved |= moved
         refits = any(
             isinstance(c, LinearProbeCallback) and c.refit is not False for c in other_callbacks(trainer, self)
         )
