@@ -12,8 +12,8 @@ from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
 
-#: Methods that weigh tokens, and methods for images alone: those that need a head to probe or solve.
-TOKENS = {"flow_sequence", "flow_token", "token_masking"}
+#: Methods for language models alone, and methods for images alone: those that need a head to probe or solve.
+TOKENS = {"flow_sequence", "flow_token", "token_masking", "text_anchor"}
 IMAGES = {
     "weighted_probe",
     "plain_weighted_head",
