@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the public names: type checkers and editors see imports, and `_HOME` reads them
+    from flow_lightning.callbacks.averaging import SequentialAveragingCallback as SequentialAveragingCallback
     from flow_lightning.callbacks.distillation import DistillationCallback as DistillationCallback
+    from flow_lightning.callbacks.early_learning import EarlyLearningCallback as EarlyLearningCallback
     from flow_lightning.callbacks.flow_weighting import FlowWeightingCallback as FlowWeightingCallback
     from flow_lightning.callbacks.linear_probe import LinearProbeCallback as LinearProbeCallback
     from flow_lightning.callbacks.online_weights import LossAdaptiveRateCallback as LossAdaptiveRateCallback
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # the public names: type checkers and editors see imports, an
     from flow_lightning.callbacks.retention_budget import RetentionBudgetCallback as RetentionBudgetCallback
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
     from flow_lightning.callbacks.stay_near import StayNearCallback as StayNearCallback
+    from flow_lightning.callbacks.text_anchor import TextAnchorCallback as TextAnchorCallback
     from flow_lightning.data.edits import apply_edits as apply_edits
     from flow_lightning.data.images import ImageDataModule as ImageDataModule
     from flow_lightning.data.indexing import IndexedDataset as IndexedDataset

@@ -1,5 +1,6 @@
 """Every shipped language configuration through the real command line, on a tiny model and without network."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def test_every_configuration_composes_with_every_method(method, tune):
     assert cli.model.tune == tune and (folder / "tokenizer.json").is_file()
     assert (folder / ("adapter_config.json" if tune == "lora" else "config.json")).is_file()
     assert ("flow/temperature" in metrics_of(cli)) == (method != "standard") and cli.model.sample_weights is None
+
+
+@pytest.mark.parametrize("variant", ["use_dora", "use_rslora"])
+def test_a_variant_of_lora_is_an_option_and_combines_with_flow(variant):
+    options = ["-c=lora", "--data.train=train.jsonl", "--data.batch_size=2", f"--model.lora_options.{variant}=true"]
+    cli = run("-c=llama32_3b_metamathqa", *options, method="flow_sequence")
+    folder = Path(cli.trainer.log_dir) / "model"
+    assert json.loads((folder / "adapter_config.json").read_text())[variant]
+    assert "flow/temperature" in metrics_of(cli) and cli.model.model.peft_config["default"].r == 64
 
 
 def test_the_configurations_hold_the_papers_hyperparameters():

@@ -12,8 +12,8 @@ from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
 
-#: Methods that weigh tokens, and methods for images alone: those that need a head to probe or solve.
-TOKENS = {"flow_sequence", "flow_token", "token_masking"}
+#: Methods for language models alone, and methods for images alone: those that need a head to probe or solve.
+TOKENS = {"flow_sequence", "flow_token", "token_masking", "text_anchor"}
 IMAGES = {
     "weighted_probe",
     "plain_weighted_head",
@@ -25,6 +25,8 @@ IMAGES = {
     "recommended",
     "lwf",
     "ldifs",
+    "label_smoothing",
+    "elr",
 }
 #: The others run on both; each makes its step on one of them, by turns.
 EITHER = sorted({*names_of("methods")} - TOKENS - IMAGES)

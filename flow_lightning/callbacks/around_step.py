@@ -33,8 +33,12 @@ class AroundStep(RunCallback):
         """Compute what is added to the loss of a step that has just run, a scalar; None for nothing."""
         return None
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Surround the step, after FlowWeightingCallback has: the first of these callbacks does it for all."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Surround the step before the first batch: the first of these callbacks does it for all.
+
+        FlowWeightingCallback has done so at the start of the fit. Lightning has no `on_train_epoch_start` in an epoch
+        that a resumed fit begins in its middle.
+        """
         others = [each for each in trainer.callbacks if isinstance(each, AroundStep)]  # type: ignore[attr-defined]
         if self._step is not None or others[0] is not self:
             return

@@ -3,7 +3,7 @@
 In: the losses of each step. Out: their weights, or another learning rate. Next: `method/online.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
@@ -82,7 +82,9 @@ class OnlineWeightsCallback(AroundStep):
         self._gates = []
         if not module_contract(module).weighs_online:
             return self._weighing(module)
-        return _Gates(self.function, self._gates) if self.rule == "entropy" else super().around(trainer, module, batch)
+        return (
+            SeenLogits(self.function, self._gates) if self.rule == "entropy" else super().around(trainer, module, batch)
+        )
 
     def _of_losses(self, losses: Tensor) -> Tensor:
         """Return the factors of the losses of a step, `[K]`."""
@@ -125,24 +127,29 @@ class _OnlineInterception(Interception):
         return losses * factors
 
 
-class _Gates(TorchFunctionMode):
-    """Notes the gate of each loss that cross-entropy computes."""
+class SeenLogits(TorchFunctionMode):
+    """Notes what a function makes of the logits of each cross-entropy that is computed.
 
-    def __init__(self, gate: Any, noted: list[Tensor]) -> None:
+    Args:
+        function: Of logits `[N, C]`. Those of `linear_cross_entropy`, which never exist as a whole, have no gradient.
+        noted: Gets its results, in order.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], noted: list[Tensor]) -> None:
         super().__init__()
-        self.gate, self.noted = gate, noted
+        self.function, self.noted = function, noted
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and look at what a cross-entropy is given."""
         kwargs = kwargs or {}
         arguments = {**LOSSES[func], **dict(zip(LOSSES[func], args)), **kwargs} if func in LOSSES else {}
         if func is F.cross_entropy:
-            self.noted.append(self.gate(arguments["input"].detach()))
+            self.noted.append(self.function(arguments["input"]))
         elif func is getattr(F, "linear_cross_entropy", 0):
             weight, bias = arguments["linear_weight"].detach(), arguments["linear_bias"]
             with torch.no_grad():
                 chunks = arguments["input"].split(_CHUNK)
-                self.noted.extend(self.gate(F.linear(chunk, weight, bias)) for chunk in chunks)
+                self.noted.extend(self.function(F.linear(chunk, weight, bias)) for chunk in chunks)
         return func(*args, **kwargs)
 
 

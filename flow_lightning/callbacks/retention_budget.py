@@ -274,7 +274,8 @@ class RetentionBudgetCallback(RunCallback):
 
     def _save(self, trainer: Trainer) -> None:
         """Write the chosen model, unless a probe will do so with its new head."""
-        self.run.is_body_moved = moved = (self.alpha, self.shape) != (1, "even")
+        moved = (self.alpha, self.shape) != (1, "even")
+        self.run.is_body_moved |= moved
         refits = any(probe.refit is not False for probe in probes_of(trainer))
         if moved and not refits and trainer.checkpoint_callback is not None and self.run.directory is not None:
             trainer.save_checkpoint(self.run.directory / "checkpoints" / "budget.ckpt")

@@ -14,15 +14,18 @@ IGNORED = -100
 _CHUNK_BYTES = 64 * 2**20
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Compute the cross-entropy of each sample, in float32 whatever precision the logits have.
 
     Logits are `[B, C]`, targets class indices `[B]`. Losses are in nats, `[B]`, float32 (float64 for float64 logits).
+    With smoothing the target's probability is `1 - label_smoothing`, plus the share `label_smoothing / C` that every
+    class gets (Szegedy et al., arXiv 1512.00567, section 7).
 
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4 for an even guess among four
     tensor([1.3863, 1.3863])
     """
-    return F.cross_entropy(logits if logits.dtype.itemsize >= 4 else logits.float(), targets, reduction="none")
+    logits = logits if logits.dtype.itemsize >= 4 else logits.float()
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def answer_change(before: Tensor, now: Tensor, temperature: float = 1.0) -> Tensor:
@@ -44,6 +47,18 @@ def feature_change(before: Tensor, now: Tensor) -> Tensor:
     tensor([25.])
     """
     return (now.float() - before.float()).square().flatten(1).sum(1)
+
+
+def early_learning(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Compute the regulariser `log(1 - <p, t>)` of each sample, `[B]`, from predictions p and targets t, `[B, C]`.
+
+    It is the lower, the more a prediction agrees with the running mean of earlier ones (Liu et al., ELR, arXiv
+    2007.00151, equation 6). The agreement is bounded by 0.9999, so that it is finite.
+
+    >>> early_learning(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+    tensor([-0.6931])
+    """
+    return torch.log1p(-(probabilities * targets).sum(1).clamp(max=1 - 1e-4))
 
 
 def supervised_counts(batch: dict[str, Tensor]) -> Tensor:

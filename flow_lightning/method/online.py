@@ -38,7 +38,10 @@ def adaptive(losses: Tensor, floor: float = 0.01) -> Tensor:
 def smallest(losses: Tensor, share: float = 0.7) -> Tensor:
     """Keep the share of smallest losses: weight 1, else 0. At least one loss is kept.
 
-    It is the selection of co-teaching, by one model (Han et al., arXiv 1804.06872): give 1 - the rate of wrong labels.
+    It is the selection of co-teaching (Han et al., arXiv 1804.06872, Algorithm 1): give 1 - the rate of wrong labels.
+    There two models select for each other, and the share falls from 1 over the first epochs; here one model selects,
+    with the same share from the start. The mean is over the kept losses with `reduction: weights`, as there. With
+    `reduction: batch`, and in other modules, it is over all, so the step is smaller by the share.
 
     >>> smallest(torch.tensor([3.0, 1.0, 2.0, 4.0]), share=0.5)
     tensor([0., 1., 1., 0.])

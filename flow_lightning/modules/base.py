@@ -85,7 +85,10 @@ class WeightedLossModule(LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define sample_losses(batch) -> Tensor of shape [B].")
 
     def training_losses(self, batch: Any) -> Tensor:
-        """Compute the terms of the objective, `[K]`: by default the sample losses, one for each sample."""
+        """Compute the terms of the objective, `[K]`: by default the sample losses, one for each sample.
+
+        With reduction='sampling' there is one term for each sample, too.
+        """
         return self.sample_losses(batch)
 
     def training_weights(self, batch: Any) -> Tensor | None:
@@ -131,7 +134,7 @@ class WeightedLossModule(LightningModule):
         if drawn.numel() == 0:  # every rank must take part in the backward pass
             drawn = torch.zeros(1, dtype=torch.long, device=weights.device)
         batch = select(batch, drawn, index.numel())
-        losses = self.sample_losses(batch)
+        losses = self.training_losses(batch)
         self._note(index[drawn], losses, weights.numel())
         online = self._with_online_weights(None, losses)
         losses = losses if online is None else losses * online

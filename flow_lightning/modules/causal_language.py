@@ -53,6 +53,9 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.
         lora_dropout: Dropout before the adapters.
         lora_targets: Names of the layers that get adapters.
+        lora_options: Further settings of `peft.LoraConfig`, such as `{use_dora: true}` (DoRA) or `{use_rslora: true}`.
+            What changes the pre-trained model itself, as `init_lora_weights: pissa` does, is a ValueError: the model
+            without adapters is what FLOW scores and what forgetting is measured from.
         chunk_tokens: Supervised tokens whose logits exist at one time; by default chosen by memory.
         layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
 
@@ -77,6 +80,7 @@ class CausalLanguageModule(WeightedLossModule):
         lora_alpha: int = 64,
         lora_dropout: float = 0.0,
         lora_targets: list[str] = _LORA_TARGETS,
+        lora_options: dict[str, Any] | None = None,
         chunk_tokens: int | None = None,
         layer_decay: float = 1.0,
     ) -> None:
@@ -93,7 +97,7 @@ class CausalLanguageModule(WeightedLossModule):
             tokenizer = tokenizer or own
         self.tokenizer, self.tune = tokenizer, tune
         if tune == "lora":
-            self.model = add_lora(self.model, lora_r, lora_alpha, lora_dropout, list(lora_targets))
+            self.model = add_lora(self.model, lora_r, lora_alpha, lora_dropout, list(lora_targets), lora_options)
         elif tune == "head":
             train_head_only(self.model)
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup

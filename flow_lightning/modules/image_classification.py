@@ -51,9 +51,11 @@ class ImageClassificationModule(WeightedLossModule):
         channels_last: Whether convolutions run in the channels-last memory format, usually the faster one.
         model_kwargs: Further arguments for `timm.create_model`, for instance `{img_size: 96}` for a ViT.
         layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
+        label_smoothing: Share of each training label that is spread evenly over all classes. Losses that FLOW scores
+            are without it: it charges confidence, whatever the label, so easy samples would seem hard.
 
     Raises:
-        ValueError: If timm has no such model, or the checkpoint does not fit it.
+        ValueError: If timm has no such model, the checkpoint does not fit it, or the smoothing is not in `[0, 1)`.
         TypeError: If the model's classifier is no `nn.Linear`.
     """
 
@@ -72,15 +74,18 @@ class ImageClassificationModule(WeightedLossModule):
         channels_last: bool = True,
         model_kwargs: dict[str, Any] | None = None,
         layer_decay: float = 1.0,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(reduction)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}; expected a share from 0 to below 1, such as 0.1.")
         checkpoint = None if checkpoint is None else str(checkpoint)  # weights_only=True loads no Path
         objects = {"model": model, "optimizer": optimizer}
         self.save_hyperparameters(ignore=[key for key, value in objects.items() if not isinstance(value, str | dict)])
         built = _build(model, pretrained, checkpoint, model_kwargs or {}) if isinstance(model, str) else model
         self.model = cast(Any, built)  # nn.Module would type timm's methods as tensors
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
-        self.layer_decay = layer_decay
+        self.layer_decay, self.label_smoothing = layer_decay, label_smoothing
         self.optimizer = optimizer_factory(optimizer)
         self.batch_norm, self.channels_last, self.num_classes = batch_norm, channels_last, num_classes
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.model)
@@ -106,6 +111,12 @@ class ImageClassificationModule(WeightedLossModule):
     def sample_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the cross-entropy of each image, `[B]`, in nats."""
         return cross_entropy(self(batch["image"]), batch["target"])
+
+    def training_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Compute what training minimises of each image, `[B]` in nats: its loss, its label smoothed if asked to."""
+        if self.label_smoothing == 0:
+            return self.sample_losses(batch)
+        return cross_entropy(self(batch["image"]), batch["target"], self.label_smoothing)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure top-1, top-5 and loss."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flow_lightning.optional import optional_import, package_folder
+from flow_lightning.scoring.fingerprint import model_fingerprints
 
 #: The file in each package, and the extra that installs the package.
 _KNOWN = {
@@ -101,15 +102,42 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
     return loaded, tokenizer
 
 
-def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: list[str]) -> Any:
-    """Put LoRA adapters of peft into the linear layers named in `targets`, in place; only they are trainable then."""
+def add_lora(
+    model: Any, r: int, alpha: int, dropout: float, targets: list[str], options: dict[str, Any] | None = None
+) -> Any:
+    """Put LoRA adapters of peft into the linear layers named in `targets`, in place; only they are trainable then.
+
+    `options` are further settings of `peft.LoraConfig`. A ValueError tells of settings that do not exist, or that leave
+    another model than the pre-trained one behind the adapters.
+    """
     peft = optional_import("peft", "language", "LoRA")
-    config = peft.LoraConfig("CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    before = model_fingerprints(model.state_dict()) if options else {}
+    settings = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": targets, **(options or {})}
     try:
-        return peft.get_peft_model(model, config)
+        config = peft.LoraConfig("CAUSAL_LM", **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora_options are {options}, but peft.LoraConfig says: {error}") from error
+    try:
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         linear = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         raise ValueError(f"LoRA cannot be applied: {error} Set lora_targets to some of {sorted(linear)}.") from error
+    if options:
+        _check_reference(model, before, options)
+    return adapted
+
+
+def _check_reference(model: nn.Module, before: dict[str, str], options: dict[str, Any]) -> None:
+    """Refuse adapters behind which the pre-trained model is not as it was, or does not stay so."""
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if ".lora_" not in name}
+    now = model_fingerprints({name.replace(".base_layer.", "."): value for name, value in state.items()})
+    trained = [name for name, value in state.items() if value.requires_grad]
+    changed = trained or [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"lora_options={options} change the pre-trained model itself ({changed[0]}). Without adapters it is no "
+            "longer what FLOW scores and what forgetting is measured from. Use options that change the adapters alone."
+        )
 
 
 def train_head_only(model: Any) -> None:

@@ -24,6 +24,14 @@ def test_is_minus_the_log_probability_in_at_least_float32(dtype):
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
 
 
+def test_smoothed_labels_are_mixed_with_an_even_guess():
+    logits, targets = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), np.arange(9) % 5
+    soft = 0.7 * np.eye(5)[targets] + 0.3 / 5
+    losses = cross_entropy(logits, torch.from_numpy(targets), label_smoothing=0.3)
+    expected = -(soft * log_softmax(logits.double().numpy(), axis=1)).sum(1)
+    np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_change_of_answers_is_the_divergence_of_scipy(dtype):
     before, now = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).to(dtype)

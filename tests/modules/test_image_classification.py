@@ -117,6 +117,31 @@ def test_losses_and_test_metrics_are_torchs():
     assert metrics["test/loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["batch", "weights", "sampling"])
+def test_training_smooths_labels_and_scoring_does_not(reduction):
+    module, plain = (tiny_module(label_smoothing=share, reduction=reduction).eval() for share in (0.3, 0.0))
+    batch = next(iter(PictureData(n=12).scoring_dataloader()))
+    torch.testing.assert_close(module.sample_losses(batch), plain.sample_losses(batch), rtol=0, atol=0)
+    weights = torch.linspace(0, 1, 12).round() if reduction == "sampling" else torch.linspace(0.1, 1, 12)
+    vars(module).update(sample_weights=fl.SampleWeights(torch.ones(12), 1.0, weights), log=lambda *_, **__: None)
+    logits, own = module(batch["image"]), weights[batch["index"]]
+    soft = 0.7 * nn.functional.one_hot(batch["target"], 3) + 0.1
+    expected = (own * -(soft * logits.log_softmax(1)).sum(1)).sum() / (own.sum() if reduction == "weights" else 8)
+    torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
+def test_a_loss_of_ones_own_is_trained_on_and_a_wrong_share_is_refused():
+    class Own(fl.ImageClassificationModule):
+        def sample_losses(self, batch):
+            return super().sample_losses(batch).square()
+
+    module = Own("test_resnet.r160_in1k", 3, pretrained=False).eval()
+    batch = next(iter(PictureData().scoring_dataloader()))
+    torch.testing.assert_close(module.training_losses(batch), module.sample_losses(batch))
+    with pytest.raises(ValueError, match=r"label_smoothing is 1\.0"):
+        tiny_module(label_smoothing=1.0)
+
+
 def test_an_unknown_model_gets_the_nearest_names():
     with pytest.raises(ValueError, match="resnet18"):
         fl.ImageClassificationModule("resnet81", 3)

