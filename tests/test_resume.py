@@ -9,12 +9,20 @@ from torchvision.transforms import v2
 
 from flow_lightning.data.images import TransformedImages
 from flow_lightning.data.indexing import IndexedDataset
+from flow_lightning.data.packing import PackedBatches
 from flow_lightning.data.samplers import LengthGroupedSampler
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 
 
+def indices(samples):
+    return torch.tensor([sample.index for sample in samples])
+
+
 def loader_of(kind, n, batch_size, seed=3, **settings):
     data = list(range(n))
+    if kind == "packed":
+        sampler = PackedBatches([1 + i % 7 for i in data], batch_size + 7, seed=seed)
+        return ResumableDataLoader(IndexedDataset(data), batch_size=None, sampler=sampler, collate_fn=indices)
     sampler = (
         ResumableSampler(data, seed=seed)
         if kind == "plain"
@@ -28,7 +36,7 @@ def epoch_of(loader, epoch):
     return [batch.tolist() for batch in loader]
 
 
-@given(st.sampled_from(["plain", "grouped"]), st.integers(1, 40), st.integers(1, 9), st.integers(0, 40))
+@given(st.sampled_from(["plain", "grouped", "packed"]), st.integers(1, 40), st.integers(1, 9), st.integers(0, 40))
 def test_it_goes_on_after_any_number_of_batches(kind, n, batch_size, served):
     whole = epoch_of(loader_of(kind, n, batch_size), 2)
     served %= len(whole)
@@ -62,7 +70,7 @@ def test_the_state_counts_from_the_beginning_of_the_epoch_and_workers_do_not_run
     assert loader.state_dict() == {"batches": 5, "epoch": 0}
 
 
-@pytest.mark.parametrize("kind", ["plain", "grouped"])
+@pytest.mark.parametrize("kind", ["plain", "grouped", "packed"])
 def test_order_follows_seed_and_epoch(kind):
     def order(seed, epoch):
         loader = loader_of(kind, 100, 4, seed=seed)

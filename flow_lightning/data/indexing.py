@@ -27,7 +27,8 @@ class IndexedDataset(Dataset[Any]):
     """Add an integer `index` to each sample of a map-style data set.
 
     A dict sample gets the key `index`; any other sample, say `(x, y)`, becomes `IndexedSample(sample, index)`,
-    which the default collate function turns into `IndexedSample((x, y), index [B])`.
+    which the default collate function turns into `IndexedSample((x, y), index [B])`. A list of positions gives
+    a list of samples.
 
     Args:
         dataset: Any data set with `__getitem__` and `__len__`: a `Subset`, a `ConcatDataset`, a part of
@@ -55,7 +56,9 @@ class IndexedDataset(Dataset[Any]):
         if callable(of_dataset := getattr(self.dataset, "set_epoch", None)):
             of_dataset(epoch)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | list[int]) -> Any:
+        if isinstance(index, list):  # a sampler of batches, with batch_size=None
+            return [self[position] for position in index]
         if index < 0:
             index += len(self)
         sample = self.dataset[index]

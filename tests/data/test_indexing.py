@@ -39,6 +39,10 @@ def test_a_negative_position_counts_from_the_end():
     assert IndexedDataset(BASE)[-1].index == 9
 
 
+def test_a_list_of_positions_gives_their_samples():
+    assert IndexedDataset("abc")[[2, 0]] == [IndexedSample("c", 2), IndexedSample("a", 0)]
+
+
 @pytest.mark.parametrize("batch", [{"image": torch.ones(2)}, [torch.ones(2), torch.ones(2)], (1, 2), torch.ones(3)])
 def test_a_batch_without_index_is_an_error_that_names_the_fix(batch):
     with pytest.raises(KeyError, match="IndexedDataset"):

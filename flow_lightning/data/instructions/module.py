@@ -16,6 +16,7 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate, join
 from flow_lightning.data.instructions.prompts import end_of_sequence
 from flow_lightning.data.instructions.records import read_records
+from flow_lightning.data.packing import PackedBatches
 from flow_lightning.data.samplers import FixedBatches, LengthGroupedSampler, hold_out, token_budget_batches
 from flow_lightning.distributed import data_rank, from_rank_zero
 from flow_lightning.resume import ResumableDataLoader
@@ -52,6 +53,8 @@ class InstructionDataModule(LightningDataModule):
         split_seed: Seed that chooses the records held out.
         padding_free: Whether to join the samples of a training batch into one row without padding. Losses, weights and
             order stay those of the samples. Batches of scoring and evaluation are sorted by length, and stay padded.
+        packed_tokens: Most tokens of a training batch, in place of `batch_size`. Samples are packed by best fit and
+            joined as by `padding_free`, each with its own loss. A longer sample is a batch of its own.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class InstructionDataModule(LightningDataModule):
         validation_fraction: float = 0.05,
         split_seed: int = 42,
         padding_free: bool = False,
+        packed_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="tokenizer")
@@ -84,7 +88,7 @@ class InstructionDataModule(LightningDataModule):
         self.limit_train, self.limit_test = limit_train, limit_test
         self.tokens_per_batch, self.tokenizer, self.seed = tokens_per_batch, tokenizer, seed
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
-        self.padding_free = padding_free
+        self.padding_free, self.packed_tokens = padding_free, packed_tokens
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
@@ -104,12 +108,15 @@ class InstructionDataModule(LightningDataModule):
             setattr(self, f"{name}_set", IndexedDataset(dataset))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training samples, shuffled, with samples of similar length in a batch."""
+        """Return the training samples, shuffled: packed, or with samples of similar length in a batch."""
         self.setup("fit")
         rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
-        lengths = self.train_set.dataset.lengths
+        lengths, batching = self.train_set.dataset.lengths, {"collate_fn": join}
+        if self.packed_tokens is not None:
+            packed = PackedBatches(lengths, self.packed_tokens, world, rank, self.seed)
+            return self._loader(self.train_set, ResumableDataLoader, batch_size=None, sampler=packed, **batching)
         sampler = LengthGroupedSampler(self.train_set, lengths, self.batch_size, world, rank, self.seed)
-        batching = {"collate_fn": join} if self.padding_free else {}
+        batching = batching if self.padding_free else {}
         return self._loader(
             self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler, **batching
         )
