@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flow_lightning.optional import optional_import
+
 
 @contextmanager
 def _replacing(path: Path, suffix: str) -> Iterator[BinaryIO]:
@@ -48,6 +50,14 @@ def save_array(path: str | Path, values: Tensor) -> None:
     """Write a tensor as `.npy`, which `numpy.load` reads without pickle, atomically and without a copy in memory."""
     with _replacing(Path(path), uuid4().hex) as file:
         np.save(file, values.numpy(), allow_pickle=False)
+
+
+def write_parquet(path: str | Path, columns: Mapping[str, Any]) -> None:
+    """Write a table as Parquet, atomically; an ImportError names what installs pyarrow, if it is not there."""
+    arrow, parquet = (optional_import(name, "language", "Parquet files") for name in ("pyarrow", "pyarrow.parquet"))
+    buffer = arrow.BufferOutputStream()
+    parquet.write_table(arrow.table(dict(columns)), buffer)
+    write_bytes(path, buffer.getvalue().to_pybytes())
 
 
 def remove(path: Path) -> None:

@@ -31,6 +31,12 @@ def training_source(trainer: Trainer) -> Any:
     return source.dataloader() if source.is_defined() else None
 
 
+def own_sampler(loader: Any) -> Any:
+    """Return the sampler that a loader was made with; in several processes Lightning puts one of its own around it."""
+    sampler = getattr(loader, "sampler", None)
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+
+
 def restore_loader_state(trainer: Trainer) -> None:
     """Give a resumed run's loader its position.
 

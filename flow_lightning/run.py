@@ -12,8 +12,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 
 from flow_lightning.contract import data_contract
+from flow_lightning.data.edits import edit_numbers
 from flow_lightning.distributed import check_strategy, on_rank_zero
 from flow_lightning.files import check_writable
 from flow_lightning.measures import Measure
@@ -30,7 +32,6 @@ class Run:
     resumed: bool = False  #: whether the fit continues from a checkpoint: the model is no longer the pre-trained one
     is_body_moved: bool = False  #: whether training's end moved the body, so that its head is to be solved anew
     metrics: dict[str, Any] = field(default_factory=dict)  #: recorded so far, by their key in `metrics.json`
-    facts: dict[str, Any] = field(default_factory=dict)  #: known from the start; `metrics.json` has them, too
     measures: list[Measure] = field(default_factory=list)  #: what RetentionCallback measures
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Run":
@@ -48,7 +49,17 @@ class Run:
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
         if file is not None:
-            on_rank_zero(trainer, lambda: write_metrics(file, self.facts | self.metrics))
+            on_rank_zero(trainer, lambda: write_metrics(file, self.edits(trainer) | self.metrics))
+
+    def edits(self, trainer: Trainer) -> dict[str, int]:
+        """Return how many training samples were dropped and relabelled, by the data module or else the loaders."""
+        if (numbers := data_contract(trainer).edit_numbers) is not None:
+            return numbers
+        loaders = trainer.train_dataloader  # None before training starts
+        if loaders is None and "samples" in vars(self.scoring):
+            loaders = self.scoring.samples.loader
+        each = [] if loaders is None else CombinedLoader(loaders).flattened
+        return {name: number for loader in each for name, number in edit_numbers(loader).items()}
 
 
 class RunCallback(Callback):
@@ -79,8 +90,7 @@ class RunCallback(Callback):
 def start_run(trainer: Trainer, module: LightningModule) -> Run:
     """Start the run of a fit, on every rank; a directory that cannot be written to is an OSError before scoring."""
     check_strategy(trainer)
-    facts = dict(data_contract(trainer).edit_numbers or {})
-    run = Run(run_directory(trainer), Scoring(trainer, module), facts=facts)
+    run = Run(run_directory(trainer), Scoring(trainer, module))
     checkpoints = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     folders = {str(folder or "://") for folder in (run.directory, *checkpoints)}
     on_rank_zero(trainer, lambda: check_writable(*(folder for folder in folders if "://" not in folder)))

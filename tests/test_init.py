@@ -39,7 +39,7 @@ import flow_lightning.cli, flow_lightning.modules.causal_language
 
 
 def test_every_public_name_is_that_of_its_module():
-    assert len(fl.__all__) == 33 and set(fl.__all__) <= set(dir(fl))
+    assert len(fl.__all__) == 34 and set(fl.__all__) <= set(dir(fl))
     for name in fl.__all__:
         assert getattr(fl, name) is getattr(import_module(fl._HOME[name]), name)
     with pytest.raises(AttributeError, match="no attribute 'FlowWeighting'"):

@@ -4,6 +4,7 @@ In: the features of `scoring/`. Out: `module.head`. Next: `flow_weighting.py`.
 """
 
 import time
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.distributed import fill, on_rank_zero
 from flow_lightning.method.probe import Probe
 from flow_lightning.method.weights import SampleWeights
+from flow_lightning.optional import optional_import
 from flow_lightning.report.label_issues import ISSUES_FILE, check_no_edits, write_label_issues
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.kinds import ProbeFeatures
@@ -39,6 +41,7 @@ class LinearProbeCallback(RunCallback):
             if the probe overfits. `label_issues.csv` of the run's directory then says which labels look wrong.
         rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
             labels have less part in it. For `FlowWeightingCallback(weighting="posterior")`.
+        parquet: Whether to write the same table as `label_issues.parquet`, too, with numbers in full. Needs pyarrow.
         arrays: Whether to write `pred_probs.npy` `[N, C]`, out of fold, and `features.npy` `[N, D]`, float32, into the
             run's directory, with folds. They are what `cleanlab.Datalab.find_issues(pred_probs=..., features=...)`
             takes. 50,000 samples of 1,280 features take 244 MiB.
@@ -56,6 +59,7 @@ class LinearProbeCallback(RunCallback):
         refit: bool | Literal["weighted", "corrected"] | None = None,
         folds: int = 0,
         rounds: int = 1,
+        parquet: bool = False,
         arrays: bool = False,
         only: bool = False,
         memory_budget: float = 4.0,
@@ -64,9 +68,11 @@ class LinearProbeCallback(RunCallback):
             raise ValueError(f"rounds is {rounds}, which needs out-of-fold losses. Set folds, to 5 for instance.")
         if refit == "corrected" and folds < 2:
             raise ValueError("refit='corrected' needs probabilities out of fold. Set folds, to 5 for instance.")
-        if arrays and folds < 2:
-            raise ValueError("arrays are probabilities out of fold. Set folds, to 5 for instance.")
+        if (arrays or parquet) and folds < 2:
+            name = "arrays" if arrays else "parquet"
+            raise ValueError(f"{name} is about probabilities out of fold. Set folds, to 5 for instance.")
         self.refit, self.folds, self.rounds, self.arrays = refit, folds, rounds, arrays
+        self.issue_files = [ISSUES_FILE, "label_issues.parquet"][: 1 + parquet]
         self.only, self.memory_budget = only, memory_budget
         self.probe: Probe | None = None
         self.solved: Probe | None = None  #: a refit that another callback has done already, on the body that it chose
@@ -78,6 +84,8 @@ class LinearProbeCallback(RunCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        if len(self.issue_files) > 1:
+            optional_import("pyarrow.parquet", "language", "Parquet files")
         self.probe = self.solved = self._refit_weights = self._refit_classes = None
         self._kind = self._features(pl_module, self.folds, "Linear probe")
         self._kind.rounds, self._kind.keeps_classes = self.rounds, self.refit == "corrected"
@@ -90,7 +98,7 @@ class LinearProbeCallback(RunCallback):
             return
         started = time.perf_counter()
         if (folder := self.run.directory) is not None and self.folds:
-            on_rank_zero(trainer, lambda: check_no_edits(folder / ISSUES_FILE))
+            on_rank_zero(trainer, lambda: check_no_edits(*(folder / name for name in self.issue_files)))
         self._kind.arrays = folder if self.arrays else None
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind.description)
@@ -149,7 +157,8 @@ class LinearProbeCallback(RunCallback):
         folder, names = self.run.directory, data_contract(trainer).class_names
         if folder is None or self.folds < 2 or not len(probe.right):
             return
-        on_rank_zero(trainer, lambda: write_label_issues(folder / ISSUES_FILE, probe, names))
+        for name in self.issue_files:
+            on_rank_zero(trainer, partial(write_label_issues, folder / name, probe, names))
         rank_zero_info(
             f"{int(probe.issues.sum()):,} of {len(probe.issues):,} labels look wrong: {folder / ISSUES_FILE}"
         )

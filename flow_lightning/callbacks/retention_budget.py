@@ -42,9 +42,9 @@ class RetentionBudgetCallback(RunCallback):
     Half of the retention set chooses; what is kept on the other half is reported. Numbers are in `metrics.json`
     (`budget/...`, and `path/points` for all points), the picture is `path.png`. A fit that writes checkpoints writes a
     chosen model other than the fine-tuned one to `checkpoints/budget.ckpt`; a probe that refits writes its own file.
-    RetentionCallback then measures the chosen model. Each point up to the first that is not kept, and the last, costs a
-    forward pass of half the retention set, at most `samples`, and of at most 250 samples of the target. The pre-trained
-    model does both halves before training.
+    RetentionCallback then measures the chosen model. Points beyond the first that is not kept are left out, but for the
+    last. Each costs a forward pass of half the retention set, at most `samples`, and of at most 250 samples of the
+    target. The pre-trained model does both halves before training.
 
     A checkpoint carries what a resumed fit needs, but for the pre-trained weights: build the module from them again, as
     for the first fit.

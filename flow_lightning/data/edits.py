@@ -1,22 +1,23 @@
-"""A person's decisions about training samples: a CSV file that drops samples and corrects labels.
+"""A person's decisions about training samples: a CSV or Parquet file that drops samples and corrects labels.
 
 In: `label_issues.csv` of a run with a column `action`. Out: the samples to train on. Next: `images.py`.
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, SubsetRandomSampler
 
 from flow_lightning.data.indexing import IndexedDataset, check_map_style
 from flow_lightning.data.sources import LabelledImages
-from flow_lightning.lightning_internals import isolate_rng
-from flow_lightning.scoring.fingerprint import targets_of
+from flow_lightning.lightning_internals import isolate_rng, own_sampler
+from flow_lightning.optional import optional_import
+from flow_lightning.scoring.fingerprint import sample_fingerprint, targets_of
 
 _LABELS = ("target", "targets", "label", "labels")  # keys of a sample that is a dict
 
@@ -45,11 +46,11 @@ def read_edits(file: str | Path, targets: Sequence[int], class_names: Sequence[s
 
     The file has the columns `index` and `action`, and may have others. `index` is the position of a sample in the
     training set of the run that wrote `label_issues.csv`. `action` is `keep` or nothing, `drop`, or the new label: the
-    name of a class, else its index. A column `given_label`, if there, has to agree with the labels of the data set.
-    Samples without a row are kept.
+    name of a class, else its index. The columns `given_label` and `fingerprint`, if there, have to agree with the
+    labels of the data set. Samples without a row are kept.
 
     Args:
-        file: A CSV file in UTF-8, with commas.
+        file: A CSV file in UTF-8, with commas; one that ends in `.parquet` is read with pyarrow.
         targets: Class indices of the samples, `[n]`.
         class_names: Names of the classes by index; by default labels are indices up to the largest target.
 
@@ -57,13 +58,17 @@ def read_edits(file: str | Path, targets: Sequence[int], class_names: Sequence[s
         ValueError: If the file does not fit the samples; the message names the first row that does not.
     """
     names = [str(name) for name in class_names or range(max(targets, default=-1) + 1)]
-    dropped, labels, seen = set(), {}, set()
-    for line, row in _rows(file):
-        where = f"{file}, line {line}"
+    dropped, labels, seen, fingerprint = set(), {}, set(), labels_fingerprint(targets)
+    for where, row in _rows(file):
         index = _index(row["index"], len(targets), where)
         if index in seen:
             raise ValueError(f"{where}: sample {index} has two rows. Leave one of them.")
         seen.add(index)
+        if row.get("fingerprint", fingerprint) != fingerprint:
+            raise ValueError(
+                f"{where}: the fingerprint is {row['fingerprint']!r}, that of the labels here is {fingerprint!r}. The "
+                "file was made for other data, for another split of them, or before earlier edits."
+            )
         given, action = row.get("given_label", str(targets[index])), (row["action"] or "").strip()
         if "given_label" in row and _class_of(given or "", names) != targets[index]:
             raise ValueError(
@@ -86,11 +91,20 @@ def read_edits(file: str | Path, targets: Sequence[int], class_names: Sequence[s
     return Edits([index for index in range(len(targets)) if index not in dropped], labels, len(targets))
 
 
+def labels_fingerprint(targets: Sequence[int]) -> str:
+    """Return a hash of all labels of a data set, in order. It starts with a letter, so a spreadsheet leaves it alone.
+
+    >>> labels_fingerprint([0, 1, 2]) == labels_fingerprint([0, 1, 2]) != labels_fingerprint([0, 2, 1])
+    True
+    """
+    return f"labels-{sample_fingerprint(np.asarray(targets, dtype=np.int64))[:16]}"
+
+
 def apply_edits(dataset: Any, file: str | Path, class_names: Sequence[str] | None = None) -> "EditedDataset":
     """Return a data set without the samples that a person dropped, and with the labels that they corrected.
 
     Apply it to the training set of the run that wrote `label_issues.csv`, before `IndexedDataset`. If the data set
-    lists no `targets`, its samples are read once to find the labels.
+    lists no `targets`, its samples are read once to find the labels. `metrics.json` of a fit with it has the numbers.
 
     Args:
         dataset: A map-style data set of pairs `(x, class index)`, or of dicts with one of the keys `target`, `targets`,
@@ -102,9 +116,14 @@ def apply_edits(dataset: Any, file: str | Path, class_names: Sequence[str] | Non
         TypeError: If the labels of the samples cannot be found, or are no class indices.
         ValueError: If the file does not fit the samples.
     """
-    check_map_style(dataset)
     if isinstance(dataset, IndexedDataset):
         raise TypeError("Samples are numbered anew after edits: use IndexedDataset(apply_edits(dataset, file)).")
+    return EditedDataset(dataset, *_edits_of(dataset, file, class_names))
+
+
+def _edits_of(dataset: Any, file: str | Path, class_names: Sequence[str] | None) -> tuple[Edits, list[int]]:
+    """Return edits and labels of a data set."""
+    check_map_style(dataset)
     targets = targets_of(dataset)
     if targets is None:
         with isolate_rng():  # random transforms may draw numbers
@@ -113,7 +132,53 @@ def apply_edits(dataset: Any, file: str | Path, class_names: Sequence[str] | Non
     if found.dtype.kind not in "iu" or found.ndim != 1:
         raise TypeError(f"Labels to edit are class indices; the data set has {found.dtype} of shape {found.shape}.")
     names = getattr(dataset, "classes", None) if class_names is None else class_names
-    return EditedDataset(dataset, read_edits(file, found.tolist(), names), found.tolist())
+    return read_edits(file, found.tolist(), names), found.tolist()
+
+
+class KeptSampler(SubsetRandomSampler):
+    """Draw the samples that a person did not drop, in random order, for `DataLoader(dataset, sampler=...)`.
+
+    The data set and the positions of its samples stay as they are, so weights that it has keep their samples. What
+    reads the whole data set, such as scoring, still sees the dropped ones; `apply_edits` leaves them out everywhere.
+
+    Args:
+        dataset: See `apply_edits`; an `IndexedDataset` may be around it.
+        file: See `read_edits`.
+        class_names: See `apply_edits`.
+        generator: Source of the order; by default torch's own.
+
+    Raises:
+        TypeError: If the labels of the samples cannot be found, or are no class indices.
+        ValueError: If the file does not fit the samples, or corrects labels, which no sampler can.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        file: str | Path,
+        class_names: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        inner = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
+        self.edits, _ = _edits_of(inner, file, class_names)
+        if self.edits.labels:
+            raise ValueError(
+                f"{file} gives {len(self.edits.labels)} samples a new label, which a sampler cannot. Use "
+                "flow_lightning.apply_edits(dataset, file) as the data set."
+            )
+        super().__init__(self.edits.kept, generator)
+
+
+def edit_numbers(loader: Any) -> dict[str, int]:
+    """Return how many samples of a loader were dropped and relabelled; nothing if it knows of no edits."""
+    if isinstance(sampler := own_sampler(loader), KeptSampler):
+        return sampler.edits.numbers
+    part: Any = getattr(loader, "dataset", None)
+    while part is not None:
+        if isinstance(part, EditedDataset):
+            return part.edits.numbers
+        part = getattr(part, "dataset", None)
+    return {}
 
 
 class EditedDataset(Dataset[Any]):
@@ -157,17 +222,33 @@ def _label(sample: Any) -> tuple[Any, Any]:
     )
 
 
-def _rows(file: str | Path) -> list[tuple[int, dict[str, str | None]]]:
-    """Read the rows of a file and the line that each one ends in."""
+def columns_of(file: str | Path) -> list[str]:
+    """Return the names of the columns of a CSV or Parquet file."""
+    if Path(file).suffix == ".parquet":
+        return list(_parquet().read_schema(file).names)
     with open(file, newline="", encoding="utf-8-sig") as lines:  # spreadsheets begin a file with a mark
+        return next(csv.reader(lines), [])
+
+
+def _rows(file: str | Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Read the rows of a file, each with its place."""
+    columns = columns_of(file)
+    if missing := [name for name in ("index", "action") if name not in columns]:
+        raise ValueError(
+            f"{file} has no column {' and no column '.join(missing)}; its columns are {','.join(columns)!r}. Add it, "
+            "in a CSV file with commas between columns."
+        )
+    if Path(file).suffix == ".parquet":
+        for number, row in enumerate(_parquet().read_table(file).to_pylist(), start=1):
+            yield f"{file}, row {number}", {name: None if cell is None else str(cell) for name, cell in row.items()}
+        return
+    with open(file, newline="", encoding="utf-8-sig") as lines:
         reader = csv.DictReader(lines)
-        missing = [name for name in ("index", "action") if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{file} has no column {' and no column '.join(missing)}; its first line is "
-                f"{','.join(reader.fieldnames or ())!r}. Add it, with commas between columns."
-            )
-        return [(reader.line_num, row) for row in reader]
+        yield from ((f"{file}, line {reader.line_num}", row) for row in reader)
+
+
+def _parquet() -> Any:
+    return optional_import("pyarrow.parquet", "language", "Parquet files")
 
 
 def _index(text: str | None, count: int, where: str) -> int:

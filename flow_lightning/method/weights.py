@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from flow_lightning.files import load_tensors, save_tensors, write_bytes
+from flow_lightning.files import load_tensors, save_tensors, write_bytes, write_parquet
 from flow_lightning.method import flow
-from flow_lightning.optional import optional_import
 
 _BLOCK = 2**20
 #: Half precision is used where it moves no weight by more than this.
@@ -142,11 +141,8 @@ class SampleWeights(_Stored):
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the table of `to_csv` as a Parquet file, with pyarrow."""
-        arrow, parquet = (optional_import(name, "language", "Parquet files") for name in ("pyarrow", "pyarrow.parquet"))
         loss, weight = self._columns()
-        buffer = arrow.BufferOutputStream()
-        parquet.write_table(arrow.table({"index": np.arange(len(self)), "loss": loss, "flow_weight": weight}), buffer)
-        write_bytes(path, buffer.getvalue().to_pybytes())
+        write_parquet(path, {"index": np.arange(len(self)), "loss": loss, "flow_weight": weight})
 
     def to_dataset(self, dataset: Any) -> Any:
         """Return a `datasets.Dataset` of Hugging Face, of as many samples, with a further column, `flow_weight`.

@@ -1,27 +1,29 @@
 """`label_issues.csv`: which labels look wrong, one row for each training sample, for a person to read and edit.
 
-In: a probe with out-of-fold losses. Out: the file. Next: `page/sample_sections.py`, `data/edits.py`.
+In: a probe with out-of-fold losses. Out: the file, CSV or Parquet. Next: `page/sample_sections.py`, `data/edits.py`.
 """
 
 import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from flow_lightning.files import write_bytes
+from flow_lightning.data.edits import columns_of, labels_fingerprint
+from flow_lightning.files import write_bytes, write_parquet
 from flow_lightning.method.probe import Probe
 
 ISSUES_FILE = "label_issues.csv"
-COLUMNS = ("index", "is_label_issue", "label_score", "given_label", "predicted_label", "probability")
 
 
-def check_no_edits(path: Path) -> None:
-    """Refuse to write over a file that a person has begun to edit: it has a column `action`, see `data/edits.py`."""
-    if path.exists() and "action" in path.read_text(encoding="utf-8-sig").partition("\n")[0].strip().split(","):
-        raise FileExistsError(
-            f"{path} has a column 'action': your edits, which a new fit in this directory would overwrite. Move the "
-            "file, or choose another directory."
-        )
+def check_no_edits(*paths: Path) -> None:
+    """Refuse to write over files that a person has begun to edit: they have a column `action`, see `data/edits.py`."""
+    for path in paths:
+        if path.exists() and "action" in columns_of(path):
+            raise FileExistsError(
+                f"{path} has a column 'action': your edits, which a new fit in this directory would overwrite. Move "
+                "the file, or choose another directory."
+            )
 
 
 def write_label_issues(path: Path, probe: Probe, class_names: Sequence[str] | None = None) -> None:
@@ -29,14 +31,39 @@ def write_label_issues(path: Path, probe: Probe, class_names: Sequence[str] | No
 
     `label_score` is the probability that the given label is right, see `right_labels`. `probability` is that of the
     predicted one, by a probe that was not fitted on the sample. `is_label_issue` is by confident learning on the same
-    probabilities. Labels are written as class names where they are known, else as indices.
+    probabilities. Labels are written as class names where they are known, else as indices. `fingerprint` is that of
+    all labels, the same in each row: edits then know the data set that they were made for.
+
+    Args:
+        path: The file; a name that ends in `.parquet` makes it one, with numbers in full.
+        probe: What `LinearProbeCallback(folds=...)` fits.
+        class_names: By index.
     """
-    names = {index: str(name) for index, name in enumerate(class_names or ())}
-    columns = (probe.issues, probe.right, probe.targets, probe.predicted, probe.confidences)
+    columns = issue_columns(probe, class_names)
+    if path.suffix == ".parquet":
+        write_parquet(path, columns)
+        return
     content = io.StringIO()
     writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for index, (issue, score, given, predicted, probability) in enumerate(zip(*(c.tolist() for c in columns))):
-        labels = (names.get(label, label) for label in (given, predicted))
-        writer.writerow([index, issue, f"{score:.6g}", *labels, f"{probability:.6g}"])
+    writer.writerow(columns)
+    for row in zip(*columns.values()):
+        writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row)
     write_bytes(path, content.getvalue().encode())
+
+
+def issue_columns(probe: Probe, class_names: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """Return the columns of the table by name, in their order, each with a value for every sample."""
+    given, predicted = probe.targets.tolist(), probe.predicted.tolist()
+    fingerprint = labels_fingerprint(given)
+    if class_names:
+        names = {index: str(name) for index, name in enumerate(class_names)}
+        given, predicted = ([names.get(label, str(label)) for label in labels] for labels in (given, predicted))
+    return {
+        "index": list(range(len(given))),
+        "is_label_issue": probe.issues.tolist(),
+        "label_score": probe.right.tolist(),
+        "given_label": given,
+        "predicted_label": predicted,
+        "probability": probe.confidences.tolist(),
+        "fingerprint": [fingerprint] * len(given),
+    }

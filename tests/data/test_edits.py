@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from torch.utils.data import Subset, TensorDataset
+from lightning import LightningModule
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import flow_lightning as fl
-from flow_lightning.data.edits import read_edits
+from flow_lightning.data.edits import labels_fingerprint, read_edits
 from tests.data.fake_datasets import CLASSES
 from tests.data.test_images import folder_module, gather
 from tests.examples import make_trainer
@@ -43,7 +45,7 @@ def test_rows_keep_drop_and_relabel_samples(rows, kept, labels):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("index,acton\n", "no column action; its first line is 'index,acton'"),
+        ("index,acton\n", "no column action; its columns are 'index,acton'"),
         ("index;action\n0;drop\n", "no column index and no column action"),
         ("", "no column index"),
         ("index,action\n0,keep\n4,drop\n", r"line 3: there is no sample '4'.*0 to 3"),
@@ -61,6 +63,29 @@ def test_rows_keep_drop_and_relabel_samples(rows, kept, labels):
 def test_a_file_that_does_not_fit_is_refused_with_its_line(text, message):
     with pytest.raises(ValueError, match=message):
         read_edits(write(text), TARGETS, NAMES)
+
+
+def test_a_few_rows_that_happen_to_fit_other_data_are_refused_by_the_fingerprint():
+    file = write(f"index,given_label,fingerprint,action\n0,cat,{labels_fingerprint(TARGETS)},drop\n")
+    assert read_edits(file, TARGETS, NAMES).kept == [1, 2, 3]
+    for other in ([0, 1, 2], [0, 2, 1, 0], [*TARGETS, 0]):
+        with pytest.raises(ValueError, match=r"line 2: the fingerprint is 'labels-\w{16}', that of the labels here"):
+            read_edits(file, other, NAMES)
+
+
+def test_parquet_is_read_as_csv_is_and_errors_name_its_row():
+    table = pandas.DataFrame({"index": [3, 0, 2], "given_label": ["cat", "cat", None], "action": ["drop", None, "1"]})
+    table[:2].to_parquet("edits.parquet")
+    edits = read_edits("edits.parquet", TARGETS, NAMES)
+    assert (edits.kept, edits.labels) == ([0, 1, 2], {})
+    table.assign(given_label=["cat", "cat", "a, dog"]).to_parquet("edits.parquet")
+    assert read_edits("edits.parquet", TARGETS, NAMES).labels == {2: 1}
+    table.to_parquet("edits.parquet")
+    with pytest.raises(ValueError, match=r"edits.parquet, row 3: given_label of sample 2 is None"):
+        read_edits("edits.parquet", TARGETS, NAMES)
+    table[["index"]].to_parquet("edits.parquet")
+    with pytest.raises(ValueError, match="no column action; its columns are 'index'"):
+        read_edits("edits.parquet", TARGETS, NAMES)
 
 
 def test_images_are_dropped_and_relabelled_among_those_that_are_trained_on(tmp_path):
@@ -157,3 +182,59 @@ def test_class_names_are_those_of_the_data_set_or_as_given():
 def test_labels_that_cannot_be_edited_are_refused(dataset, message):
     with pytest.raises(TypeError, match=message):
         fl.apply_edits(dataset, write("index,action\n"))
+
+
+def test_a_sampler_draws_all_but_the_dropped_samples_and_their_positions_stay():
+    dataset, file = samples("tensors"), write("index,action\n1,drop\n")
+    for inner in (dataset, fl.IndexedDataset(dataset)):
+        sampler = fl.KeptSampler(inner, file, generator=torch.Generator().manual_seed(0))
+        drawn = [list(sampler) for _ in range(20)]
+        assert (
+            len(sampler) == 3
+            and {tuple(sorted(each)) for each in drawn} == {(0, 2, 3)}
+            and len(set(map(tuple, drawn))) > 1
+        )
+    batches = DataLoader(fl.IndexedDataset(dataset), batch_size=2, sampler=fl.KeptSampler(dataset, file))
+    found = {int(i): (float(x), int(y)) for (xs, ys), index in batches for x, y, i in zip(xs, ys, index)}
+    assert found == {0: (0.0, 0), 2: (2.0, 2), 3: (3.0, 0)}
+    with pytest.raises(ValueError, match=r"gives 1 samples a new label, which a sampler cannot\. Use .*apply_edits"):
+        fl.KeptSampler(dataset, write("index,action\n1,2\n"))
+
+
+class Plain(LightningModule):
+    """A module as others write them; it notes which samples it was trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = torch.nn.Linear(1, 3), set()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen |= set(x.tolist())
+        return torch.nn.functional.cross_entropy(self.layer(x[:, None]), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("way", ["sampler", "data set"])
+def test_a_plain_loader_takes_edits_in_one_line_and_the_results_say_so(way, devices):
+    dataset, file = TensorDataset(torch.arange(8.0), torch.arange(8) % 3), write("index,action\n1,drop\n6,drop\n")
+    if way == "sampler":
+        loader = DataLoader(dataset, batch_size=2, sampler=fl.KeptSampler(dataset, file))
+    else:
+        loader = DataLoader(fl.apply_edits(dataset, file), batch_size=2, shuffle=True)
+    flow, module = fl.FlowWeightingCallback(), Plain()
+    strategy = "auto" if devices == 1 else "ddp_fork"
+    make_trainer(flow, devices=devices, strategy=strategy).fit(module, loader)
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert (metrics["edits/dropped"], metrics["edits/relabelled"]) == (2, 0)
+    if devices == 1:  # forked processes leave the objects of this one alone
+        assert len(flow.weights) == (8 if way == "sampler" else 6)
+        assert module.seen == {0.0, 2.0, 3.0, 4.0, 5.0, 7.0}
+
+
+def test_a_loader_without_edits_records_none():
+    make_trainer(fl.FlowWeightingCallback()).fit(Plain(), DataLoader(samples("tensors"), batch_size=2))
+    assert not [key for key in json.loads(Path("run/metrics.json").read_text()) if key.startswith("edits/")]

@@ -1,8 +1,11 @@
 """The table of suspected label errors against cleanlab on the probabilities of scikit-learn."""
 
 import csv
+import sys
+from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from cleanlab.filter import find_label_issues
@@ -19,7 +22,7 @@ from tests.examples import make_trainer
 from tests.images import PictureData, tiny_module
 from tests.method.test_probe import clusters, sklearn_probabilities
 
-HEADER = ["index", "is_label_issue", "label_score", "given_label", "predicted_label", "probability"]
+HEADER = ["index", "is_label_issue", "label_score", "given_label", "predicted_label", "probability", "fingerprint"]
 _SCORES = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
 
@@ -91,6 +94,34 @@ def test_a_fit_with_folds_writes_the_table_with_class_names_and_the_report_shows
     np.testing.assert_allclose(column(rows, "label_score"), found.right, rtol=1e-4)
     run = RunFiles("run", evidence=Evidence(words={"class_names": NamedPictures.class_names}))
     assert run.name("1") == "1" and run.name(1) == "red, dark" and run.name("2") == 'a "blue"'
+
+
+def test_parquet_is_the_same_table_with_types_and_goes_into_edits():
+    probe = fl.LinearProbeCallback(folds=3, parquet=True)
+    make_trainer(probe, max_epochs=0).fit(tiny_module(), datamodule=NamedPictures())
+    table, (_, rows) = pandas.read_parquet("run/label_issues.parquet"), rows_of("run/label_issues.csv")
+    assert list(table.columns) == HEADER and table["is_label_issue"].dtype == bool and table["index"].dtype == "int64"
+    for name in ("label_score", "probability"):
+        np.testing.assert_allclose(table[name], column(rows, name), rtol=1e-5)
+    for name in ("index", "is_label_issue", "given_label", "predicted_label", "fingerprint"):
+        assert table[name].astype(str).tolist() == [row[name] for row in rows]
+    assert torch.equal(torch.tensor(table["label_score"].to_numpy()).float(), probe.probe.right.float())
+    table["action"] = np.where(table["index"] == 4, "drop", "")
+    table.to_parquet("mine.parquet")
+    dataset = [("picture", label) for label in probe.probe.targets.tolist()]
+    assert len(fl.apply_edits(dataset, "mine.parquet", NamedPictures.class_names)) == 29
+    Path("mine.parquet").rename("run/label_issues.parquet")
+    with pytest.raises(FileExistsError, match=r"label_issues\.parquet has a column 'action'"):
+        make_trainer(probe, max_epochs=0).fit(tiny_module(), datamodule=NamedPictures())
+
+
+def test_parquet_without_pyarrow_or_folds_is_refused_before_anything_is_scored(monkeypatch):
+    with pytest.raises(ValueError, match="parquet is about probabilities out of fold"):
+        fl.LinearProbeCallback(parquet=True)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"flow-lightning\[language\]"):
+        make_trainer(fl.LinearProbeCallback(folds=3, parquet=True)).fit(tiny_module(), datamodule=PictureData())
+    assert not Path("run/metrics.json").exists()
 
 
 def test_a_fit_without_folds_and_a_probe_of_an_earlier_version_write_no_table(tmp_path, monkeypatch):
