@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flow_lightning.optional import optional_import
+
+#: A fixed suffix for large files: the rerun of a killed run replaces what that left, and no part stays on the disk.
+_PART = "part"
 
 
 @contextmanager
@@ -60,6 +63,47 @@ def write_parquet(path: str | Path, columns: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue().to_pybytes())
 
 
+def save_pixels(path: Path, shape: tuple[int, ...], parts: Iterable[bytes], last: str) -> None:
+    """Write uint8 values as `.npy`, part by part, atomically, and a text behind them, which `numpy.load` ignores."""
+    with _replacing(path, _PART) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part)
+        file.write(last.encode())
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let one process at a time make a file, while others wait here; a killed one lets go.
+
+    What waits is the open temporary file of `save_pixels`: it takes the name `path` in the end, or is removed here.
+    """
+    import fcntl  # not on Windows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{_PART}")
+    while True:
+        with open(part, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(part, file):  # the process before has given it its name
+                continue
+            try:
+                yield
+            finally:
+                if _is_at(part, file):
+                    part.unlink()
+            return
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Tell whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -93,8 +137,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        # A fixed suffix: the rerun of a killed run replaces what that left, and no part of a model stays on the disk.
-        with _replacing(Path(path), "part") as file:
+        with _replacing(Path(path), _PART) as file:
             torch.save(checkpoint, file)
 
 

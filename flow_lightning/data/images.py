@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
+from flow_lightning.data.decoded import DecodedImages, decode
 from flow_lightning.data.edits import read_edits
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
 from flow_lightning.data.sources import class_folders
-from flow_lightning.data.transforms import EpochSeed, Interpolation, RecipeName, Transform, recipe
+from flow_lightning.data.transforms import EpochSeed, Interpolation, RecipeName, Transform, recipe, stored_size
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 
@@ -83,9 +84,13 @@ class ImageDataModule(LightningDataModule):
             column `action`, see `flow_lightning.data.edits.read_edits`. Its indices count the training samples of
             that run, without those held out, which stay as they are. They follow `label_noise`.
         label_noise: Makes some labels of the training set wrong, the held-out part too, for experiments.
+        decoded: A file `.npy` of all images, decoded and resized, that later epochs and fits read in place of the
+            images. It is made if it is not there, or not true any more. Values stay the same to the last bit. Not for
+            the recipe `random_resized_crop`.
 
     Raises:
-        ValueError: If the data set is unknown, or only one of `mean` and `std` is given.
+        ValueError: If the data set is unknown, only one of `mean` and `std` is given, or `decoded` does not suit the
+            recipe.
     """
 
     def __init__(
@@ -105,14 +110,13 @@ class ImageDataModule(LightningDataModule):
         download: bool = False,
         label_noise: LabelNoise | None = None,
         edits: str | Path | None = None,
+        decoded: str | Path | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError(f"Got mean={mean} and std={std}. Give both, or neither for those of the model.")
-        root, edits = (
-            str(root),
-            None if edits is None else str(edits),
-        )  # checkpoints hold the arguments, and weights_only=True loads no Path
+        # Checkpoints hold the arguments, and weights_only=True loads no Path.
+        root, edits, decoded = str(root), *(None if each is None else str(each) for each in (edits, decoded))
         self.save_hyperparameters(ignore="label_noise")
         self.dataset = find_dataset(dataset)
         self.root = Path(root)
@@ -121,7 +125,9 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std, self.interpolation = mean, std, interpolation
         self.transforms = transforms or CATALOGUE[self.dataset].transforms
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
-        self.label_noise, self.edits = label_noise, edits
+        self.label_noise, self.edits, self.decoded = label_noise, edits, decoded
+        if decoded is not None:
+            stored_size(self.transforms, image_size)
         #: How many training samples the edits dropped and relabelled, known after `setup`; for `metrics.json`.
         self.edit_numbers: dict[str, int] | None = None
         #: Names of the classes in the order of their indices, known after `setup`.
@@ -129,9 +135,12 @@ class ImageDataModule(LightningDataModule):
         self._splits: Splits | None = None
 
     def prepare_data(self) -> None:
-        """Download the data set, if asked for."""
+        """Download the data set and decode its images, if asked for."""
         if self.download:
             CATALOGUE[self.dataset].build(self.root, True, self.split_seed)
+        if self.decoded is not None:
+            self._splits = CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
+            self._decode(self._splits)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the list of files or the arrays, and make all sets; images are read later.
@@ -147,6 +156,10 @@ class ImageDataModule(LightningDataModule):
         given = splits.train
         if self.label_noise is not None:
             given = with_noise(given, self.label_noise, len(splits.class_names))
+        test = splits.test
+        if self.decoded is not None:
+            images = self._decode(splits)
+            given, test = images.of(given), images.of(test, len(given))
         training, validation = given.part(kept), given.part(held_out)
         if self.edits is not None:
             edits = read_edits(self.edits, training.targets, splits.class_names)
@@ -157,7 +170,7 @@ class ImageDataModule(LightningDataModule):
         self.train_set = IndexedDataset(TransformedImages(training, augment, self._seed))
         self.scoring_set = IndexedDataset(TransformedImages(training, plain))
         self.val_set = IndexedDataset(TransformedImages(validation, plain))
-        self.test_set = IndexedDataset(TransformedImages(splits.test, plain))
+        self.test_set = IndexedDataset(TransformedImages(test, plain))
 
     @property
     def num_classes(self) -> int:
@@ -186,19 +199,35 @@ class ImageDataModule(LightningDataModule):
 
     def _normalisation(self) -> tuple[list[float], list[float], str]:
         """Return mean, standard deviation and interpolation, as given or else the model's."""
-        config = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
+        config = self._config()
         mean, std = self.mean or config.get("mean"), self.std or config.get("std")
         if mean is None or std is None:
             raise ValueError(
                 "The normalisation is not known: mean and std were not given, and the model has no `data_config`. Give "
                 "both (ImageNet's are mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])."
             )
-        return list(mean), list(std), self.interpolation or config.get("interpolation", "bilinear")
+        return list(mean), list(std), self._interpolation()
+
+    def _interpolation(self) -> str:
+        return self.interpolation or self._config().get("interpolation", "bilinear")
+
+    def _config(self) -> Any:
+        """Return how the pre-trained model wants its images."""
+        return {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
+
+    def _decode(self, splits: Splits) -> DecodedImages:
+        size = stored_size(self.transforms, self.image_size)
+        parts, file = (splits.train, splits.test), str(self.decoded)
+        return decode(parts, file, size, self._interpolation(), self.root, self._workers())
+
+    def _workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        # The digits are in memory and tiny: sending them takes longer than reading them.
+        return 0 if self.dataset == "digits" else min((os.cpu_count() or 1) - 1, 8)
 
     def _loader(self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, sampler: Any = None) -> DataLoader[Any]:
-        workers = self.num_workers
-        if workers is None:  # the digits are in memory and tiny: sending them takes longer than reading them
-            workers = 0 if self.dataset == "digits" else min((os.cpu_count() or 1) - 1, 8)
+        workers = self._workers()
         return kind(
             dataset,
             batch_size=self.batch_size,

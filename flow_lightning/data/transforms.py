@@ -23,6 +23,24 @@ def normalise(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
+def stored_size(name: RecipeName, image_size: int) -> int:
+    """Return the height and width to which all transforms of a recipe resize first, or raise ValueError if none do.
+
+    Resizing to the size that an image has already leaves it as it is. So an image that was resized before goes through
+    the same transforms to the same values.
+    """
+    if name == "random_resized_crop":
+        raise ValueError(
+            "The recipe random_resized_crop crops from images of their own sizes, so decoded images of one size do not "
+            "serve it. Leave `decoded` out, or choose transforms such as crop_jitter."
+        )
+    return _larger(image_size) if name == "crop_jitter" else image_size
+
+
+def _larger(image_size: int) -> int:
+    return round(image_size * 256 / 224)
+
+
 def recipe(
     name: str, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bilinear"
 ) -> tuple[Transform, Transform]:
@@ -31,7 +49,7 @@ def recipe(
     Both turn an RGB picture into a float tensor `[3, image_size, image_size]`. `mean` and `std` are of pixels from 0 to
     1. ValueError names a recipe or an interpolation that does not exist.
     """
-    mode, larger = v2.InterpolationMode(interpolation), round(image_size * 256 / 224)
+    mode, larger = v2.InterpolationMode(interpolation), _larger(image_size)
     resize, centre = v2.Resize((image_size, image_size), mode), v2.CenterCrop(image_size)
     resize_larger = v2.Resize((larger, larger), mode)
     flip, jitter = v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2)

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import flow_lightning as fl
 from tests.benchmarks.measure import memory
-from tests.language import language_module
+from tests.language import TOKENIZER, language_module, tiny_model
 
 RATE, BATCH = 1e-5, 8
 
@@ -41,8 +42,13 @@ class Clock(Callback):
 
 
 def module_of(model: str) -> fl.CausalLanguageModule:
-    """Load a model by name, or make a tiny one."""
+    """Load a model by name, or make a random one: `small`, or a tiny one."""
     settings: dict[str, Any] = {"learning_rate": RATE, "schedule": "constant", "warmup": 0.0}
+    if model == "small":  # 8.5 million parameters
+        config, sizes = tiny_model(8192).config, {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.02}
+        config.update(sizes | heads | {"max_position_embeddings": 1024})
+        return fl.CausalLanguageModule(LlamaForCausalLM(config), TOKENIZER, **settings)
     return fl.CausalLanguageModule(model, **settings) if model else language_module(**settings)
 
 
@@ -179,7 +185,7 @@ def main() -> None:
     """Read the options; run one, or all in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="generated:arithmetic:48", help="JSON lines with question and answer")
-    parser.add_argument("--model", default="", help="as CausalLanguageModule takes it; empty: tiny and random")
+    parser.add_argument("--model", default="", help="as CausalLanguageModule takes it; small: random; empty: tiny, too")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 import os
 from multiprocessing.reduction import ForkingPickler
 
+import numpy as np
 import pytest
 import torch
 import torchvision.datasets
@@ -9,6 +10,7 @@ from torch._utils import ExceptionWrapper
 
 from flow_lightning import ImageDataModule
 from flow_lightning.data.catalogue import CATALOGUE
+from flow_lightning.data.label_noise import LabelNoise
 from tests.data.fake_datasets import CLASSES, MAKERS, TEST, TRAIN, make_folder
 from tests.examples import make_trainer
 
@@ -171,3 +173,40 @@ def test_bad_settings_are_explained(settings, message, tmp_path):
     make_folder(tmp_path)
     with pytest.raises(ValueError, match=message):
         ImageDataModule(**({"dataset": "folder", "root": tmp_path, "mean": HALF, "std": HALF} | settings)).setup()
+
+
+@pytest.mark.parametrize("transforms", ["resize_flip", "crop_jitter", "none"])
+def test_decoded_images_have_the_values_of_the_files_to_the_last_bit(tmp_path, transforms):
+    """In training, too: random transforms draw the same."""
+    settings = {"transforms": transforms, "validation_fraction": 0.25, "interpolation": "bicubic"}
+    settings["label_noise"] = LabelNoise(0.3, "instance")
+    own = folder_module(tmp_path, **settings)
+    data = folder_module(tmp_path, decoded=tmp_path / "images.npy", **settings)
+    assert len(np.load(tmp_path / "images.npy", mmap_mode="r")) == TRAIN + TEST
+    for name in ("scoring", "val", "test", "train"):
+        expected, found = (gather(getattr(module, f"{name}_dataloader")()) for module in (own, data))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for file in (tmp_path / "train").rglob("*.png"):
+        times = file.stat()
+        file.write_bytes(b"\0" * times.st_size)  # whatever reads it, fails
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert torch.equal(gather(data.train_dataloader())["image"], gather(data.train_dataloader())["image"])
+
+
+def test_decoded_images_come_from_prepare_data_and_stay_in_a_checkpoint(tmp_path):
+    make_folder(tmp_path)
+    settings = {"image_size": 16, "num_workers": 0, "decoded": tmp_path / "images.npy", "validation_fraction": 0}
+    trainer, data = make_trainer(), ImageDataModule("folder", tmp_path, **settings)
+    trainer.fit(TinyModule(), data)
+    trainer.save_checkpoint("x.ckpt")
+    assert ImageDataModule.load_from_checkpoint("x.ckpt", weights_only=True).decoded == str(tmp_path / "images.npy")
+    again = ImageDataModule("folder", tmp_path, mean=HALF, std=HALF, interpolation="bicubic", **settings)
+    before = os.stat(tmp_path / "images.npy").st_ino
+    again.prepare_data()
+    again.setup()
+    assert os.stat(tmp_path / "images.npy").st_ino == before, "with the interpolation of the model"
+
+
+def test_decoded_images_do_not_serve_random_crops_of_the_originals(tmp_path):
+    with pytest.raises(ValueError, match=r"random_resized_crop crops from images of their own sizes.*Leave `decoded`"):
+        ImageDataModule("Caltech101", tmp_path, decoded="images.npy")
