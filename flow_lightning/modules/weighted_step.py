@@ -62,6 +62,7 @@ class WeightedStep:
 
         if (losses := module_contract(self.module).sample_losses) is not None:
             own["sample_losses"] = lambda batch: self._weighed(losses, batch)
+        vars(training_step)["own"] = step  # what is only to be measured is neither weighed nor proven
         own["training_step"] = training_step
 
     def remove(self) -> None:

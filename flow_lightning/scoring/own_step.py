@@ -67,8 +67,8 @@ def unnoticed(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[A
 
 
 def call_training_step(module: LightningModule, batch: Any, batch_idx: int) -> Any:
-    """Call a training step with the arguments that it takes, as Lightning does."""
-    step: Any = module.training_step
+    """Call a module's own training step, without weights, with the arguments that it takes, as Lightning does."""
+    step: Any = getattr(module.training_step, "own", module.training_step)
     arguments = [batch_idx] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
     return step(batch, *arguments)
 

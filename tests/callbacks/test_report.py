@@ -18,6 +18,7 @@ from flow_lightning.callbacks.report import choose, lost_samples
 from flow_lightning.measures import PretrainedImages
 from flow_lightning.report.page.evidence import Evidence
 from flow_lightning.report.page.render import page, write_page
+from tests import unchanged
 from tests.examples import Kill, chain, fit
 from tests.images import PictureData, tiny_module
 from tests.language import TOKENIZER, instructions, language_module, write_jsonl
@@ -131,6 +132,16 @@ def test_a_module_without_classes_and_labels_has_a_page_that_says_so():
     fit(fl.ReportCallback(), fl.FlowWeightingCallback())
     evidence = Evidence.load(Path("run"))
     assert "not known" in evidence.words["note"] and "labels" not in evidence.tensors and evidence.shown
+
+
+def test_the_callback_may_stand_before_or_after_the_weights_of_an_unchanged_module():
+    def answers(*callbacks):
+        unchanged.fit(unchanged.Classifier(), unchanged.data(), *callbacks, default_root_dir="run")
+        return Evidence.load(Path("run")).shown
+
+    first = answers(fl.ReportCallback(samples=3), fl.FlowWeightingCallback())
+    assert first and all("before" in seen and "after" in seen for seen in first.values())
+    assert answers(fl.FlowWeightingCallback(), fl.ReportCallback(samples=3)) == first
 
 
 def test_an_unreadable_image_is_named_and_the_fit_goes_on(monkeypatch):
