@@ -26,7 +26,7 @@ def best_fit_batches(lengths: Sequence[int] | Tensor, budget: int) -> list[list[
         ValueError: If the budget is less than 1.
 
     Example:
-        >>> best_fit_batches([3, 7, 4, 1], budget=8)
+        >>> best_fit_batches([3, 7, 5, 1], budget=8)
         [[1, 3], [2, 0]]
     """
     if budget < 1:
@@ -71,7 +71,7 @@ class PackedBatches(ResumableSampler):
         num_replicas, rank, seed: As of `ResumableSampler`.
 
     Example:
-        >>> sorted(map(len, PackedBatches([3, 7, 4, 1], budget=8)))
+        >>> sorted(map(len, PackedBatches([3, 7, 5, 1], budget=8)))
         [2, 2]
     """
 
