@@ -55,6 +55,8 @@ class InstructionDataModule(LightningDataModule):
             order stay those of the samples. Batches of scoring and evaluation are sorted by length, and stay padded.
         packed_tokens: Most tokens of a training batch, in place of `batch_size`. Samples are packed by best fit and
             joined as by `padding_free`, each with its own loss. A longer sample is a batch of its own.
+        source_field: Field that says where a record comes from, such as "dataset". `ReportCallback` then shows losses
+            by source. Records without a value there count as "none"; if no record has one, ValueError says so.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class InstructionDataModule(LightningDataModule):
         split_seed: int = 42,
         padding_free: bool = False,
         packed_tokens: int | None = None,
+        source_field: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="tokenizer")
@@ -88,7 +91,7 @@ class InstructionDataModule(LightningDataModule):
         self.limit_train, self.limit_test = limit_train, limit_test
         self.tokens_per_batch, self.tokenizer, self.seed = tokens_per_batch, tokenizer, seed
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
-        self.padding_free, self.packed_tokens = padding_free, packed_tokens
+        self.padding_free, self.packed_tokens, self.source_field = padding_free, packed_tokens, source_field
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
@@ -145,6 +148,13 @@ class InstructionDataModule(LightningDataModule):
             "pipeline('text-generation', model='.../model')."
         )
 
+    @property
+    def sample_sources(self) -> list[str] | None:
+        """Where each training sample comes from, by its `index`; None without `source_field`."""
+        self.setup("fit")
+        sources: list[str] | None = self.train_set.dataset.sources
+        return sources
+
     def _missing(self, stage: str | None) -> list[str]:
         """Return the names of the sets that a stage needs, that exist, and that are not set up yet."""
         absent = ["val"] * (self.validation_fraction == 0) + ["test"] * (self.test is None)
@@ -158,14 +168,15 @@ class InstructionDataModule(LightningDataModule):
         if is_test:
             records = read_records(str(self.test), self.test_split, fields, self.limit_test)
         else:
-            both = read_records(self.train, self.train_split, fields, self.limit_train)
+            both = read_records(self.train, self.train_split, fields, self.limit_train, self.source_field)
             held_out, kept = hold_out(len(both), self.validation_fraction, self.split_seed)
             records = [both[position] for position in (kept if name == "train" else held_out)]
         positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions
         bound, longest = f"max_length={self.max_length}", self.max_length
         if positions is not None and positions < longest:
             bound, longest = f"the model's {positions} positions", positions
-        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, longest, is_test)
+        source_field = None if is_test else self.source_field
+        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, longest, is_test, source_field)
         rank_zero_info(
             f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.targets.numel()} tokens, "
             f"{int(dataset.supervised.sum())} of them supervised. Cut to {bound}: {dataset.truncated} samples. "
