@@ -22,6 +22,12 @@ from flow_lightning.measures import Measure
 from flow_lightning.report.metrics import read_metrics, write_metrics
 from flow_lightning.scoring.scoring import Scoring
 
+#: The files of a run that a person looks at, as its last line names them.
+_FILES = (
+    *("metrics.json", "flow_weights.safetensors", "label_issues.csv"),
+    *("flow_weights.png", "path.png", "retention.png", "report.html"),
+)
+
 
 @dataclass
 class Run:
@@ -116,3 +122,13 @@ def run_directory(trainer: Trainer) -> Path | None:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
     return Path(trainer.strategy.broadcast(str(place)))
+
+
+def files_written(folder: Path) -> str:
+    """Name the files of a run that are there, for its last line.
+
+    >>> import tempfile; folder = Path(tempfile.mkdtemp()); (folder / "metrics.json").touch()
+    >>> files_written(folder) == f"{folder}/metrics.json"
+    True
+    """
+    return ", ".join(str(folder / name) for name in _FILES if (folder / name).exists())

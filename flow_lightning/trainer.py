@@ -18,7 +18,7 @@ from flow_lightning.callbacks.linear_probe import LinearProbeCallback
 from flow_lightning.callbacks.report import ReportCallback
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.files import AtomicCheckpointIO, remove, replace_folder
-from flow_lightning.run import run_directory
+from flow_lightning.run import files_written, run_directory
 
 
 class FlowTrainer(Trainer):
@@ -53,4 +53,5 @@ class FlowTrainer(Trainer):
         self.num_sanity_val_steps = 0
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)
-        rank_zero_info(f"Weights, picture and metrics.json: {run_directory(self) or 'not written'}")
+        folder = run_directory(self)
+        rank_zero_info(f"Files: {'not written' if folder is None else files_written(folder)}")

@@ -104,7 +104,8 @@ def test_a_fit_says_by_which_method_and_rate_it_trains(options, method, rate, ca
 def test_score_computes_weights_without_training_and_they_serve_a_fit(folder, caplog):
     with caplog.at_level("INFO", "lightning.pytorch"):
         cli = main(["score", *QUICK])
-    assert f"Weights, picture and metrics.json: {cli.trainer.log_dir}" in caplog.text
+    names = ("metrics.json", "flow_weights.safetensors", "flow_weights.png")
+    assert f"Files: {', '.join(str(Path(cli.trainer.log_dir) / name) for name in names)}\n" in caplog.text
     assert cli.trainer.global_step == 0 and "target/top1" not in metrics_of(cli)
     scored = Path(cli.trainer.log_dir).absolute() / "flow_weights.safetensors"
     weights = fl.SampleWeights.load(scored)

@@ -21,7 +21,7 @@ from flow_lightning.measures.outcomes import Outcomes, StepOutcomes
 from flow_lightning.report.page.evidence import Evidence, describe
 from flow_lightning.report.page.files import sample_means
 from flow_lightning.report.texts import has_tokens, look_at_texts, source_ranks
-from flow_lightning.run import RunCallback
+from flow_lightning.run import RunCallback, files_written
 from flow_lightning.scoring.fingerprint import targets_of
 
 #: Most rows of the curve of training; then every second one goes.
@@ -98,7 +98,7 @@ class ReportCallback(RunCallback):
             from flow_lightning.report.page.render import write_page  # matplotlib is slow to import
 
             on_rank_zero(trainer, lambda: write_page(folder))
-            rank_zero_info(f"Report: {folder / 'report.html'}")
+            rank_zero_info(f"Report and files: {files_written(folder)}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit cannot find out again: the curve, and the first answers."""

@@ -17,10 +17,7 @@ from flow_lightning.distributed import on_rank_zero
 from flow_lightning.measures import Measure, PretrainedImages, TargetAccuracy, TargetLoss
 from flow_lightning.measures.base import When, check_at_least
 from flow_lightning.report.metrics import Declared, averages, declared_by, finite, metrics_table, print_table
-from flow_lightning.run import Run, RunCallback
-
-#: The pictures of a run, as its last line names them.
-_PICTURES = ("flow_weights.png", "path.png", "retention.png")
+from flow_lightning.run import Run, RunCallback, files_written
 
 
 class RetentionCallback(RunCallback):
@@ -168,6 +165,5 @@ def _report(run: Run, declared: Declared, loggers: Sequence[Any]) -> None:
 
         plot_retention(metrics, run.directory / "retention.png", declared)
         log_picture(loggers, "retention", run.directory / "retention.png")
-        pictures = [run.directory / name for name in _PICTURES]
-        files = ", ".join(str(file) for file in (run.directory / "metrics.json", *pictures) if file.exists())
+        files = files_written(run.directory)
     print_table(metrics_table({"value": metrics}, "What was learned and what was kept", declared), files)

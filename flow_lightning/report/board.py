@@ -68,7 +68,10 @@ def report(
     if len({setting["rate"] for setting in settings}) > 1:
         for title, comparison in compared.items():
             print_table(_table(comparison, title), "")
-    print_table(_table_of_ends(panels), f"board.csv, board.md and frontier.png: {folder.absolute()}")
+    files = ["comparison.json", *["comparison.png"] * is_one, "board.csv", "board.md", "frontier.png"]
+    for number, (title, points) in enumerate(panels.items(), start=1):
+        is_last = number == len(panels)
+        print_table(_table_of_ends(points, title), f"{', '.join(files)}: {folder.absolute()}" if is_last else "")
 
 
 def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -129,21 +132,23 @@ _HEADER = [
 ]
 
 
-def _table_of_ends(panels: Mapping[str, Sequence[Point]]) -> Table:
+def _table_of_ends(points: Sequence[Point], noise: str) -> Table:
     """Build the table of fits at the point of their budget and at alpha 1, means over seeds."""
-    table = Table("", title="Within the budget, and fine-tuned (alpha 1): target accuracy and share kept, in %")
-    table.add_column("", no_wrap=True)
-    with_rate = any(point.rate for points in panels.values() for point in points)
+    table = Table("", title=_titled(noise, "Within the budget, and fine-tuned (alpha 1): target and share kept, in %"))
+    with_rate = any(point.rate for point in points)
     for name in (*["rate"] * with_rate, "alpha", "target", "kept", "target, alpha 1", "kept, alpha 1"):
         table.add_column(name, justify="right")
-    for title, points in panels.items():
-        for method, rate in dict.fromkeys((point.method, point.rate) for point in points):
-            mine = [point for point in points if (point.method, point.rate) == (method, rate)]
-            chosen, last = [p for p in mine if p.is_chosen], [p for p in mine if p.alpha == 1]
-            cells = [_mean([p.alpha for p in chosen], "{:.2g}", 1)]
-            cells += [_mean([getattr(p, n) for p in ps]) for ps in (chosen, last) for n in ("target", "retention")]
-            table.add_row(method, title, *[f"{rate:g}"] * with_rate, *cells)
+    for method, rate in dict.fromkeys((point.method, point.rate) for point in points):
+        mine = [point for point in points if (point.method, point.rate) == (method, rate)]
+        chosen, last = [p for p in mine if p.is_chosen], [p for p in mine if p.alpha == 1]
+        cells = [_mean([p.alpha for p in chosen], "{:.2g}", 1)]
+        cells += [_mean([getattr(p, n) for p in ps]) for ps in (chosen, last) for n in ("target", "retention")]
+        table.add_row(method, *[f"{rate:g}"] * with_rate, *cells)
     return table
+
+
+def _titled(noise: str, title: str) -> str:
+    return f"{noise}: {title[0].lower()}{title[1:]}" if noise else title
 
 
 def _mean(values: Sequence[float], pattern: str = "{:.1f}", scale: float = 100) -> str:
@@ -151,8 +156,7 @@ def _mean(values: Sequence[float], pattern: str = "{:.1f}", scale: float = 100) 
 
 
 def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Table:
-    title = "Target under a budget, and share kept at a share of the best gain, in %"
-    table = Table(title=f"{noise}: {title[0].lower()}{title[1:]}" if noise else title)
+    table = Table(title=_titled(noise, "Target under a budget, and share kept at a share of the best gain, in %"))
     table.add_column("")
     for method in comparison:
         table.add_column(method, justify="right")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +58,8 @@ _TIMES = (
     Metric("time/report_s", "gathering what the report shows", "seconds", "down"),
 )
 _FORMATS = {"fraction": "{:.1f}", "nats": "{:.3f}", "samples": "{:,.0f}", "tokens": "{:,.0f}", "seconds": "{:.1f}"}
+#: Columns that the names of rows get in any case, and that a column needs for its lines.
+_NAMES, _PADDING = 30, 3
 _SIZES = ("samples", "tokens")  # units of metrics that stand after the results
 
 
@@ -185,7 +188,33 @@ def path_table(points: Sequence[Mapping[str, float]], alpha: float, of: str) -> 
 
 
 def print_table(table: Table, last_line: str) -> None:
-    """Print a table, at most 80 columns wide, and a line below it that is not broken."""
+    """Print a table, at most 80 columns wide, and a line below it that is not broken.
+
+    Columns that find no room stand in tables below it, each with the first column again.
+    """
     console = Console()
-    console.print(table, width=min(80, console.width))
+    for part in _parts(table, min(80, console.width)):
+        console.print(part)
     console.print(last_line, soft_wrap=True, highlight=False)
+
+
+def _parts(table: Table, width: int) -> Iterator[Table]:
+    """Split a table by columns so that no cell of a part is broken; only names of rows and of columns may be."""
+    first, *others = ([str(column.header), *map(str, column.cells)] for column in table.columns)
+    widths = [max(map(cell_len, [*header.split(), *cells, ""])) for header, *cells in others]
+    room = width - 1 - sum(each + _PADDING for each in widths) - _PADDING
+    names = min(max(map(cell_len, first)), max(room, _NAMES))
+    widths = [min(each, width - 1 - names - 2 * _PADDING) for each in widths]
+    title, at = table.title, 0
+    while at < len(others):
+        part, left = Table(title=title), width - 1 - names - _PADDING
+        part.add_column(first[0], width=names, overflow="fold")
+        end = at
+        while end < len(others) and (left := left - widths[end] - _PADDING) >= 0:
+            justify = table.columns[end + 1].justify
+            part.add_column(others[end][0], width=widths[end], justify=justify, overflow="fold")
+            end += 1
+        for row in zip(first[1:], *(column[1:] for column in others[at:end])):
+            part.add_row(*row)
+        yield part
+        title, at = None, end

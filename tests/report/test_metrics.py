@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -65,6 +66,31 @@ def test_table_is_at_most_80_columns_wide_and_no_number_is_lost(capsys):
     *table, last = capsys.readouterr().out.splitlines()
     assert max(map(len, table)) <= 80 and last.endswith("/path")
     assert sum(line.count("82.5 ± 3.5 %") for line in table) == 3
+
+
+@pytest.mark.parametrize("methods", [1, 3, 4, 9])
+@pytest.mark.parametrize("length", [4, 13, 60])
+def test_no_number_is_broken_however_many_and_long_the_names_are(methods, length, capsys):
+    values = [[0.5 + column / 100, 0.52 + column / 100] for column in range(methods)]
+    names = [f"{column}{'n' * length}" for column in range(methods)]
+    runs = {name: [{"target/top1": value} for value in both] for name, both in zip(names, values)}
+    m.print_table(metrics_table(runs, "A title"), "last")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and text.count("A title") == 1 and text.endswith("last\n")
+    for low, high in values:
+        assert text.count(f"{50 * (low + high):.1f} ± {100 * (high - low) / 2**0.5:.1f} %") == 1
+    letters = re.sub(r"[^\dn]", "", text)
+    assert letters.count("n") >= methods * length, "a name is folded, not cut"
+
+
+def test_columns_without_room_stand_below_with_the_names_of_the_rows(capsys):
+    runs = {f"method_{letter}": [RUN, RUN | {"target/top1": 0.85}] for letter in "abcdef"}
+    m.print_table(metrics_table(runs), "")
+    lines = capsys.readouterr().out.splitlines()
+    heads = [re.findall("method_[a-f]", line) for line in lines if "method_" in line]
+    assert heads == [["method_a", "method_b", "method_c"], ["method_d", "method_e", "method_f"]]
+    rows = [line for line in lines if "82.5 ± 3.5 %" in line]
+    assert len(rows) == 2 and all(line.startswith("│ target accuracy ") for line in rows)
 
 
 @pytest.mark.parametrize(
