@@ -3,7 +3,7 @@
 In: a module or data module of any class. Out: a view of it with every name of the contract. Next: `modules/base.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -61,6 +61,7 @@ class DataContract(Protocol):
     std: list[float] | None = None  #: of each channel
     interpolation: str | None = None  #: how images are resized
     edit_numbers: dict[str, int] | None = None  #: samples dropped and relabelled by hand, for `metrics.json`
+    sample_sources: Sequence[str] | None = None  #: where each training sample comes from, by index; for the report
     response_field: str = "response"  #: field of a record that holds the reference answer
 
 

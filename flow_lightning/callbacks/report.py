@@ -20,7 +20,7 @@ from flow_lightning.measures.images import PretrainedImages
 from flow_lightning.measures.outcomes import Outcomes, StepOutcomes
 from flow_lightning.report.page.evidence import Evidence, describe
 from flow_lightning.report.page.files import sample_means
-from flow_lightning.report.texts import has_tokens, look_at_texts
+from flow_lightning.report.texts import has_tokens, look_at_texts, source_ranks
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import targets_of
 
@@ -134,6 +134,7 @@ class ReportCallback(RunCallback):
         if contract.tokenizer is not None and has_tokens(dataset):
             found, evidence.words["answers"] = look_at_texts(dataset, contract.tokenizer)
             evidence.tensors |= found
+            self._note_sources(data.sample_sources, count)
         config = contract.data_config or {}
         settings = {
             "tokenizer": contract.tokenizer,
@@ -148,6 +149,17 @@ class ReportCallback(RunCallback):
                 seen.update(describe(dataset[index], **settings))
             except OSError as error:  # the page says so
                 seen["note"] = f"cannot be read: {error}"
+
+    def _note_sources(self, sources: Sequence[str] | None, count: int) -> None:
+        """Keep where each text comes from."""
+        if sources is None:
+            return
+        if len(sources) != count:
+            raise ValueError(
+                f"sample_sources of the data module has {len(sources)} values, but there are {count} training samples. "
+                "Give one for each, in their order."
+            )
+        self.evidence.tensors["text/source"], self.evidence.words["sources"] = source_ranks(sources)
 
     def _answer(self, trainer: Trainer, module: LightningModule, when: str) -> None:
         """Note class and probability that the model gives the shown samples."""

@@ -8,6 +8,7 @@ import io
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,48 @@ def plot_weights(scored: Any, path: str | Path) -> None:
 
 def log_weights(loggers: Iterable[Any], scored: Any, picture: Path | None) -> None:
     """Give the distribution of losses and weights to loggers that draw histograms, the picture to those of images."""
-    for logger in loggers:
-        if hasattr(logger.experiment, "add_histogram"):
-            losses, weights = _some(scored)
-            logger.experiment.add_histogram("flow/weights", weights.cpu(), 0)
-            logger.experiment.add_histogram("flow/losses", losses.clamp_min(1e-8).log10(), 0)
+    losses, weights = _some(scored)
+    for tag, values in (("flow/weights", weights), ("flow/losses", losses.clamp_min(1e-8).log10())):
+        given = {"tag": tag, "values": values.cpu(), "global_step": 0}
+        for logger in loggers:
+            histogram: Any = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+            if _takes(histogram, given):
+                histogram(**given)
     if picture is not None:
         log_picture(loggers, "flow/weights", picture)
 
 
 def log_picture(loggers: Iterable[Any], name: str, path: Path) -> None:
-    """Give a PNG to the loggers that take pictures: W&B, TensorBoard, MLflow, and those with their methods."""
+    """Give a PNG to the loggers that take pictures: W&B, TensorBoard, Comet, MLflow, and those with their methods.
+
+    A logger that has methods of these names with other arguments, or none of them, is left alone.
+    """
+    pixels = {"img_tensor": image.imread(path), "global_step": 0, "dataformats": "HWC"}
     for logger in loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(name, [str(path)])
-        elif hasattr(logger.experiment, "add_image"):
-            logger.experiment.add_image(name, image.imread(path), 0, dataformats="HWC")
-        elif hasattr(logger.experiment, "log_artifact"):
-            logger.experiment.log_artifact(logger.run_id, str(path))
+        experiment = getattr(logger, "experiment", None)
+        ways: tuple[tuple[Any, str, dict[str, Any]], ...] = (
+            (logger, "log_image", {"key": name, "images": [str(path)]}),  # W&B
+            (experiment, "add_image", {"tag": name, **pixels}),  # TensorBoard
+            (experiment, "log_image", {"image_data": str(path), "name": name}),  # Comet
+            (
+                experiment,
+                "log_artifact",
+                {"run_id": getattr(logger, "run_id", None), "local_path": str(path)},
+            ),  # MLflow
+        )
+        calls = ((getattr(owner, method, None), given) for owner, method, given in ways)
+        call, given = next(((call, given) for call, given in calls if _takes(call, given)), (None, {}))
+        if call is not None:
+            call(**given)
+
+
+def _takes(call: Any, given: Mapping[str, Any]) -> bool:
+    """Tell whether something is a function that takes these arguments."""
+    try:
+        signature(call).bind(**given)
+    except (TypeError, ValueError):  # no function, other arguments, or no signature
+        return False
+    return True
 
 
 def _some(scored: Any, most: int = 1_000_000) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 In: a data set of tokens and its tokenizer. Out: findings by sample. Next: `page/text_section.py`.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 _REPEATED = 20
 #: Answers of fewer words, such as the letter of a choice, need no end of a sentence.
 _FEW_WORDS = 8
-#: Samples of which the words are kept, of each kind of finding.
+#: Samples of which the words are kept, of each kind of finding, and sources of which the names are.
 _MOST = 50
 _SHOWN = 160
 _WIDTH, _ROWS = 128, 1000
@@ -48,6 +49,17 @@ def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict
     found = {"text/length": torch.tensor(lengths), **flags, "text/twin": twin, "text/likeness": likeness}
     shown = {index for flag in (*flags.values(), twin >= 0) for index in flag.nonzero().flatten()[:_MOST].tolist()}
     return found, {str(index): texts[index] for index in sorted(shown)}
+
+
+def source_ranks(sources: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """Return the rank of each sample's source, 0 the most frequent, int32 `[n]`, and the names of the first 50.
+
+    >>> source_ranks(["web", "book", "book"])
+    (tensor([1, 0, 0], dtype=torch.int32), ['book', 'web'])
+    """
+    names = [name for name, _ in Counter(sources).most_common()]
+    ranks = {name: rank for rank, name in enumerate(names)}
+    return torch.tensor([ranks[name] for name in sources], dtype=torch.int32), names[:_MOST]
 
 
 def has_tokens(dataset: Any) -> bool:

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from flow_lightning.report.page.render import page, write_page
 from tests import unchanged
 from tests.examples import Kill, chain, fit
 from tests.images import PictureData, tiny_module
-from tests.language import TOKENIZER, instructions, language_module, write_jsonl
+from tests.language import TOKENIZER, instructions, language_data, language_module, write_jsonl
 from tests.retention import unlabelled_images
 
 
@@ -202,3 +203,25 @@ def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(t
     assert evidence.tensors["text/unended"].nonzero().flatten().tolist() == [2]
     assert evidence.tensors["text/twin"].tolist()[6] == 4
     assert "numbers and then we" in Path("run/report.html").read_text()
+
+
+def test_losses_of_a_language_run_are_shown_by_source_of_the_samples(tmp_path):
+    records = [record | {"origin": f"book {index % 3}"} for index, record in enumerate(instructions(12))]
+    del records[4]["origin"]
+    write_jsonl(tmp_path / "train.jsonl", records)
+    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
+    data = fl.InstructionDataModule(str(tmp_path / "train.jsonl"), source_field="origin", **settings)
+    flow = fl.FlowWeightingCallback()
+    fit(fl.ReportCallback(samples=2), flow, module=language_module(), data=data)
+    evidence, losses = Evidence.load(Path("run")), flow.weights.losses.numpy()
+    places = [evidence.words["sources"][rank] for rank in evidence.tensors["text/source"].tolist()]
+    assert places == [record.get("origin", "none") for record in records]
+    html = Path("run/report.html").read_text()
+    assert re.search(rf"book 2</bdi></td><td><bdi>4</bdi></td><td><bdi>{losses[2::3].mean():.3f}</bdi>", html)
+    assert re.search(rf"none</bdi></td><td><bdi>1</bdi></td><td><bdi>{losses[4]:.3f}</bdi>", html)
+
+
+def test_sources_of_another_number_than_the_samples_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(fl.InstructionDataModule, "sample_sources", ["web"])
+    with pytest.raises(ValueError, match="sample_sources of the data module has 1 values, but there are 13 training"):
+        fit(fl.ReportCallback(), fl.FlowWeightingCallback(), module=language_module(), data=language_data(tmp_path))

@@ -3,6 +3,7 @@
 In: records and a tokenizer. Out: samples of tokens, and batches with labels. Next: `module.py`.
 """
 
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         empty: Number of records left out because their response is empty or blank.
         excluded: Number of records left out because their prompt alone fills `max_length`.
         records: The records of the samples with `keep_records`, otherwise None.
+        sources: The value of `source_field` of each sample, "none" where its record has none. None without the field.
 
     The arguments are those of `InstructionDataModule`; the tokenizer is not kept. ValueError says why no sample is
     left, why the template does not fit, or that the tokenizer has no end-of-sequence token.
@@ -46,6 +48,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         template: str = "alpaca",
         max_length: int = 1024,
         keep_records: bool = False,
+        source_field: str | None = None,
     ) -> None:
         split = prompt_splitter(template, tokenizer)
         texts = (split(record[instruction_field], record[response_field]) for record in records)
@@ -80,6 +83,9 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self.lengths = self.offsets.diff()
         self.supervised = self.lengths - self.prompt_lengths
         self.records = [records[position] for position in self.kept] if keep_records else None
+        self.sources: list[str] | None = None
+        if source_field is not None:  # interned: millions of samples share a few values
+            self.sources = [sys.intern(records[position].get(source_field, "none")) for position in self.kept]
 
     def __len__(self) -> int:
         return len(self.kept)

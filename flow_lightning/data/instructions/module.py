@@ -57,6 +57,8 @@ class InstructionDataModule(LightningDataModule):
         packed_tokens: Most tokens of a training batch, in place of `batch_size`. Samples are packed by best fit and
             joined as by `padding_free`, each with its own loss. A longer sample is a batch of its own.
         label_noise: Gives some training records the response of another one, held-out ones too, for experiments.
+        source_field: Field that says where a record comes from, such as "dataset". `ReportCallback` then shows losses
+            by source. Records without a value there count as "none"; if no record has one, ValueError says so.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class InstructionDataModule(LightningDataModule):
         padding_free: bool = False,
         packed_tokens: int | None = None,
         label_noise: LabelNoise | None = None,
+        source_field: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer", "label_noise"])
@@ -91,7 +94,8 @@ class InstructionDataModule(LightningDataModule):
         self.limit_train, self.limit_test = limit_train, limit_test
         self.tokens_per_batch, self.tokenizer, self.seed = tokens_per_batch, tokenizer, seed
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
-        self.padding_free, self.packed_tokens, self.label_noise = padding_free, packed_tokens, label_noise
+        self.padding_free, self.packed_tokens = padding_free, packed_tokens
+        self.label_noise, self.source_field = label_noise, source_field
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
@@ -148,6 +152,13 @@ class InstructionDataModule(LightningDataModule):
             "pipeline('text-generation', model='.../model')."
         )
 
+    @property
+    def sample_sources(self) -> list[str] | None:
+        """Where each training sample comes from, by its `index`; None without `source_field`."""
+        self.setup("fit")
+        sources: list[str] | None = self.train_set.dataset.sources
+        return sources
+
     def _missing(self, stage: str | None) -> list[str]:
         """Return the names of the sets that a stage needs, that exist, and that are not set up yet."""
         absent = ["val"] * (self.validation_fraction == 0) + ["test"] * (self.test is None)
@@ -161,7 +172,7 @@ class InstructionDataModule(LightningDataModule):
         if is_test:
             records = read_records(str(self.test), self.test_split, fields, self.limit_test)
         else:
-            both = read_records(self.train, self.train_split, fields, self.limit_train)
+            both = read_records(self.train, self.train_split, fields, self.limit_train, self.source_field)
             if self.label_noise is not None:
                 both = with_wrong_responses(both, self.response_field, self.label_noise)
             held_out, kept = hold_out(len(both), self.validation_fraction, self.split_seed)
@@ -170,7 +181,8 @@ class InstructionDataModule(LightningDataModule):
         bound, longest = f"max_length={self.max_length}", self.max_length
         if positions is not None and positions < longest:
             bound, longest = f"the model's {positions} positions", positions
-        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, longest, is_test)
+        source_field = None if is_test else self.source_field
+        dataset = InstructionDataset(records, self._tokenizer(), *fields, self.template, longest, is_test, source_field)
         rank_zero_info(
             f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.targets.numel()} tokens, "
             f"{int(dataset.supervised.sum())} of them supervised. Cut to {bound}: {dataset.truncated} samples. "

@@ -19,16 +19,31 @@ Record = dict[str, str]
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, such as a file and a line
 
 
-def read_records(source: str | Path, split: str, fields: Sequence[str], limit: int | None = None) -> list[Record]:
+def read_records(
+    source: str | Path, split: str, fields: Sequence[str], limit: int | None = None, source_field: str | None = None
+) -> list[Record]:
     """Read the text fields of the first `limit` records: a dict for each. Files have no splits.
 
-    `source` is what `InstructionDataModule` takes as `train`. ValueError and FileNotFoundError name the file, the line
-    and the field that cannot be read.
+    `source` is what `InstructionDataModule` takes as `train`. Where a record has a value in `source_field`, its dict
+    holds that too, as text. ValueError and FileNotFoundError name the file, the line and the field that cannot be read,
+    or a `source_field` that no record has.
     """
     rows = tqdm(islice(_rows(str(source), split), limit), desc=f"Reading {source}", unit=" records", delay=2)
-    records = [_texts(row, fields, where) for where, row in rows]
+    records, known = [], dict[str, None]()
+    for where, row in rows:
+        record = _texts(row, fields, where)
+        if source_field is not None:
+            known |= dict.fromkeys(name for name, value in row.items() if value is not None)
+            if (value := row.get(source_field)) is not None:
+                record[source_field] = str(value)
+        records.append(record)
     if not records:
         raise ValueError(f"{source} is empty (limit: {limit}). Give a record with the fields {', '.join(fields)}.")
+    if source_field is not None and source_field not in known:
+        raise ValueError(
+            f"{source}: no record has a value in {source_field!r}. The records have {', '.join(map(repr, known))}. Set "
+            "source_field to one of these, or leave it out."
+        )
     return records
 
 

@@ -37,8 +37,8 @@ class Evidence:
             answers `before` and `after`, each a class and its probability.
         lost: The same of retention samples whose answer changed for the worse, with `given`, `before` and `after`.
         curve: Rows of `step` and `loss`.
-        words: Names of classes (`class_names`, `pretrained_names`), `answers` in which something was found, and a
-            `note` for each thing that is not known.
+        words: Names of classes (`class_names`, `pretrained_names`), `answers` in which something was found,
+            the `sources` by the rank in `text/source`, and a `note` on what is not known.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)

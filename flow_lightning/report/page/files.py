@@ -41,6 +41,23 @@ class RunFiles:
         fits = labels is not None and (self.weights is None or len(labels) == len(self.weights))
         return labels if fits else None
 
+    @property
+    def holds_texts(self) -> bool:
+        """Whether the training samples are texts without labels, as of a language model."""
+        seen = self.evidence
+        return (
+            isinstance(self.weights, TokenWeights)
+            or "text/length" in seen.tensors
+            or any("tokens" in sample for sample in seen.shown.values())
+        )
+
+    def source(self, index: int) -> str | None:
+        """Return where a text comes from; None if that is not known."""
+        ranks, names = self.evidence.tensors.get("text/source"), self.evidence.words.get("sources") or []
+        if ranks is None or index >= len(ranks):
+            return None
+        return str(names[ranks[index]]) if ranks[index] < len(names) else "other sources"
+
     def name(self, label: Any, names: str = "class_names") -> str:
         """Return the name of a class index; anything else, and an index without a name, as it is."""
         known, text = self.evidence.words.get(names) or [], str(label)
@@ -64,6 +81,8 @@ def read_run(folder: Path) -> RunFiles:
     }
     for name, (read, attribute, without) in readers.items():
         file = folder / name
+        if not file.exists() and name == ISSUES_FILE and run.holds_texts:
+            continue  # nobody looks for wrong labels there
         if not file.exists():
             run.missing.append(f"{name}: {without}.")
             continue

@@ -23,7 +23,9 @@ def sections(run: RunFiles) -> Iterator[Section]:
     yield sample_section(run)
     if texts := text_section(run):
         yield texts
-    yield answer_section(run)
+    changed = answer_section(run)
+    if changed.tables or not run.holds_texts:
+        yield changed
     yield _curves(run)
     known = {key for key, value in run.metrics.items() if isinstance(value, int | float)}
     shown = [metric for metric in metric_rows(known) if metric.key in known]

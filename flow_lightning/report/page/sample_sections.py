@@ -39,9 +39,9 @@ def weight_section(run: RunFiles) -> Section:
         charts.losses(weights.losses[some].double().numpy(), weights.temperature, unit),
         charts.weights(shares[some].double().numpy(), part, unit),
     ]
-    if run.labels is None:
+    if run.labels is None and not run.holds_texts:
         section.text.append("Without labels nothing can be said by class.")
-    else:
+    elif run.labels is not None:
         _by_class(section, run, run.labels, *sample_means(weights))
     return section
 
@@ -76,9 +76,9 @@ def _by_class(section: Section, run: RunFiles, labels: Tensor, losses: Tensor, w
 
 def sample_section(run: RunFiles) -> Section:
     """Show suspected label errors, the hardest and the easiest samples, and a table."""
-    section = Section("Samples")
+    section = Section("Samples", group="source" if _is_sorted_by_loss(run) else "class")
     if run.weights is None and not run.issues:
-        section.text = ["There are no losses and no suspected label errors to sort samples by."]
+        section.text = [f"There are no losses {'' if run.holds_texts else 'and no suspected label errors '}to sort by."]
         return section
     numbers = () if run.weights is None else sample_means(run.weights)
     order = numbers[0].argsort(descending=True, stable=True).tolist() if numbers else []
@@ -89,32 +89,66 @@ def sample_section(run: RunFiles) -> Section:
         lists = ["suspected"] * (index in issues)
         lists += ["hardest" if ranks[index] < len(order) / 2 else "easiest"] if index in ranks else []
         section.cards.append(_card(run, index, numbers) | {"lists": lists})
-    section.text = [
-        f"{len(suspects):,} label errors are suspected."
+    section.text = _words_on_texts(run) if _is_sorted_by_loss(run) else _words_on_labels(run, len(suspects))
+    wanted = list(dict.fromkeys([*suspects, *order]))[:_MOST_ROWS]
+    rows = [_columns(run, index, numbers) for index in wanted]
+    first = "" if _is_sorted_by_loss(run) else "suspected label errors, then "
+    of = f"{len(wanted):,} of {max(len(order), len(run.issues)):,} samples: {first}by loss"
+    cells = [list(row.values()) for row in rows]
+    section.tables = [Table(of, list(rows[0]), cells, [_group(row) for row in rows])]
+    return section
+
+
+def _is_sorted_by_loss(run: RunFiles) -> bool:
+    """Tell whether samples are texts of which nobody asks for labels."""
+    return run.holds_texts and not run.issues
+
+
+def _words_on_labels(run: RunFiles, suspects: int) -> list[str]:
+    words = [
+        f"{suspects:,} label errors are suspected."
         if run.issues
         else "Label errors were not looked for: there is no label_issues.csv.",
         "Each card has the given label, and the model's answers before and after training with their probability.",
     ]
-    if run.labels is None:
-        section.text.append("The run lists no labels, so samples cannot be sorted by class.")
-    wanted = list(dict.fromkeys([*suspects, *order]))[:_MOST_ROWS]
-    rows = [_row(run, index, numbers) for index in wanted]
-    of = f"{len(wanted):,} of {max(len(order), len(run.issues)):,} samples: suspected label errors, then by loss"
-    header = ["index", "given label", "predicted", "probability", "label score", "loss", "weight"]
-    section.tables = [Table(of, header, rows, [row[1] for row in rows])]
-    return section
+    unsorted = "The run lists no labels, so samples cannot be sorted by class."
+    return words if run.labels is not None else [*words, unsorted]
 
 
-def _row(run: RunFiles, index: int, numbers: tuple[Tensor, ...]) -> list[str]:
-    """Return the row of a sample: index, given and predicted label, probability, label score, loss, weight."""
+def _words_on_texts(run: RunFiles) -> list[str]:
+    shades = " The darker a token of it, the more weight it has." if isinstance(run.weights, TokenWeights) else ""
+    return [f"Each card has the end of the prompt, in grey, and the answer.{shades}"]
+
+
+def _columns(run: RunFiles, index: int, numbers: tuple[Tensor, ...]) -> dict[str, str]:
+    """Return the row of a sample by the names of the columns: what it is, what is said of it, its loss and weight."""
+    own = [_number(each[index].item()) for each in numbers] or ["–", "–"]
+    means = dict(zip(("loss", "weight"), own))
+    if not _is_sorted_by_loss(run):
+        return {"index": str(index)} | _answers(run, index) | means
+    source, lengths = run.source(index), run.evidence.tensors.get("text/length")
+    tokens = {} if lengths is None or index >= len(lengths) else {"tokens": str(int(lengths[index]))}
+    return {"index": str(index)} | ({} if source is None else {"source": source}) | tokens | means
+
+
+def _answers(run: RunFiles, index: int) -> dict[str, str]:
+    """Return given and predicted label, probability and label score."""
     issue, answer = run.issues.get(index, {}), run.evidence.shown.get(str(index), {}).get("before", [])
     given = issue.get("given_label", "–") if run.labels is None else int(run.labels[index])
     predicted, probability = issue.get("predicted_label"), issue.get("probability")
     if answer and not predicted:
         predicted, probability = answer[0], answer[1] if len(answer) > 1 else None
-    own: list[Any] = [each[index].item() for each in numbers] or [None, None]
-    values = [probability, issue.get("label_score"), *own]
-    return [str(index), run.name(given), "–" if predicted is None else run.name(predicted), *map(_number, values)]
+    return {
+        "given label": run.name(given),
+        "predicted": "–" if predicted is None else run.name(predicted),
+        "probability": _number(probability),
+        "label score": _number(issue.get("label_score")),
+    }
+
+
+def _group(row: dict[str, str]) -> str:
+    """Return what a filter goes by: the given label, or where a text comes from."""
+    return row.get("given label", row.get("source", "–"))
 
 
 def _number(value: Any) -> str:
@@ -125,17 +159,15 @@ def _number(value: Any) -> str:
 
 def _card(run: RunFiles, index: int, numbers: tuple[Tensor, ...]) -> dict[str, Any]:
     """Return what a card shows of a sample: what there is to see, and its facts."""
-    seen, (_, given, predicted, probability, score, loss, weight) = (
-        run.evidence.shown[str(index)],
-        _row(run, index, numbers),
-    )
-    facts = {"given": given, "loss": loss, "weight": weight}
+    seen, row = run.evidence.shown[str(index)], _columns(run, index, numbers)
+    facts = {"given": row["given label"]} if "given label" in row else {}
+    facts |= {name: row[name] for name in ("source", "tokens", "loss", "weight") if name in row}
     if index in run.issues:
-        facts |= {"label score": score, "suggested": f"{predicted} ({probability})"}
+        facts |= {"label score": row["label score"], "suggested": f"{row['predicted']} ({row['probability']})"}
     for when in ("before", "after"):
         if answer := seen.get(when):
             facts[when] = run.name(int(answer[0])) + "".join(f" ({share:.0%})" for share in answer[1:])
-    card = {"index": index, "class": given, "facts": facts} | {
+    card = {"index": index, "class": _group(row), "facts": facts} | {
         k: seen[k] for k in ("picture", "text", "note", "tokens") if k in seen
     }
     if "tokens" in seen and isinstance(run.weights, TokenWeights):

@@ -4,7 +4,7 @@ In: text, charts, samples. Out: `Section`. Next: `run_page.py`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flow_lightning.report.page.charts import Chart
 
@@ -20,13 +20,14 @@ class Table(NamedTuple):
 
 @dataclass
 class Section:
-    """A part of the page: sentences, charts, cards of samples, tables."""
+    """A part of the page: sentences, charts, cards of samples, tables; `group` is what a filter goes by."""
 
     title: str
     text: list[str] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     cards: list[dict[str, Any]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    group: Literal["class", "source"] = "class"
 
 
 def percent(value: float) -> str:

@@ -1,10 +1,12 @@
-"""Instruction data on a page: loss by length, answers without an end, answers that repeat the prompt, duplicates.
+"""Instruction data on a page: loss by length and source, answers without end or that repeat the prompt, duplicates.
 
 In: `RunFiles` with what `report/texts.py` found. Out: a section. Next: `section.py`.
 """
 
+import numpy as np
 from torch import Tensor
 
+from flow_lightning.report.page import charts
 from flow_lightning.report.page.files import RunFiles, sample_means
 from flow_lightning.report.page.section import Section, Table
 
@@ -18,9 +20,8 @@ def text_section(run: RunFiles) -> Section | None:
     if not found:
         return None
     unended, repeats, twin = found["text/unended"].bool(), found["text/repeats"].bool(), found["text/twin"]
-    losses = None if run.weights is None else sample_means(run.weights)[0].cpu()
-    if losses is not None and len(losses) != len(twin):
-        losses = None
+    means = None if run.weights is None else sample_means(run.weights)
+    losses = None if means is None or len(means[0]) != len(twin) else means[0]
     section = Section("Texts")
     section.text = [
         f"Of {len(twin):,} texts, {int((twin >= 0).sum()):,} are like an earlier one. {int(unended.sum()):,} answers "
@@ -28,6 +29,8 @@ def text_section(run: RunFiles) -> Section | None:
     ]
     if losses is not None:
         section.tables.append(_by_length(losses, found["text/length"]))
+    if means is not None and losses is not None and "text/source" in found:
+        _by_source(section, run, *means)
     for caption, chosen in (
         ("Answers that end in the middle of a sentence", unended),
         ("Answers that repeat 20 tokens of their prompt", repeats),
@@ -46,6 +49,25 @@ def _by_length(losses: Tensor, lengths: Tensor) -> Table:
             mean = losses[part].double().mean()
             rows.append([f"{lengths[part[0]]} to {lengths[part[-1]]}", f"{len(part):,}", f"{mean:.3f}"])
     return Table("Loss by length of the answer", ["tokens", "samples", "mean loss"], rows)
+
+
+def _by_source(section: Section, run: RunFiles, losses: Tensor, weights: Tensor) -> None:
+    """Add losses and weights of each source, the most frequent first; those without a kept name in one row."""
+    names = [str(name) for name in run.evidence.words["sources"]]
+    ranks = run.evidence.tensors["text/source"].long()
+    if (rest := int(ranks.max()) + 1 - len(names)) > 0:
+        names.append(f"{rest:,} other sources")
+    members, rows = ranks.clamp_max(len(names) - 1), []
+    for rank, name in enumerate(names):
+        own, shares = (each[members == rank].double().numpy() for each in (losses, weights))
+        numbers = (np.mean(own), np.median(own), np.mean(shares))
+        rows.append([name, f"{len(own):,}", *(f"{number:.3f}" for number in numbers)])
+    some = names[: charts.MOST_CLASSES]
+    of = "" if len(some) == len(names) else f" (the {len(some)} most frequent)"
+    values = losses.double().numpy(), members.numpy(), range(len(some)), some
+    section.charts.append(charts.losses_by_class(f"Losses by source{of}", *values))
+    header = ["source", "samples", "mean loss", "median loss", "mean weight"]
+    section.tables.append(Table("Loss by source", header, rows))
 
 
 def _table(run: RunFiles, caption: str, chosen: Tensor, losses: Tensor | None, found: dict[str, Tensor]) -> Table:

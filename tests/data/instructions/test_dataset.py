@@ -149,3 +149,12 @@ def test_a_fit_without_padding_ends_where_the_padded_one_does(tmp_path, kills):
     found, expected = chain(fit_once, *kills), fit_once(padding_free=False)
     start = torch.cat([p.detach().flatten() for p in language_module().parameters()])
     assert (found - expected).norm() < 1e-5 * (expected - start).norm()
+
+
+def test_each_sample_keeps_where_its_own_record_comes_from():
+    records = instructions(4)
+    records[0]["response"] = " "  # left out, and its source with it
+    records[1]["dataset"] = records[3]["dataset"] = "web"
+    dataset = build(records, source_field="dataset")
+    assert dataset.sources == ["web", "none", "web"] and build(records).sources is None
+    assert pickle.loads(pickle.dumps(dataset)).sources == dataset.sources

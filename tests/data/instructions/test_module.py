@@ -227,3 +227,22 @@ def test_the_padding_is_the_tokenizers_or_else_the_end(pad_token):
     tokenizer.eos_token, tokenizer.pad_token = "!", pad_token
     expected = tokenizer.convert_tokens_to_ids(pad_token or "!")
     assert data_module(tokenizer=tokenizer).train_dataloader().collate_fn.keywords == {"pad_id": expected}
+
+
+def test_sources_are_those_of_the_training_samples_after_the_split():
+    records = [record | {"dataset": f"from {record['response']}"} for record in instructions(20)]
+    source = write_jsonl(Path("sources.jsonl"), records)
+    settings = {"tokenizer": tiny_tokenizer(), "validation_fraction": 0.2, "source_field": "dataset"}
+    data = fl.InstructionDataModule(source, write_jsonl(Path("test.jsonl"), instructions(3)), **settings)
+    assert len(data.sample_sources) == 16
+    for text, place in zip(texts(data.train_set), data.sample_sources):
+        assert text.endswith(place.removeprefix("from ") + END)
+    data.setup("test")  # test records need no source
+    assert len(data.test_set) == 3 and data_module(20).sample_sources is None
+
+
+def test_a_source_field_that_no_record_has_stops_the_run_before_training():
+    model = Recorder()
+    with pytest.raises(ValueError, match=r"no record has a value in 'origin'\. The records have 'query', 'response'"):
+        make_trainer().fit(model, data_module(20, source_field="origin"))
+    assert model.epochs == []

@@ -89,3 +89,22 @@ def test_missing_files_other_kinds_and_limits_are_explained(name, limit, message
     (tmp_path / "a.csv").write_text("query,response\n")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         read_records(name, "train", FIELDS, limit)
+
+
+def test_where_a_record_comes_from_is_kept_as_text_if_the_record_says_so(tmp_path):
+    records = [{**record, "more": 1} for record in instructions(4)]
+    for record, place in zip(records, ("web", 7, None)):  # the last one lacks the field
+        record["dataset"] = place
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records[1:]), tmp_path / "a.parquet")
+    pairs = instructions(4)
+    expected = [pairs[0] | {"dataset": "web"}, pairs[1] | {"dataset": "7"}, *pairs[2:]]
+    assert read_records(write_jsonl(tmp_path / "a.jsonl", records), "train", FIELDS, None, "dataset") == expected
+    assert read_records(tmp_path / "a.parquet", "train", FIELDS, None, "dataset") == expected[1:]
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl: no record has a value in 'origin'\. The records have 'query', 're"
+    ):
+        read_records(tmp_path / "a.jsonl", "train", FIELDS, None, "origin")
+    message = r"no record has a value in 'dataset'\. The records have 'query', 'response', 'more'\. Set source_field to"
+    write_jsonl(tmp_path / "a.jsonl", [record | {"dataset": None} for record in records])
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path / "a.jsonl", "train", FIELDS, None, "dataset")

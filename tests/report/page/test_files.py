@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.report.page.files import is_issue, read_run
 from tests.report.page.example import EVIL, write_run, write_text_run
@@ -28,3 +30,18 @@ def test_damaged_files_are_named_and_the_others_are_read():
 
 def test_token_weights_are_told_from_sample_weights():
     assert isinstance(read_run(write_text_run(Path("run"))).weights, TokenWeights)
+
+
+def test_texts_are_known_by_their_tokens_and_miss_no_label_issues():
+    run = read_run(write_text_run(Path("run")))
+    assert run.holds_texts and run.source(0) is None
+    assert [word.split()[0] for word in run.missing] == ["metrics.json:", "config.yaml:"]
+    Path("run/flow_weights.safetensors").unlink()
+    assert read_run(Path("run")).holds_texts
+    assert not read_run(write_run(Path("pictures"))).holds_texts
+
+
+def test_where_a_text_comes_from_has_a_name_or_is_one_of_the_others():
+    run = read_run(write_text_run(Path("run")))
+    run.evidence.tensors["text/source"], run.evidence.words["sources"] = torch.tensor([1, 0]), ["book"]
+    assert [run.source(index) for index in range(3)] == ["other sources", "book", None]

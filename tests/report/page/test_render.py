@@ -11,6 +11,7 @@ import torch
 
 from flow_lightning.__main__ import main
 from flow_lightning.configurations import OptionError
+from flow_lightning.report.page.evidence import Evidence
 from flow_lightning.report.page.render import page, write_page
 from tests.report.page.example import EVIL, METRICS, Parsed, write_run, write_text_run
 from tests.test_cli import error_of
@@ -71,6 +72,24 @@ def test_tokens_are_shaded_by_their_weight():
     expected = sorted(torch.exp(-losses / losses.quantile(0.5)).tolist())
     assert sorted(float(tags["title"].removeprefix("weight ")) for tags in tokens) == pytest.approx(expected, abs=1e-3)
     assert "two and <script>" in found.text
+
+
+def test_the_page_of_texts_asks_for_no_labels_and_of_few_classes_there_is_nothing_to_choose():
+    found = Parsed(page(write_text_run(Path("run"))))
+    assert not re.search("label|class", found.text) and "What changed" not in found.text
+    names = [tags.get("name") for tags in found.all("select")]
+    assert names == ["list"] and [tags for tags in found.all("input") if tags["name"] == "class"]
+    evidence = Evidence.load(Path("run"))
+    evidence.tensors |= {f"text/{name}": torch.zeros(3) for name in ("unended", "repeats")}
+    evidence.tensors |= {"text/length": torch.tensor([3, 2, 1]), "text/twin": torch.full((3,), -1)}
+    evidence.tensors |= {"text/source": torch.tensor([1, 0, 0]), "text/likeness": torch.ones(3)}
+    evidence.words["sources"] = ["book", EVIL]
+    evidence.save(Path("run"))
+    found = Parsed(page(Path("run")))
+    assert [tags.get("name") for tags in found.all("select")] == [
+        "list",
+        "class",
+    ] and f"all sources{EVIL}book" in found.text
 
 
 def test_a_killed_run_shows_what_is_there_and_names_what_is_missing():

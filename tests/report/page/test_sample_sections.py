@@ -49,11 +49,35 @@ def test_cards_are_sorted_from_hard_to_easy():
     assert {name for card in section.cards for name in card["lists"]} == {"suspected", "hardest", "easiest"}
 
 
-def test_the_loss_of_a_text_is_the_mean_of_its_tokens_and_no_labels_are_said_to_be_missing():
-    section = sample_section(read_run(write_text_run(Path("run"))))
-    losses = {row[0]: float(row[5]) for row in section.tables[0].rows}
+def test_the_loss_of_a_text_is_the_mean_of_its_tokens_and_nothing_is_said_of_labels():
+    run = read_run(write_text_run(Path("run")))
+    section, words = sample_section(run), "Each card has the end of the prompt, in grey, and the answer. "
+    assert section.tables[0].header == ["index", "loss", "weight"]
+    losses = {row[0]: float(row[1]) for row in section.tables[0].rows}
     assert losses == pytest.approx({"0": 5.3 / 3, "1": 0.2, "2": 4.0}, rel=1e-2)
-    assert "no labels" in section.text[-1]
+    assert section.text == [words + "The darker a token of it, the more weight it has."]
+    assert section.tables[0].caption == "3 of 3 samples: by loss" and len(weight_section(run).text) == 1
+    assert all(card["facts"].keys() == {"loss", "weight"} for card in section.cards)
+    run.weights = None
+    assert sample_section(run).text == ["There are no losses to sort by."]
+
+
+def test_texts_can_be_filtered_by_where_they_come_from():
+    run = read_run(write_text_run(Path("run")))
+    run.evidence.tensors |= {"text/source": torch.tensor([1, 0, 2]), "text/length": torch.tensor([3, 2, 1])}
+    run.evidence.words["sources"] = ["book", "web"]  # of a third one only the number of samples is kept
+    section = sample_section(run)
+    assert section.group == "source" and section.tables[0].header == ["index", "source", "tokens", "loss", "weight"]
+    assert [row[:3] for row in section.tables[0].rows] == [
+        ["2", "other sources", "1"], ["0", "web", "3"], ["1", "book", "2"],
+    ]  # fmt: skip
+    assert {card["index"]: card["class"] for card in section.cards} == {0: "web", 1: "book", 2: "other sources"}
+    assert section.tables[0].classes == ["other sources", "web", "book"]
+
+
+def test_without_losses_and_labels_that_is_said_of_images():
+    run = RunFiles(Path(), evidence=Evidence({"labels": torch.arange(3)}))
+    assert sample_section(run).text == ["There are no losses and no suspected label errors to sort by."]
 
 
 def test_labels_of_another_data_set_are_not_used():
