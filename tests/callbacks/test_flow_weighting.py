@@ -171,7 +171,12 @@ class Two(RegressionData):
 @pytest.mark.parametrize(
     ("module", "data", "error", "message"),
     [
-        (LinearRegression, lambda: DataLoader(Stream(), 4), TypeError, r"map-style data set.*IndexedDataset"),
+        (
+            LinearRegression,
+            lambda: DataLoader(Stream(), 4),
+            TypeError,
+            r"Stream is not a map-style data set.*`list\(data\)`",
+        ),
         (BoringModel, lambda: None, ValueError, r"train_dataloader\(\) gives other samples"),  # drawn anew each time
         (Reduced, RegressionData, ValueError, r"one loss per sample, \[B\]"),
         (LinearRegression, broken_data, ValueError, "2 of 23 losses are NaN or infinite: samples 2, 17"),

@@ -141,3 +141,15 @@ def test_samples_that_a_collate_function_leaves_out_are_named() -> None:
     first = dataset.tensors[0][0, 0]
     with pytest.raises(ValueError, match=r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"):
         fit(Classifier(), dataset, fl.FlowWeightingCallback(), loader=DataLoader(dataset, 5, collate_fn=collate))
+
+
+def test_scoring_takes_one_forward_pass_and_a_short_look_at_the_step() -> None:
+    class Counting(Classifier):
+        samples = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            type(self).samples += len(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    fl.score(Counting(), DataLoader(data(n=4000), 32))
+    assert 4000 <= Counting.samples <= 1.05 * 4000
