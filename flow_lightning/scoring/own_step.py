@@ -82,11 +82,11 @@ def call_training_step(module: LightningModule, batch: Any, batch_idx: int) -> A
 
 def dependent(module: LightningModule, losses: Tensor) -> ValueError:
     """Return the error of a step whose losses `[B]` of the same samples differ from batch to batch."""
-    name, typical = f"{type(module).__name__}.training_step", float(losses.median())
-    if typical < _ROUNDING:
+    name, most = f"{type(module).__name__}.training_step", float(losses.max())
+    if most < _ROUNDING:
         return ValueError(
-            f"In {name} the losses of samples are about {typical:.0e}, which is rounding alone: they differ from batch "
-            "to batch. The model fits these samples already. Train without FlowWeightingCallback, or in 64-bit "
+            f"In {name} the losses of samples are at most {most:.0e}, which is rounding alone: they differ from "
+            "batch to batch. The model fits these samples already. Train without FlowWeightingCallback, or in 64-bit "
             "precision."
         )
     return ValueError(
