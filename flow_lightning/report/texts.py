@@ -19,7 +19,8 @@ _FEW_WORDS = 8
 #: Samples of which the words are kept, of each kind of finding, and sources of which the names are.
 _MOST = 50
 _SHOWN = 160
-_WIDTH, _ROWS = 128, 1000
+#: Numbers of a projected text, and sides of a block of texts that are compared.
+_WIDTH, _ROWS, _COLUMNS = 128, 1000, 4000
 
 
 def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -36,13 +37,12 @@ def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict
     ids, lengths, unended, repeats, texts = [], [], [], [], {}
     for index in tqdm(range(len(dataset)), "Report: reading texts", unit=" samples", leave=False, delay=2):
         sample = dataset[index]
-        tokens, start = torch.as_tensor(sample["input_ids"]), answer_start(sample)
-        prompt, answer = tokens[:start].tolist(), tokens[start:].tolist()
-        text = tokenizer.decode(answer, skip_special_tokens=True)
-        ids.append(tokens.int())
-        lengths.append(len(answer))
+        tokens, start = torch.as_tensor(sample["input_ids"]).cpu().int(), answer_start(sample)
+        text = tokenizer.decode(tokens[start:].numpy(), skip_special_tokens=True)  # a list takes twice as long
+        ids.append(tokens)
+        lengths.append(len(tokens) - start)
         unended.append(is_unended(text))
-        repeats.append(_repeats(prompt, answer))
+        repeats.append(repeats_prompt(tokens, start))
         texts[index] = text[:_SHOWN]
     twin, likeness = twins(ids)
     flags = {"text/unended": torch.tensor(unended), "text/repeats": torch.tensor(repeats)}
@@ -84,9 +84,20 @@ def is_unended(text: str) -> bool:
     return len(text.split()) >= _FEW_WORDS and (text[-1].isalpha() or text[-1] in ",-(")
 
 
-def _repeats(prompt: list[int], answer: list[int]) -> bool:
-    known = set(_runs(prompt))
-    return any(run in known for run in _runs(answer))
+def repeats_prompt(tokens: Tensor, start: int) -> bool:
+    """Tell whether an answer, the int32 `tokens` from `start` on, repeats 20 tokens of its prompt in order.
+
+    >>> repeats_prompt(torch.tensor([*range(30), 7, *range(5, 25)]).int(), 30)
+    True
+    """
+    # A run of 20 tokens holds a whole one of the answer's pieces of 10; few answers have such a piece of the prompt.
+    half, content = _REPEATED // 2, tokens.numpy().tobytes()
+    prompt, answer = content[: 4 * start], content[4 * start :]
+    pieces = (answer[at : at + 4 * half] for at in range(0, len(answer) - 4 * half + 1, 4 * half))
+    if not any(piece in prompt for piece in pieces):
+        return False
+    known = set(_runs(tokens[:start].tolist()))
+    return any(run in known for run in _runs(tokens[start:].tolist()))
 
 
 def _runs(tokens: list[int]) -> Iterator[tuple[int, ...]]:
@@ -110,20 +121,33 @@ def twins(ids: Sequence[Tensor], likeness: float = 0.95) -> tuple[Tensor, Tensor
     >>> twins([torch.tensor([1, 2, 3]), torch.tensor([4, 5]), torch.tensor([1, 2, 3])])[0]
     tensor([-1, -1,  0])
     """
-    n, lengths = len(ids), torch.tensor([len(each) for each in ids])
-    known, tokens = torch.cat([torch.as_tensor(each) for each in ids]).unique(return_inverse=True)
-    owner = torch.repeat_interleave(torch.arange(n), lengths)
-    texts = (tokens * n + owner).unique() // n  # a token once for each text that has it
-    rare = (n / texts.bincount(minlength=len(known))).log() + 1e-6  # equal texts are alike even if there are no others
-    table = torch.randn(len(known), _WIDTH, generator=torch.Generator().manual_seed(0))
-    starts = lengths.cumsum(0) - lengths
-    weights = rare[tokens].float()
-    vectors = F.normalize(F.embedding_bag(tokens, table, starts, mode="sum", per_sample_weights=weights), dim=1)
-    best, twin = torch.full((n,), -1.0), torch.full((n,), -1)
+    vectors, n = _projected(ids), len(ids)
+    best, twin = torch.zeros(n), torch.full((n,), -1)
     for start in tqdm(range(0, n, _ROWS), "Report: comparing texts", leave=False, delay=2):
         rows = vectors[start : start + _ROWS]
-        alike = rows @ vectors[: start + len(rows)].T
-        alike[:, start:].tril_(-1)  # 0 from the text itself on
-        best[start : start + _ROWS], twin[start : start + _ROWS] = alike.max(1)
-    near = best >= likeness
-    return torch.where(near, twin, -1), torch.where(near, best, 0.0)
+        for first in range(0, start + len(rows), _COLUMNS):  # a block of likenesses stays in the cache
+            alike = rows @ vectors[first : min(first + _COLUMNS, start + len(rows))].T
+            if first + alike.shape[1] > start:
+                alike.tril_(start - first - 1)  # 0 from the text itself on
+            most = alike.amax(1)
+            better = ((most >= likeness) & (most > best[start : start + _ROWS])).nonzero().flatten()
+            best[start + better], twin[start + better] = most[better], first + alike[better].argmax(1)
+    return twin, best
+
+
+def _projected(ids: Sequence[Tensor]) -> Tensor:
+    """Return the weighted counts of tokens of each text, projected and of length 1, `[n, _WIDTH]`."""
+    flat, lengths = torch.cat([torch.as_tensor(each) for each in ids]).int(), torch.tensor([len(each) for each in ids])
+    ends = lengths.cumsum(0)
+    size = int(flat.max()) + 1
+    texts = torch.zeros(size, dtype=torch.long)  # that have a token
+    for start in range(0, len(ids), _ROWS):
+        some = lengths[start : start + _ROWS]
+        owner = torch.repeat_interleave(torch.arange(len(some)), some)
+        tokens = flat[ends[start] - some[0] : ends[start + len(some) - 1]]
+        texts += ((owner * size + tokens).unique() % size).bincount(minlength=size)
+    known = texts.nonzero().flatten()
+    rare = (len(ids) / texts[known]).log() + 1e-6  # equal texts are alike even if there are no others
+    table = torch.zeros(size, _WIDTH)
+    table[known] = rare[:, None] * torch.randn(len(known), _WIDTH, generator=torch.Generator().manual_seed(0))
+    return F.normalize(F.embedding_bag(flat, table, (ends - lengths).int(), mode="sum"), dim=1)

@@ -1,10 +1,14 @@
-"""Size, time and memory of the page of 50,000 samples: python tests/benchmarks/report.py [SAMPLES] [CLASSES]."""
+"""Size, time and memory of the page of 50,000 samples: python tests/benchmarks/report.py [SAMPLES] [CLASSES].
+
+With `texts [SAMPLES]`: time and memory of the look at texts of 200 tokens.
+"""
 
 import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +17,7 @@ from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import write_metrics
 from flow_lightning.report.page.evidence import Evidence, describe
 from flow_lightning.report.page.render import write_page
+from flow_lightning.report.texts import look_at_texts
 
 
 def make(folder: Path, n: int, classes: int) -> None:
@@ -38,13 +43,42 @@ def make(folder: Path, n: int, classes: int) -> None:
     write_metrics(folder / "metrics.json", {"target/top1": 0.9, "target/before/top1": 0.5, "target/samples": 10_000})
 
 
+class Texts:
+    """Samples of 200 random tokens, the frequent ones frequent; each tenth is like the one before it."""
+
+    def __init__(self, n: int, vocabulary: int) -> None:
+        shares = 1 / torch.arange(1.0, vocabulary + 1)
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.multinomial(shares, 200 * n, True, generator=generator).int().view(n, 200)
+        self.tokens[9::10, :190] = self.tokens[8::10, :190][: len(self.tokens[9::10])]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.tokens[index].long(), "prompt_length": 60}
+
+
+def memory() -> float:
+    """Return the most memory so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["texts"]:
+        from tests.language import tiny_tokenizer
+
+        tokenizer, samples = tiny_tokenizer(), int((sys.argv[2:] or ["50000"])[0])
+        texts, before, started = Texts(samples, len(tokenizer)), memory(), time.perf_counter()
+        found, _ = look_at_texts(texts, tokenizer)
+        alike = int((found["text/twin"] >= 0).sum())
+        seconds, above = time.perf_counter() - started, memory() - before
+        print(f"{samples} texts, {alike} like an earlier one: {seconds:.1f} s, {above:.0f} MiB above the imports")
+        sys.exit()
     samples, classes = (int(word) for word in [*sys.argv[1:], *("50000", "10")[len(sys.argv) - 1 :]])
     with tempfile.TemporaryDirectory() as name:
         make(Path(name), samples, classes)
         started = time.perf_counter()
         size = write_page(Path(name)).stat().st_size
-        seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(
-            f"{samples} samples, {classes} classes: {size / 2**20:.2f} MiB, {seconds:.1f} s, {memory:.0f} MiB at most"
-        )
+        seconds, most = time.perf_counter() - started, memory()
+        print(f"{samples} samples, {classes} classes: {size / 2**20:.2f} MiB, {seconds:.1f} s, {most:.0f} MiB at most")

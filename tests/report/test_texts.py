@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
-from flow_lightning.report.texts import answer_start, has_tokens, is_unended, look_at_texts, twins
+from flow_lightning.report.texts import answer_start, has_tokens, is_unended, look_at_texts, repeats_prompt, twins
 from tests.language import tiny_tokenizer
 
 ANSWERS = {
@@ -48,6 +50,7 @@ def test_labels_or_the_length_of_the_prompt_say_where_the_answer_begins():
 
 def test_twins_are_those_of_all_cosines_of_tf_idf(monkeypatch):
     monkeypatch.setattr("flow_lightning.report.texts._ROWS", 17)
+    monkeypatch.setattr("flow_lightning.report.texts._COLUMNS", 13)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(500, (80,), generator=generator) for _ in range(60)]
     for index in range(20, 60, 2):  # copies with some tokens changed
@@ -63,3 +66,31 @@ def test_twins_are_those_of_all_cosines_of_tf_idf(monkeypatch):
     near = (twin >= 0).numpy() & sure
     assert (twin.numpy() == alike.argmax(1))[near].all()
     np.testing.assert_allclose(likeness.numpy()[near], alike.max(1)[near], atol=0.04)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 25), st.integers(1, 25), st.integers(0, 1000))
+def test_blocks_of_any_size_find_the_twins_of_one_block(n, rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(30, (int(torch.randint(1, 50, (), generator=generator)),), generator=generator)]
+    for _ in range(n - 1):  # some are copies with a token changed
+        text = texts[int(torch.randint(len(texts), (), generator=generator))].clone()
+        text[: int(torch.randint(3, (), generator=generator))] = int(torch.randint(30, (), generator=generator))
+        texts.append(text)
+    whole = twins(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flow_lightning.report.texts._ROWS", rows)
+        patch.setattr("flow_lightning.report.texts._COLUMNS", columns)
+        blocks = twins(texts)
+    torch.testing.assert_close(blocks[1], whole[1], atol=1e-5, rtol=0)
+    assert torch.equal(blocks[0] >= 0, whole[0] >= 0)
+    assert all(twin < index for index, twin in enumerate(blocks[0].tolist()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 1), max_size=60), st.lists(st.integers(0, 1), max_size=60), st.integers(0, 40))
+def test_an_answer_repeats_its_prompt_if_20_tokens_in_order_are_there(prompt, answer, copied):
+    answer = answer[:7] + prompt[3 : 3 + copied] + answer[7:]
+    runs = [{tuple(ids[at : at + 20]) for at in range(len(ids) - 19)} for ids in (prompt, answer)]
+    tokens = torch.tensor([*prompt, *answer]).int()
+    assert repeats_prompt(tokens, len(prompt)) == bool(runs[0] & runs[1])
