@@ -60,6 +60,7 @@ class LanguageSmall(Language):
         self.model = GPT2LMHeadModel(GPT2Config())
 
 
+_FOLDER = "runs/benchmark_unchanged_step"
 NETWORKS = {each.__name__: each for each in (Network, Language, LanguageSmall)}
 
 
@@ -99,7 +100,9 @@ def peak_memory(network: str, steps: int, is_weighted: bool) -> float:
     """Fit one network and return the peak of the process's memory, in MB."""
     torch.set_num_threads(1)
     callbacks = [fl.FlowWeightingCallback()] if is_weighted else []
-    make_trainer(*callbacks, max_epochs=-1, max_steps=steps).fit(NETWORKS[network](), _loader(network))
+    make_trainer(*callbacks, max_epochs=-1, max_steps=steps, default_root_dir=_FOLDER).fit(
+        NETWORKS[network](), _loader(network)
+    )
     return memory_of("VmHWM")
 
 
@@ -122,9 +125,9 @@ def main(
     if compiled:
         module.model.compile()
     settings: dict[str, Any] = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
-    make_trainer(
-        Alternate(), max_epochs=-1, max_steps=2 * steps, default_root_dir="runs/benchmark_unchanged_step", **settings
-    ).fit(module, _loader(network))
+    make_trainer(Alternate(), max_epochs=-1, max_steps=2 * steps, default_root_dir=_FOLDER, **settings).fit(
+        module, _loader(network)
+    )
 
 
 def _loader(network: str) -> DataLoader[Any]:
