@@ -5,7 +5,7 @@ Next: `causal_language.py` does the same for text.
 """
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -26,10 +26,6 @@ from flow_lightning.modules.optimization import OptimizerFactory, Schedule, conf
 from flow_lightning.modules.pretrained import read_checkpoint
 from flow_lightning.modules.saving import save_timm
 from flow_lightning.scoring.evaluation import batch_norms
-
-#: Bytes of images that a forward pass in evaluation takes on a CPU. What memory allocators map anew for each larger
-#: tensor costs more than the arithmetic: 128 images of 96 pixels take twice the time of seven blocks.
-_BLOCK = 2**21
 
 
 class ImageClassificationModule(WeightedLossModule):
@@ -105,14 +101,12 @@ class ImageClassificationModule(WeightedLossModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits `[B, C]` of images `[B, 3, H, W]`."""
-        return self._in_blocks(self.model, images)
+        return self.model(self._laid_out(images))  # type: ignore[no-any-return]
 
     def features(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the input of the head for each image, `[B, D]`."""
-        return self._in_blocks(self._features, batch["image"])
-
-    def _features(self, images: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)  # type: ignore[no-any-return]
+        body = self.model.forward_features(self._laid_out(batch["image"]))
+        return self.model.forward_head(body, pre_logits=True)  # type: ignore[no-any-return]
 
     def sample_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the cross-entropy of each image, `[B]`, in nats."""
@@ -196,14 +190,8 @@ class ImageClassificationModule(WeightedLossModule):
         loss = cross_entropy(logits, targets).mean()
         self.log(f"{metrics.prefix}loss", loss, batch_size=len(targets), sync_dist=True)
 
-    def _in_blocks(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Call a function of images; in evaluation on a CPU a few images at a time."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if self.training or torch.is_grad_enabled() or images.device.type != "cpu" or len(images) == 0:
-            return function(images)
-        size = max(1, _BLOCK // images[0].nbytes)
-        return torch.cat([function(block) for block in images.split(size)])
+    def _laid_out(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
 def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]) -> Any:

@@ -145,17 +145,3 @@ def test_a_loss_of_ones_own_is_trained_on_and_a_wrong_share_is_refused():
 def test_an_unknown_model_gets_the_nearest_names():
     with pytest.raises(ValueError, match="resnet18"):
         fl.ImageClassificationModule("resnet81", 3)
-
-
-def test_blocks_of_images_in_evaluation_give_what_the_whole_batch_gives():
-    module, images = tiny_module().eval(), torch.randn(70, 3, 96, 96)
-    batches: list[int] = []
-    module.model.conv1.register_forward_hook(lambda _module, inputs, _output: batches.append(len(inputs[0])))
-    with torch.no_grad():
-        logits, features = module(images), module.features({"image": images})
-    assert batches == 2 * [18, 18, 18, 16]
-    torch.testing.assert_close(logits, module(images).detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logits, module.head(features).detach(), rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        module.train()(images)
-    assert batches[-2:] == [70, 70]
