@@ -7,7 +7,6 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.measures.base import Measure, Metric, Panel, When
 from flow_lightning.measures.target import TargetMeasure
-from flow_lightning.method.losses import cross_entropy
+from flow_lightning.method.losses import answer_change, cross_entropy
 from flow_lightning.scoring.evaluation import batch_norms
 from flow_lightning.scoring.score import BatchFunction, score_dataset
 
@@ -198,7 +197,7 @@ def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str
     logits = _logits(module, batch)
     expected = reference[batch["index"].cpu()].to(logits.device)
     chosen = logits.argmax(dim=1)
-    return top_k_correct(logits, expected.argmax(dim=1)).float(), kl_divergences(expected, logits), chosen
+    return top_k_correct(logits, expected.argmax(dim=1)).float(), answer_change(expected, logits).clamp_min(0.0), chosen
 
 
 def _logits(module: LightningModule, batch: dict[str, Tensor]) -> Tensor:
@@ -212,17 +211,6 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     """
     guesses = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (guesses == targets[:, None]).any(dim=1) & ~logits.isnan().any(dim=1)
-
-
-def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """Compute `KL(reference || now) = sum_c p_c (log p_c - log q_c)` for each sample: nats `[B]`, at least 0.
-
-    p and q are the softmax of the two logits, both `[B, C]`. A class with p = 0 adds nothing.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p, log_q = reference_logits.log_softmax(dim=1, dtype=dtype), logits.log_softmax(dim=1, dtype=dtype)
-    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
-    return terms.sum(dim=1).clamp_min(0.0)
 
 
 def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:
