@@ -152,16 +152,6 @@ def test_a_compiled_network_or_module_is_weighted(part: str, backend: str) -> No
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_resumed_fit_takes_the_weights_of_its_checkpoint(tmp_path: Any) -> None:
-    unbroken, killed = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()
-    modules = [Classifier(), Classifier()]
-    fit(modules[0], DATA, unbroken, max_epochs=3)
-    fit(modules[1], DATA, killed, max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
-    resumed, module = fl.FlowWeightingCallback(), Classifier()
-    fit(module, DATA, resumed, max_epochs=3, ckpt_path=tmp_path / "two.ckpt")
-    assert torch.equal(resumed.weights.weights, unbroken.weights.weights)
-
-
 def test_a_probe_finds_the_head_of_an_unchanged_module() -> None:
     module, probe, flow = Classifier(), fl.LinearProbeCallback(refit=False), fl.FlowWeightingCallback()
     body = copy.deepcopy(module).eval().net[:-1]

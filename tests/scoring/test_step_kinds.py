@@ -133,16 +133,6 @@ def test_samples_that_are_views_are_copied_without_what_they_are_views_of() -> N
     assert part.untyped_storage().nbytes() == 8
 
 
-def test_samples_that_a_collate_function_leaves_out_are_named() -> None:
-    def collate(samples: list[Any]) -> Any:
-        return torch.utils.data.default_collate([sample for sample in samples if sample[0][0] != first])
-
-    dataset = data()
-    first = dataset.tensors[0][0, 0]
-    with pytest.raises(ValueError, match=r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"):
-        fit(Classifier(), dataset, fl.FlowWeightingCallback(), loader=DataLoader(dataset, 5, collate_fn=collate))
-
-
 def test_scoring_takes_one_forward_pass_and_a_short_look_at_the_step() -> None:
     class Counting(Classifier):
         samples = 0
