@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.contract import data_contract, module_contract
+from flow_lightning.contract import data_contract, image_settings, module_contract
 from flow_lightning.measures.base import Measure, Metric, Panel, When
 from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.method.losses import answer_change, cross_entropy
@@ -118,7 +118,7 @@ class PretrainedImages(Measure):
         """Open the images; refuse a module that cannot put its original head back."""
         from flow_lightning.data.retention_images import retention_images  # imports timm and torchvision
 
-        contract, data, name = module_contract(module), data_contract(trainer), type(module).__name__
+        contract, name = module_contract(module), type(module).__name__
         if contract.pretrained_task is None or contract.data_config is None:
             raise TypeError(
                 f"{name} has no pretrained_task() or no data_config, so its original head cannot be put back. Use "
@@ -129,15 +129,12 @@ class PretrainedImages(Measure):
                 f"{name} has no pre-trained head: its checkpoint holds a body only, so there is no pre-trained task to "
                 "measure. Use a checkpoint with its classifier, or leave out PretrainedImages."
             )
-        config = contract.data_config
+        config = image_settings(trainer, module)
         dataset = retention_images(
             self.images,
-            self.image_size or data.image_size or config["input_size"][-1],
-            mean=data.mean or config["mean"],
-            std=data.std or config["std"],
-            interpolation=data.interpolation or config["interpolation"],
-            crop_pct=config["crop_pct"],
+            self.image_size or data_contract(trainer).image_size or config["input_size"][-1],
             num_classes=contract.pretrained_head.out_features,
+            **{name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
         )
         self.labelled = dataset.labelled
         self.loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
