@@ -97,8 +97,7 @@ class Crowded(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("error", NO_MEMORY[:2])
-@pytest.mark.parametrize("probe", [False, True])
+@pytest.mark.parametrize(("error", "probe"), [(NO_MEMORY[0], False), (NO_MEMORY[1], True)])
 def test_a_first_batch_that_does_not_fit_is_looked_at_in_part(error: RuntimeError, probe: bool) -> None:
     """Of a scoring batch of 16 the first 4 fit; a probe that sees features of other roundings ends within 1e-3."""
     found = []
