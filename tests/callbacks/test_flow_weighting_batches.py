@@ -23,15 +23,9 @@ from torch.utils.data import (
 )
 
 import flow_lightning as fl
-from tests.unchanged import Classifier, data, fit
+from tests.unchanged import Classifier, data, fit, weights
 
 DATA = data()
-
-
-def weights() -> Tensor:
-    with torch.no_grad():
-        losses = F.cross_entropy(Classifier().eval().net(DATA.tensors[0]), DATA.tensors[1], reduction="none")
-    return torch.exp(-losses / losses.quantile(0.5))
 
 
 #: Samples `(x, y, w)`; only the step by hand looks at w.
