@@ -26,6 +26,8 @@ from flow_lightning.scoring.own_step import HOW_TO_GIVE_LOSSES, call_training_st
 from flow_lightning.scoring.samples import Samples, cut_batches
 from flow_lightning.scoring.score import is_out_of_memory, on_device, with_what_fits
 
+#: Most samples of the batch with which a step is tried first.
+_LOOK = 32
 #: How often the order of a batch in training is looked at.
 _DRAWS = 5
 #: How far losses of the same sample may be apart, relative to them and to the typical loss.
@@ -66,7 +68,7 @@ class StepLosses(SampleLosses):
             )
         if self.key is not None:
             self._company = _first_batches(trainer, module)
-        chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
+        chosen = [samples.loader.dataset[i] for i in samples.batches[0][:_LOOK]]
         with_what_fits(trainer, partial(self._inspect, trainer, module, samples.loader.collate_fn), chosen)
 
     def _inspect(self, trainer: Trainer, module: LightningModule, collate: Any, chosen: list[Any]) -> None:

@@ -132,7 +132,8 @@ def test_samples_that_are_views_are_copied_without_what_they_are_views_of() -> N
     assert part.untyped_storage().nbytes() == 8
 
 
-def test_scoring_takes_one_forward_pass_and_a_short_look_at_the_step() -> None:
+@pytest.mark.parametrize("batch_size", [32, 200])
+def test_scoring_takes_one_forward_pass_and_a_short_look_at_the_step(batch_size: int) -> None:
     class Counting(Classifier):
         samples = 0
 
@@ -140,5 +141,5 @@ def test_scoring_takes_one_forward_pass_and_a_short_look_at_the_step() -> None:
             type(self).samples += len(batch[0])
             return super().training_step(batch, batch_idx)
 
-    fl.score(Counting(), DataLoader(data(n=4000), 32))
+    fl.score(Counting(), DataLoader(data(n=4000), batch_size))
     assert 4000 <= Counting.samples <= 1.05 * 4000
