@@ -90,6 +90,13 @@ def data_contract(trainer: Trainer) -> DataContract:
     return cast(DataContract, _View(data_owner(trainer), DataContract))
 
 
+def image_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """Return a module's `data_config`, with `mean`, `std` and `interpolation` as the data module gives them, if so."""
+    data = data_contract(trainer)
+    given = {"mean": data.mean, "std": data.std, "interpolation": data.interpolation}
+    return (module_contract(module).data_config or {}) | {name: value for name, value in given.items() if value}
+
+
 def data_owner(trainer: Trainer) -> Any:
     """Return the data module of a fit, or the module if there is none."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]

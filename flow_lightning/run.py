@@ -84,6 +84,14 @@ class RunCallback(Callback):
         if trainer.state.fn == TrainerFn.FITTING:  # `test` and others restore callbacks, too
             self.run.resumed |= checkpoint.get("global_step", 0) > 0
 
+    def check_checkpoint(self, trainer: Trainer, has_state: bool) -> None:
+        """Refuse, with a RuntimeError, to resume from a checkpoint that has nothing of this callback."""
+        if self.run.resumed and not has_state:
+            raise RuntimeError(
+                f"The checkpoint {trainer.ckpt_path} was written without {type(self).__name__}, which has to be there "
+                "from the first step on. Start the fit from the pre-trained model with it."
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End the run."""
         vars(pl_module).pop("flow_run", None)

@@ -28,14 +28,14 @@ class Pictures(Dataset[dict[str, Any]]):
 
 
 class PictureData(LightningDataModule):
-    def __init__(self, n: int = 30, size: int = 32, batch_size: int = 8) -> None:
+    def __init__(self, n: int = 30, size: int = 32, batch_size: int = 8, shuffle: bool = True) -> None:
         super().__init__()
         self.train_set = fl.IndexedDataset(Pictures(n, size))
         self.test_set = fl.IndexedDataset(Pictures(12, size, seed=1))
-        self.batch_size = batch_size
+        self.batch_size, self.shuffle = batch_size, shuffle
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.train_set, self.batch_size, shuffle=True)
+        return DataLoader(self.train_set, self.batch_size, shuffle=self.shuffle)
 
     def scoring_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_set, self.batch_size)

@@ -188,6 +188,14 @@ def data(case: Case = CASES["cross_entropy"], n: int = 23) -> TensorDataset:
     return TensorDataset(torch.randn(n, 4), case.targets(n))
 
 
+def weights() -> Tensor:
+    """Compute FLOW's weights of the samples of `data` under a fresh Classifier."""
+    x, y = data().tensors
+    with torch.no_grad():
+        losses = F.cross_entropy(Classifier().eval().net(x), y, reduction="none")
+    return torch.exp(-losses / losses.quantile(0.5))
+
+
 def fit(module: LightningModule, dataset: Any, *callbacks: Callback, **settings: Any) -> Trainer:
     own = torch.Generator()  # so that the loader draws nothing from the numbers of dropout
     loader = settings.pop("loader", DataLoader(dataset, batch_size=5, generator=own))

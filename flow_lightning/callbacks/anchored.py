@@ -1,6 +1,7 @@
 """The pre-trained values of the trained parameters, kept through a fit and found again by a resumed one.
 
 In: a module as it was built. Out: the values before training, by parameter. Next: `stay_near.py`, `averaging.py`.
+`PretrainedCallback` alone checks that a resumed fit has the same values; `distillation.py` and `text_anchor.py` use it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,33 @@ from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
 
 
-class AnchoredCallback(RunCallback):
+class PretrainedCallback(RunCallback):
+    """A callback whose resumed fits must start from the pre-trained weights of the first fit: it keeps their hashes."""
+
+    _fingerprints: dict[str, str] = {}  # by parameter
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._fingerprints = {}
+
+    def check_pretrained(self, found: dict[str, str]) -> None:
+        """Note the hashes of the pre-trained weights; a ValueError if a resumed fit has others than the first one."""
+        if self.run.resumed:
+            check_same_model(self._fingerprints, found)
+        self._fingerprints = found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the hashes of the pre-trained weights."""
+        return {"fingerprints": self._fingerprints}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the hashes of a checkpoint."""
+        self._fingerprints = state_dict["fingerprints"]
+
+
+class AnchoredCallback(PretrainedCallback):
     """A callback that knows the pre-trained values of the trained parameters, from `on_train_start` on.
 
     New parts have none: the module's `head`, its `new_parts` and the head that a LinearProbeCallback finds. The values
@@ -37,13 +64,12 @@ class AnchoredCallback(RunCallback):
         self.new_parts = tuple(new_parts)
         self._pretrained: dict[str, Tensor] = {}  # as the module was built, until a fit knows whether it resumes
         self._anchors: dict[Tensor, Tensor] = {}  # by parameter, the part that is on this process
-        self._fingerprints: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep the pre-trained weights: the checkpoint of a fit that resumes is loaded after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._anchors, self._fingerprints = {}, {}
+            self._anchors = {}
             self._pretrained = {name: value.detach().cpu().clone() for name, value in pl_module.named_parameters()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,10 +77,11 @@ class AnchoredCallback(RunCallback):
         drop_gathered(pl_module)
         own: dict[str, Tensor] = dict(pl_module.named_parameters())
         if self.run.resumed:
-            pretrained = self._resumed(trainer)
+            self.check_checkpoint(trainer, has_state=bool(self._fingerprints))
+            pretrained = {name: value for name, value in self._pretrained.items() if name in self._fingerprints}
         else:
             pretrained = {name: own[name].detach() for name in self._held(trainer, pl_module, own)}
-            self._fingerprints = model_fingerprints(pretrained)
+        self.check_pretrained(model_fingerprints(pretrained))
         for name, value in pretrained.items():
             anchor = torch.empty_like(own[name], requires_grad=False)
             fill(anchor, value) if self.run.resumed else anchor.copy_(value)
@@ -74,25 +101,6 @@ class AnchoredCallback(RunCallback):
                 "nothing to hold on to. Leave it out; for adapters use weight decay."
             )
         return names
-
-    def _resumed(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Return the pre-trained values, after a check that they are those of the first fit."""
-        if not self._fingerprints:
-            raise RuntimeError(
-                f"The checkpoint {trainer.ckpt_path} was written without {type(self).__name__}, so the "
-                "pre-trained weights are not known. Start the fit from the pre-trained model with it."
-            )
-        held = {name: value for name, value in self._pretrained.items() if name in self._fingerprints}
-        check_same_model(self._fingerprints, model_fingerprints(held))
-        return held
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fingerprints of the pre-trained parameters."""
-        return {"fingerprints": self._fingerprints}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the fingerprints of a checkpoint."""
-        self._fingerprints = state_dict["fingerprints"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the memory."""

@@ -12,13 +12,14 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from flow_lightning.callbacks.anchored import PretrainedCallback
 from flow_lightning.callbacks.around_step import AroundStep
 from flow_lightning.contract import module_contract
 from flow_lightning.method.losses import answer_change, feature_change
-from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
+from flow_lightning.scoring.fingerprint import model_fingerprints
 
 
-class DistillationCallback(AroundStep):
+class DistillationCallback(AroundStep, PretrainedCallback):
     """Add `strength` times the mean change of each sample's answers, or features, since before training to the loss.
 
     `answers` is learning without forgetting (Li and Hoiem, LwF, arXiv 1606.09282): KL(before || now) of the answers
@@ -53,7 +54,6 @@ class DistillationCallback(AroundStep):
         self._frozen: Any = None  # the module before training
         self._head: Any = None  # of the pre-training task
         self._seen: Tensor | None = None  # by the head, in the step that runs
-        self._fingerprints: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the pre-trained module: the checkpoint of a fit that resumes is loaded after this."""
@@ -67,21 +67,13 @@ class DistillationCallback(AroundStep):
                 f"{' and a pretrained_head' if is_of_answers else ''}, as ImageClassificationModule has. "
                 f"{type(pl_module).__name__} lacks one: add it, or use StayNearCallback."
             )
-        self._fingerprints = {}
         self._frozen = deepcopy(pl_module).requires_grad_(False).eval()
         self._head = deepcopy(contract.pretrained_head) if is_of_answers else nn.Identity()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the copy where the module is; in a resumed fit check that it is the same one."""
-        found = self._of_body()
-        if self.run.resumed:
-            if not self._fingerprints:
-                raise RuntimeError(
-                    f"The checkpoint {trainer.ckpt_path} was written without DistillationCallback. Start the fit from "
-                    "the pre-trained model with it."
-                )
-            check_same_model(self._fingerprints, found)
-        self._fingerprints = found
+        self.check_checkpoint(trainer, has_state=bool(self._fingerprints))
+        self.check_pretrained(self._of_body())
         for part in (self._frozen, self._head):
             trainer.precision_plugin.convert_module(part).to(pl_module.device)
 
@@ -120,14 +112,6 @@ class DistillationCallback(AroundStep):
         if self.of == "features":
             return self.strength * feature_change(before, now).mean()
         return self.strength * answer_change(self._head(before), self._head(now), self.temperature).mean()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fingerprints of the pre-trained body."""
-        return {"fingerprints": self._fingerprints}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the fingerprints of a checkpoint."""
-        self._fingerprints = state_dict["fingerprints"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the memory."""

@@ -60,11 +60,7 @@ class EarlyLearningCallback(AroundStep):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a resumed fit whose early predictions are not known."""
-        if self.run.resumed and self._targets is None:
-            raise RuntimeError(
-                f"The checkpoint {trainer.ckpt_path} was written without EarlyLearningCallback, so what the model "
-                "predicted early is not known. Start the fit from the pre-trained model with it."
-            )
+        self.check_checkpoint(trainer, has_state=self._targets is not None)
 
     def around(self, trainer: Trainer, module: LightningModule, batch: Any) -> AbstractContextManager[Any]:
         """Note the logits of the step."""

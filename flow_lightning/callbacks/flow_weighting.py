@@ -18,7 +18,7 @@ from flow_lightning.data.position import warn_if_it_begins_anew
 from flow_lightning.data.tracking import BatchTracker, stop_watching, watch_training_loader
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.lightning_internals import iterates_anew
-from flow_lightning.method.flow import OF_PROBE, weighting_rule
+from flow_lightning.method.flow import OF_PROBE, OUT_OF_FOLD, weighting_rule
 from flow_lightning.method.interception import LOSSES
 from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedStep
@@ -59,8 +59,8 @@ class FlowWeightingCallback(RunCallback):
         weighting: The rule from losses to weights: `flow`, or `threshold`, which keeps what has a loss below
             `temperature` (on tokens: selective token masking). `mean` gives all samples FLOW's mean weight: a control.
             With a LinearProbeCallback also `excess`, the loss above the model's own entropy. `posterior` is the
-            probability that a label is right. `drop` leaves out samples whose label looks wrong. See
-            `flow_lightning.method.flow.weights_by`.
+            probability that a label is right, `flow_posterior` that times FLOW's weight. `drop` leaves out samples
+            whose label looks wrong. See `flow_lightning.method.flow.weights_by`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses. `mixture` takes the median of
             those that look clean, for data with many wrong labels, see `flow_lightning.method.flow`.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
@@ -140,11 +140,7 @@ class FlowWeightingCallback(RunCallback):
             self._resume(trainer, pl_module)
             return
         scoring, started = self.run.scoring, time.perf_counter()
-        if (
-            self.weighting in ("drop", "posterior")
-            and isinstance(scoring.kind, ProbeFeatures)
-            and not scoring.kind.folds
-        ):
+        if self.weighting in OUT_OF_FOLD and isinstance(scoring.kind, ProbeFeatures) and not scoring.kind.folds:
             raise ValueError(
                 f"weighting={self.weighting!r} asks a probe about labels that it was fitted on: none looks wrong. "
                 "Set LinearProbeCallback(folds=5)."
@@ -251,13 +247,18 @@ class FlowWeightingCallback(RunCallback):
     def _weights_from(self, result: dict[str, Any], fingerprint: dict[str, str]) -> Weights:
         parts: dict[str, Any] = {name: result[name] for name in ("losses", "offsets") if name in result}
         parts |= {"beside": result} if self.weighting in OF_PROBE else {}
-        temperature = self.temperature
-        if temperature is None and "quantile" in result and (known := result["quantile"])[0] == self.quantile:
+        temperature, is_token = self.temperature, self.per == "token"
+        if (
+            temperature is None
+            and is_token
+            and "quantile" in result
+            and (known := result["quantile"])[0] == self.quantile
+        ):
             temperature = float(known[1])  # token losses are in half precision in a file: their quantile is another one
         weights = self.run.scoring.kind.weights.from_losses(
             **parts, temperature=temperature, quantile=self.quantile, fingerprint=fingerprint, weighting=self.weighting
         )
-        if self.temperature is None and self.weighting != "mean":
+        if is_token and self.temperature is None and self.weighting != "mean":
             result["quantile"] = torch.tensor([self.quantile, weights.temperature], dtype=torch.float64)
         return weights
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
 
 from flow_lightning.contract import data_contract, module_contract
 from flow_lightning.distributed import fill, on_rank_zero
@@ -74,6 +75,7 @@ class LinearProbeCallback(RunCallback):
         self.refit, self.folds, self.rounds, self.arrays = refit, folds, rounds, arrays
         self.issue_files = [ISSUES_FILE, "label_issues.parquet"][: 1 + parquet]
         self.only, self.memory_budget = only, memory_budget
+        self.keeps_features = False  #: whether a path will need the features of the frozen body after training
         self.probe: Probe | None = None
         self.solved: Probe | None = None  #: a refit that another callback has done already, on the body that it chose
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
@@ -87,6 +89,7 @@ class LinearProbeCallback(RunCallback):
         if len(self.issue_files) > 1:
             optional_import("pyarrow.parquet", "language", "Parquet files")
         self.probe = self.solved = self._refit_weights = self._refit_classes = None
+        self.keeps_features = False
         self._kind = self._features(pl_module, self.folds, "Linear probe")
         self._kind.rounds, self._kind.keeps_classes = self.rounds, self.refit == "corrected"
         self.run.scoring.choose(self._kind)
@@ -99,7 +102,7 @@ class LinearProbeCallback(RunCallback):
         started = time.perf_counter()
         if (folder := self.run.directory) is not None and self.folds:
             on_rank_zero(trainer, lambda: check_no_edits(*(folder / name for name in self.issue_files)))
-        self._kind.arrays = folder if self.arrays else None
+        self._kind.arrays, self._kind.keeps_features = folder if self.arrays else None, self.keeps_features
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind.description)
         self._write_issues(trainer, self.probe)
@@ -140,14 +143,23 @@ class LinearProbeCallback(RunCallback):
         seconds = time.perf_counter() - started
         self.run.record(trainer, {"refit/strength": probe.strength, "time/refit_s": seconds})
 
-    def solve(self, module: LightningModule) -> Probe:
-        """Fit the head on the features of the body as it is now, with weights or corrected labels, and put it in."""
+    def solve(
+        self, module: LightningModule, loader: DataLoader[Any] | None = None, is_pretrained: bool = False
+    ) -> Probe:
+        """Fit the head on the features of the body as it is now, with weights or corrected labels, and put it in.
+
+        Args:
+            module: The model.
+            loader: Reads the training samples, in place of the fit's own.
+            is_pretrained: Whether the body is the one from before training, whose features may have been kept.
+        """
         weights: Any = module_contract(module).sample_weights
         kind = self._features(module, 0, "Head refit")
         kind.sample_classes = self._refit_classes
         if self._refit_classes is None:
             kind.sample_weights = self._refit_weights if weights is None else weights.weights.cpu()
-        probe = Probe.from_tensors(self.run.scoring.scored_now(kind))
+        found, self._kind.found = self._kind.found if is_pretrained else None, None
+        probe = Probe.from_tensors(self.run.scoring.scored_now(kind, loader, found))
         self._kind.head = kind.head  # a resumed fit has not looked for it yet
         self._install(probe, kind.description)
         return probe

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from flow_lightning.contract import data_contract, module_contract
+from flow_lightning.contract import data_contract, image_settings, module_contract
 from flow_lightning.distributed import on_rank_zero
 from flow_lightning.measures.base import check_at_least
 from flow_lightning.measures.images import PretrainedImages
@@ -120,12 +120,8 @@ class ReportCallback(RunCallback):
 
     def _gather(self, trainer: Trainer, module: LightningModule) -> None:
         """Choose the samples to show, and keep what there is to see of them."""
-        contract, data, dataset = (
-            module_contract(module),
-            data_contract(trainer),
-            self.run.scoring.samples.loader.dataset,
-        )
-        count, evidence = len(self.run.scoring.samples), self.evidence
+        contract, data, evidence = module_contract(module), data_contract(trainer), self.evidence
+        dataset, count = self.run.scoring.samples.loader.dataset, len(self.run.scoring.samples)
         if data.class_names:
             evidence.words["class_names"] = list(data.class_names)
         labels = None if contract.tokenizer is not None else _integers(targets_of(dataset), count)
@@ -135,18 +131,12 @@ class ReportCallback(RunCallback):
             found, evidence.words["answers"] = look_at_texts(dataset, contract.tokenizer)
             evidence.tensors |= found
             self._note_sources(data.sample_sources, count)
-        config = contract.data_config or {}
-        settings = {
-            "tokenizer": contract.tokenizer,
-            "mean": data.mean or config.get("mean"),
-            "std": data.std or config.get("std"),
-        }
-        weights = contract.sample_weights
+        config, weights = image_settings(trainer, module), contract.sample_weights
         losses = None if weights is None else sample_means(weights)[0].cpu()
         for index in choose(losses, labels, self.samples):
             seen = evidence.shown.setdefault(str(index), {})
             try:
-                seen.update(describe(dataset[index], **settings))
+                seen.update(describe(dataset[index], contract.tokenizer, config.get("mean"), config.get("std")))
             except OSError as error:  # the page says so
                 seen["note"] = f"cannot be read: {error}"
 
@@ -190,12 +180,11 @@ class ReportCallback(RunCallback):
 
             names = ImageNetInfo().label_descriptions()
             self.evidence.words["pretrained_names"] = [name.partition(",")[0] for name in names]
-        data, config = data_contract(trainer), module_contract(module).data_config or {}
-        mean, std = data.mean or config.get("mean"), data.std or config.get("std")
+        config = image_settings(trainer, module)
         dataset: Any = measure.loader.dataset
         self.evidence.lost = [
             {"index": index, **{when: int(chosen[index]) for when, chosen in answers.items()}}
-            | describe(dataset[index], None, mean, std)
+            | describe(dataset[index], None, config.get("mean"), config.get("std"))
             for index in lost
         ]
 

@@ -21,13 +21,14 @@ from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero, put, trained_tensors
 from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
-from flow_lightning.method.budget import COMPARISONS, Kept, last_kept, samples_needed
+from flow_lightning.method.budget import COMPARISONS, Kept, check_size, last_kept
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.method.probe import Probe
 from flow_lightning.report.metrics import path_table, print_table
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
 from flow_lightning.scoring.kinds import ProbeFeatures
+from flow_lightning.scoring.samples import read_once
 
 
 class RetentionBudgetCallback(RunCallback):
@@ -64,7 +65,8 @@ class RetentionBudgetCallback(RunCallback):
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
         samples: Most samples of each half.
         curve: Whether to measure all points, for a board (see `compare`): on the other half and on the test set, too. A
-            LinearProbeCallback solves its head anew for that, in a pass over the training set for each point.
+            LinearProbeCallback solves its head anew for that, in a pass over the training set for each but alpha 0, of
+            which it keeps the features. Without loader processes, samples are read once for all points, up to 1 GiB.
         guard: Whether to stop a training that is beyond recovery. At the end of an epoch, the first point after alpha 0
             then keeps less than `keep`, by more than the bound's distance. It costs a forward pass of half the
             retention set, at most `samples`, per epoch. It only ends the training, so the promise is not weakened.
@@ -113,6 +115,8 @@ class RetentionBudgetCallback(RunCallback):
         self._fingerprints: dict[str, str] = {}
         self._heads: dict[float, Probe] = {}  # solved at the points of a curve, by alpha
         self._forwards = 0
+        self._training: Any = None  # samples of the training and the test, for a curve
+        self._test: Any = None
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -128,12 +132,13 @@ class RetentionBudgetCallback(RunCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the data, and refuse what is too small or does not go with the module."""
+        for probe in probes_of(trainer):
+            probe.keeps_features = self.curve
         self._watched: Outcomes = watched(self.of, self.data, pl_module)
         self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
         groups, is_text = self._watched.groups, isinstance(self._watched, TextOutcomes)
-        self._needed = samples_needed(self.keep, self.confidence, self.of, is_text)
         self._halves = halves(groups, self.samples)
-        self._check_size(len(self._halves[0]), "samples")
+        check_size(len(self._halves[0]), self.keep, self.confidence, self.of, is_text)
         if (photographs := len(set(groups))) < len(groups):
             rank_zero_warn(
                 f"The budget's {len(groups)} images are parts of {photographs} photographs, so they are not "
@@ -147,25 +152,18 @@ class RetentionBudgetCallback(RunCallback):
             self._resume(trainer, pl_module)
         else:
             self._pretrained = trained_tensors(trainer, pl_module)
-            self._head = {name: self._pretrained[name] for name in self._head_names(pl_module)}
+            self._head = {name: self._pretrained[name] for name in self._head_names()}
             self._fingerprints = self._of_body()
             with module_contract(pl_module).frozen_reference():
                 self._before = [self._outcomes(trainer, pl_module, half, "before") for half in (0, 1)]
         if self.of == "accuracy":
-            self._check_size(int(self._before[0].sum()), "images that the pre-trained model has right")
+            what = "images that the pre-trained model has right"
+            check_size(int(self._before[0].sum()), self.keep, self.confidence, self.of, what=what)
         # After what averages weights, and before everything that takes the model as it is in the end.
         others = other_callbacks(trainer, self)
         averaging = [other for other in others if isinstance(other, WeightAveraging | StochasticWeightAveraging)]
         trainer.callbacks = [*averaging, self, *(other for other in others if other not in averaging)]  # type: ignore[attr-defined]
         self._seconds = time.perf_counter() - self._started
-
-    def _check_size(self, found: int, what: str) -> None:
-        if found < self._needed:
-            raise ValueError(
-                f"To keep {self.keep:.4g} with confidence {self.confidence:.4g}, the half of the retention set that "
-                f"chooses needs at least {self._needed} {what}; it has {found}. Give more data, or lower keep or "
-                "confidence."
-            )
 
     def _resume(self, trainer: Trainer, module: LightningModule) -> None:
         """Check that the module was built from the same pre-trained model, and has its shapes."""
@@ -212,6 +210,8 @@ class RetentionBudgetCallback(RunCallback):
         target = TargetOutcomes()
         target.prepare(trainer, pl_module, self.run.scoring.samples)
         at = partial(point, self._pretrained, finetuned, shape=self.shape)
+        if self.curve:
+            self._prepare_curve(trainer, pl_module)
         for alpha in self.alphas:
             # Beyond the first that is not kept there is nothing to choose; the last one tells the budget's price.
             if self.curve or alpha == self.alphas[-1] or all(each["bound"] >= self.keep for each in self.points):
@@ -232,6 +232,7 @@ class RetentionBudgetCallback(RunCallback):
         self._say(metrics, target)
         on_rank_zero(trainer, lambda: self._report(trainer.loggers))
         self._pretrained = {}  # its memory is free again
+        self._training = self._test = None
 
     def _measured(
         self, trainer: Trainer, module: LightningModule, target: TargetOutcomes, alpha: float, at: dict[str, Tensor]
@@ -242,18 +243,19 @@ class RetentionBudgetCallback(RunCallback):
         others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share} if self.curve else {}
         put(module, {name: at[name] for name in self._head})
         if self.curve:
-            others["test_top1"] = self._test_accuracy(trainer, module, alpha)
+            for probe in probes_of(trainer):
+                self._heads[alpha] = probe.solve(module, self._training, alpha == 0)
+            others["test_top1"] = self._test.measure(trainer, module, "after")["top1"]
         self._forwards += len(target.positions)
         on_target = target.measure(trainer, module, f"Path {alpha:g}: target")
         return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | on_target | others
 
-    def _test_accuracy(self, trainer: Trainer, module: LightningModule, alpha: float) -> float:
-        """Solve the head anew, if the fit has a probe, and measure the accuracy on the test set."""
-        for probe in probes_of(trainer):
-            self._heads[alpha] = probe.solve(module)
-        test = TargetAccuracy()
-        test.prepare(trainer, module)
-        return test.measure(trainer, module, "after")["top1"]
+    def _prepare_curve(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find the test set. Its samples and those of the training are read once for all points."""
+        self._training, self._test = read_once(self.run.scoring.samples.loader), TargetAccuracy()
+        self._test.prepare(trainer, module)
+        if self._test.loader is not None:
+            self._test.loader = read_once(self._test.loader)
 
     def _kept(self, trainer: Trainer, module: LightningModule, alpha: float, half: int) -> Kept:
         if alpha == 0:  # the pre-trained model itself
@@ -308,13 +310,11 @@ class RetentionBudgetCallback(RunCallback):
             log_picture(loggers, "path", self.run.directory / "path.png")
         print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
 
-    def _head_names(self, module: LightningModule) -> list[str]:
+    def _head_names(self) -> list[str]:
         """Return the names of the head's parameters, if a probe is fitted."""
         kind = self.run.scoring.kind
-        if not isinstance(kind, ProbeFeatures):
-            return []
-        prefixes = [f"{name}." for name, part in module.named_modules() if part is kind.head]
-        return [name for name in self._pretrained if name.startswith(tuple(prefixes))]
+        prefixes = kind.new_parts if isinstance(kind, ProbeFeatures) else ()
+        return [name for name in self._pretrained if name.startswith(prefixes)]
 
     def _of_body(self) -> dict[str, str]:
         return model_fingerprints({name: value for name, value in self._pretrained.items() if name not in self._head})

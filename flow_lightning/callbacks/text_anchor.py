@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from flow_lightning.callbacks.anchored import PretrainedCallback
 from flow_lightning.callbacks.around_step import AroundStep
 from flow_lightning.contract import module_contract
 from flow_lightning.data.texts import TextWindows, read_texts
@@ -21,14 +22,14 @@ from flow_lightning.measures.base import check_at_least
 from flow_lightning.measures.text import padding_id
 from flow_lightning.method.losses import answer_change
 from flow_lightning.scoring.evaluation import evaluation
-from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
+from flow_lightning.scoring.fingerprint import model_fingerprints
 
 #: Draw from the model's own distribution, whatever its generation settings are.
 _SAMPLED: dict[str, Any] = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 _BATCH = 16  # texts that are written at one time
 
 
-class TextAnchorCallback(AroundStep):
+class TextAnchorCallback(AroundStep, PretrainedCallback):
     """Add `strength` times the mean of KL(before || now) over the tokens of a window of text to the loss of each step.
 
     The text is that of files (rehearsal), or by default what the pre-trained model writes before training from an empty
@@ -67,7 +68,6 @@ class TextAnchorCallback(AroundStep):
         self._windows: list[Tensor] = []  # of tokens, [T]
         self._taken = 0  # windows, by each process
         self._frozen: Any = None  # a copy of the language model; None where adapters can be switched off
-        self._fingerprints: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the pre-trained model: the checkpoint of a fit that resumes is loaded after this."""
@@ -80,22 +80,15 @@ class TextAnchorCallback(AroundStep):
                 f"TextAnchorCallback needs a module with causal_lm and tokenizer, as CausalLanguageModule has. "
                 f"{type(pl_module).__name__} lacks one: add it, or use StayNearCallback."
             )
-        self._windows, self._taken, self._fingerprints = [], 0, {}
+        self._windows, self._taken = [], 0
         trained = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
         if not all(name.startswith(tuple(contract.new_parts)) for name in trained):
             self._frozen = deepcopy(contract.causal_lm).requires_grad_(False).eval()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the copy where the module is, and take or write the text; a resumed fit has it."""
-        found = {} if self._frozen is None else model_fingerprints(self._frozen.state_dict())
-        if self.run.resumed:
-            if not self._windows:
-                raise RuntimeError(
-                    f"The checkpoint {trainer.ckpt_path} was written without TextAnchorCallback. Start the fit from "
-                    "the pre-trained model with it."
-                )
-            check_same_model(self._fingerprints, found)
-        self._fingerprints = found
+        self.check_checkpoint(trainer, has_state=bool(self._windows))
+        self.check_pretrained({} if self._frozen is None else model_fingerprints(self._frozen.state_dict()))
         if self._frozen is not None:
             trainer.precision_plugin.convert_module(self._frozen).to(pl_module.device)
         if not self.run.resumed:
@@ -158,12 +151,12 @@ class TextAnchorCallback(AroundStep):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the text, how much of it was taken, and the fingerprints of the pre-trained model."""
-        return {"windows": self._windows, "taken": self._taken, "fingerprints": self._fingerprints}
+        return {**super().state_dict(), "windows": self._windows, "taken": self._taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
+        super().load_state_dict(state_dict)
         self._windows, self._taken = state_dict["windows"], state_dict["taken"]
-        self._fingerprints = state_dict["fingerprints"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Free the memory."""

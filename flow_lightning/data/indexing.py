@@ -145,9 +145,9 @@ def check_map_style(dataset: Any) -> None:
     """
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         raise TypeError(
-            f"{type(dataset).__name__} is not a map-style data set: its samples have no index, so their weights "
-            "cannot be found again. Load them into a data set with __getitem__ and __len__ (a list, a "
-            "datasets.Dataset), and wrap that in flow_lightning.IndexedDataset."
+            f"{type(dataset).__name__} is not a map-style data set: its samples have no position, so their weights "
+            "cannot be found again. Load them into one with __getitem__ and __len__, such as `list(data)` or "
+            "`datasets.Dataset.from_generator(...)`, and give that to the DataLoader."
         )
 
 

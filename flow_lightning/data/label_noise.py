@@ -1,11 +1,11 @@
 """Wrong labels on purpose, to see what a method does with them.
 
-In: right labels. Out: labels of which a share is wrong. Next: `images.py`.
+In: right labels. Out: labels of which a share is wrong. Next: `images.py`, `instructions/module.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -80,6 +80,24 @@ def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> Label
 
     wrong = noise(targets, classes, weak_model).tolist()
     return LabelledImages(((image, label) for (image, _), label in zip(images.samples, wrong)), images.read)
+
+
+def with_wrong_responses(records: Sequence[Mapping[str, Any]], field: str, noise: LabelNoise) -> list[dict[str, Any]]:
+    """Return the records, of which some have the response of another record: `uniform` of any, `class` of the next.
+
+    Raises:
+        ValueError: If the kind is `instance`, which needs classes.
+
+    >>> with_wrong_responses([{"q": "1 + 1", "a": "2"}, {"q": "1 + 2", "a": "3"}], "a", LabelNoise(0.5, "class"))[0]
+    {'q': '1 + 1', 'a': '3'}
+    """
+    if noise.kind == "instance":
+        raise ValueError("Label noise of the kind 'instance' needs classes. For instructions use uniform or class.")
+    if len(records) < 2:
+        return [dict(record) for record in records]
+    own = torch.arange(len(records))
+    source = noise(own, len(records)).tolist()
+    return [{**record, field: records[other][field]} for record, other in zip(records, source)]
 
 
 def out_of_fold_log_probabilities(features: Tensor, targets: Tensor, classes: int, folds: int = 5) -> Tensor:

@@ -57,7 +57,7 @@ class LoaderPosition:
 
         Loaders of iterable data sets, without a batch sampler or with `in_order=False` are left alone, too.
         """
-        if hasattr(loader, "state_dict") or not can_be_followed(loader) or not getattr(loader, "in_order", True):
+        if hasattr(loader, "state_dict") or not can_be_followed(loader) or not loader.in_order:
             return
         recorder = Recorder.of(loader, is_training)
         recorder.order = self._order

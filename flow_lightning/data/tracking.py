@@ -36,7 +36,7 @@ class BatchTracker:
         """
         if not can_be_followed(loader) or _is_indexed(loader):
             return
-        if not getattr(loader, "in_order", True):
+        if not loader.in_order:
             raise ValueError(
                 "The training loader has in_order=False, so it cannot be told which samples are in a batch. Use "
                 "in_order=True, or wrap the data set in flow_lightning.IndexedDataset."

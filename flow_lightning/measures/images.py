@@ -7,15 +7,14 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from flow_lightning.contract import data_contract, module_contract
+from flow_lightning.contract import data_contract, image_settings, module_contract
 from flow_lightning.measures.base import Measure, Metric, Panel, When
 from flow_lightning.measures.target import TargetMeasure
-from flow_lightning.method.losses import cross_entropy
+from flow_lightning.method.losses import answer_change, cross_entropy
 from flow_lightning.scoring.evaluation import batch_norms
 from flow_lightning.scoring.score import BatchFunction, score_dataset
 
@@ -119,7 +118,7 @@ class PretrainedImages(Measure):
         """Open the images; refuse a module that cannot put its original head back."""
         from flow_lightning.data.retention_images import retention_images  # imports timm and torchvision
 
-        contract, data, name = module_contract(module), data_contract(trainer), type(module).__name__
+        contract, name = module_contract(module), type(module).__name__
         if contract.pretrained_task is None or contract.data_config is None:
             raise TypeError(
                 f"{name} has no pretrained_task() or no data_config, so its original head cannot be put back. Use "
@@ -130,15 +129,12 @@ class PretrainedImages(Measure):
                 f"{name} has no pre-trained head: its checkpoint holds a body only, so there is no pre-trained task to "
                 "measure. Use a checkpoint with its classifier, or leave out PretrainedImages."
             )
-        config = contract.data_config
+        config = image_settings(trainer, module)
         dataset = retention_images(
             self.images,
-            self.image_size or data.image_size or config["input_size"][-1],
-            mean=data.mean or config["mean"],
-            std=data.std or config["std"],
-            interpolation=data.interpolation or config["interpolation"],
-            crop_pct=config["crop_pct"],
+            self.image_size or data_contract(trainer).image_size or config["input_size"][-1],
             num_classes=contract.pretrained_head.out_features,
+            **{name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")},
         )
         self.labelled = dataset.labelled
         self.loader = DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
@@ -198,7 +194,7 @@ def agreement_and_kl(module: LightningModule, reference: Tensor, batch: dict[str
     logits = _logits(module, batch)
     expected = reference[batch["index"].cpu()].to(logits.device)
     chosen = logits.argmax(dim=1)
-    return top_k_correct(logits, expected.argmax(dim=1)).float(), kl_divergences(expected, logits), chosen
+    return top_k_correct(logits, expected.argmax(dim=1)).float(), answer_change(expected, logits).clamp_min(0.0), chosen
 
 
 def _logits(module: LightningModule, batch: dict[str, Tensor]) -> Tensor:
@@ -212,17 +208,6 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     """
     guesses = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (guesses == targets[:, None]).any(dim=1) & ~logits.isnan().any(dim=1)
-
-
-def kl_divergences(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """Compute `KL(reference || now) = sum_c p_c (log p_c - log q_c)` for each sample: nats `[B]`, at least 0.
-
-    p and q are the softmax of the two logits, both `[B, C]`. A class with p = 0 adds nothing.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p, log_q = reference_logits.log_softmax(dim=1, dtype=dtype), logits.log_softmax(dim=1, dtype=dtype)
-    terms = torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q))
-    return terms.sum(dim=1).clamp_min(0.0)
 
 
 def hardest(losses: Tensor, fraction: float = 0.1) -> Tensor:

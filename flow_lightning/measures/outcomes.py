@@ -4,7 +4,7 @@ In: Trainer, module and positions of samples. Out: outcomes by sample. Next: `me
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.indexing import IndexedDataset
@@ -23,7 +23,7 @@ from flow_lightning.measures.images import PretrainedImages, target_outcomes, to
 from flow_lightning.measures.text import GeneralText, token_sums_and_counts
 from flow_lightning.method.losses import IGNORED, choices
 from flow_lightning.method.weights import SampleWeights
-from flow_lightning.scoring.samples import Samples, cut_batches, loader_like
+from flow_lightning.scoring.samples import Samples, cut_batches, read_once
 from flow_lightning.scoring.score import BatchFunction, by_index, score_blocks
 from flow_lightning.scoring.step_kinds import StepLosses
 
@@ -31,8 +31,6 @@ from flow_lightning.scoring.step_kinds import StepLosses
 _WINDOW = 256
 #: Samples on which the target is measured at most.
 _TARGET_SAMPLES = 250
-#: Samples that are read once stay in memory up to so many bytes.
-_MEMORY = 2**30
 
 
 class Outcomes(ABC):
@@ -48,10 +46,9 @@ class Outcomes(ABC):
     def take(self, loader: DataLoader[Any], dataset: Any = None, groups: Sequence[Hashable] | None = None) -> None:
         """Take the samples of a loader, or of a data set in its place; without workers each is read once."""
         dataset = loader.dataset if dataset is None else dataset
-        batches = cut_batches(loader)
-        self._size = len(batches[0])
+        self._size = len(cut_batches(loader)[0])
         self.groups = range(len(dataset)) if groups is None else groups
-        self.loader = loader_like(loader, batches, dataset if loader.num_workers else _InMemory(dataset))
+        self.loader = read_once(loader, dataset)
 
     @abstractmethod
     def of_batch(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
@@ -231,29 +228,3 @@ def halves(groups: Sequence[Hashable], most: int) -> tuple[list[int], list[int]]
         if min(map(len, both)) < most:
             min(both, key=len).extend(parts[number])
     return sorted(both[0][:most]), sorted(both[1][:most])
-
-
-class _InMemory(Dataset[Any]):
-    """Samples of a data set, kept once they are read, up to `_MEMORY`."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset, self._samples, self._size = dataset, dict[int, Any](), 0
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self._samples:
-            return self._samples[index]
-        sample = self.dataset[index]
-        if self._size < _MEMORY:
-            self._samples[index] = sample
-            self._size += _bytes(sample)
-        return sample
-
-
-def _bytes(sample: Any) -> int:
-    if isinstance(sample, Tensor):
-        return sample.nbytes
-    parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else ()
-    return 64 + sum(map(_bytes, parts))

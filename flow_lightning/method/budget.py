@@ -150,6 +150,17 @@ def samples_needed(keep: float, confidence: float, of: str = "agreement", texts:
     return n
 
 
+def check_size(
+    found: int, keep: float, confidence: float, of: str = "agreement", texts: bool = False, what: str = "samples"
+) -> None:
+    """Refuse, with a ValueError that says of `what`, fewer than `samples_needed`, whose arguments the others are."""
+    if found < (needed := samples_needed(keep, confidence, of, texts)):
+        raise ValueError(
+            f"To keep {keep:.4g} with confidence {confidence:.4g}, the half of the retention set that chooses needs at "
+            f"least {needed} {what}; it has {found}. Give more data, or lower keep or confidence."
+        )
+
+
 def upper_bound(events: int, n: int, confidence: float) -> float:
     """Return the upper bound of Clopper and Pearson (1934) on the rate of events, of which `n` samples had some.
 

@@ -122,7 +122,9 @@ def constant(losses: Tensor, value: float) -> Tensor:
 WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights, "threshold": keep_below}
 WEIGHTINGS["mean"] = constant
 #: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
-OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right"}
+OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right", "flow_posterior": "right"}
+#: Rules that ask a probe about labels that it was not fitted on.
+OUT_OF_FOLD = ("drop", "posterior", "flow_posterior")
 
 
 def parameter_of(
@@ -136,12 +138,21 @@ def parameter_of(
     return float(flow_weights(losses, tau).double().mean()) if weighting == "mean" else tau
 
 
+def losses_for(weighting: str, losses: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    """Return the losses that a rule takes, `[n]`: for `flow_posterior` those of the probe in sample, if it has them.
+
+    Out of fold, hard samples have larger losses, so they would lose more weight.
+    """
+    return beside.get("in_sample", losses) if weighting == "flow_posterior" else losses
+
+
 def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping[str, Tensor]) -> Tensor:
     """Compute weights by the rule of a name, `[n]` float32, from losses and what a probe gives `beside` them.
 
     `excess` is `exp(-max(0, l - H) / tau)`, H the model's own entropy on the sample: what it expects to be unsure of
     is not made to weigh less. `drop` is 0 for samples whose label is an issue, see `label_issues`, and 1 for all
     others. `posterior` is the probability that a label is right, see `right_labels`; tau plays no part in it.
+    `flow_posterior` is that times FLOW's weight.
 
     Raises:
         ValueError: If there is no such rule, or it needs a probe that there is not.
@@ -162,6 +173,8 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
         return (beside["issues"] == 0).float()
     if weighting == "posterior":
         return beside["right"].clone()  # a file has both
+    if weighting == "flow_posterior":
+        return beside["right"] * flow_weights(losses, parameter)
     return flow_weights((losses - beside["entropies"].to(losses)).clamp_min(0), parameter)
 
 

@@ -31,13 +31,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
 def answer_change(before: Tensor, now: Tensor, temperature: float = 1.0) -> Tensor:
     """Compute KL(before || now) of each sample's answers, `[B]` in nats, from logits `[B, C]` over the temperature.
 
-    The gradient is that of the distillation loss of Li and Hoiem (LwF, arXiv 1606.09282).
+    The gradient is that of the distillation loss of Li and Hoiem (LwF, arXiv 1606.09282). A class that had probability
+    0 before adds nothing. Float32, or float64 for such logits.
 
     >>> answer_change(torch.zeros(1, 2), torch.tensor([[0.0, 4.0]]), temperature=2.0)
     tensor([0.4338])
     """
-    log_before, log_now = ((logits.float() / temperature).log_softmax(1) for logits in (before, now))
-    return (log_before.exp() * (log_before - log_now)).sum(1)
+    dtype = torch.promote_types(now.dtype, torch.float32)
+    log_before, log_now = ((logits.to(dtype) / temperature).log_softmax(1) for logits in (before, now))
+    return torch.where(log_before == -torch.inf, 0.0, log_before.exp() * (log_before - log_now)).sum(1)
 
 
 def feature_change(before: Tensor, now: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from flow_lightning.method.ridge import ridge_probabilities
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
 _SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8, "history_size": 20}
 _ROWS = 65_536
+#: What `Probe` has of each sample, but `issues`.
+_OF_SAMPLES = ("losses", "entropies", "targets", "predicted", "confidences", "right", "in_sample")
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Probe:
         right: The probability that each label is right, `[n]`, see `right_labels`; empty without folds.
         probabilities: Of all classes, out of fold, `[n, C]`; None without folds. Files do not have them.
         classes: Of the true classes, given the labels, `[n, C]`, see `true_classes`; None without folds.
+        in_sample: The cross-entropy of the head on the samples that it was fitted on, `[n]`; empty without folds.
     """
 
     head: LinearHead
@@ -68,15 +71,14 @@ class Probe:
     right: Tensor = field(default_factory=lambda: torch.zeros(0))
     probabilities: Tensor | None = None
     classes: Tensor | None = None
+    in_sample: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def tensors(self, with_classes: bool = False) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file; `classes`, which are large, in float16 if asked for."""
-        validation = [(strength, *held_out) for strength, held_out in self.validation.items()]
-        numbers = {"strength": self.strength, "validation": validation}
+        numbers = {"strength": self.strength, "validation": [(s, *found) for s, found in self.validation.items()]}
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        of_samples = {"losses": self.losses, "entropies": self.entropies, "issues": self.issues.to(torch.uint8)}
-        of_samples |= {"targets": self.targets, "predicted": self.predicted, "confidences": self.confidences}
-        of_samples |= {"right": self.right} if len(self.right) else {}
+        of_samples = {name: each for name in _OF_SAMPLES if len(each := getattr(self, name))}
+        of_samples["issues"] = self.issues.to(torch.uint8)
         of_samples |= {"classes": self.classes.half()} if with_classes and self.classes is not None else {}
         return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
@@ -86,11 +88,9 @@ class Probe:
         validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
         head = LinearHead(tensors["weight"], tensors["bias"])
         none = torch.zeros(0)  # files of earlier versions have only the losses
-        names = ("entropies", "issues", "targets", "predicted", "confidences", "right")
-        entropies, issues, *rest = (tensors.get(name, none) for name in names)
-        probe = cls(head, tensors["losses"], tensors["strength"].item(), validation, entropies, issues.bool(), *rest)
-        probe.classes = tensors.get("classes")
-        return probe
+        found: dict[str, Any] = {name: tensors.get(name, none) for name in _OF_SAMPLES}
+        found |= {"issues": tensors.get("issues", none).bool(), "classes": tensors.get("classes")}
+        return cls(head, strength=tensors["strength"].item(), validation=validation, **found)
 
 
 def fit_probe(
@@ -118,7 +118,8 @@ def fit_probe(
         weights: Weights of the samples in the mean losses that are minimised and held out, `[n]`; by default all 1.
         on_step: Called after each of the `len(strengths) + folds + 1` solutions of a round at most, for a progress bar.
         rounds: 2, with folds: solve all again, with FLOW's weights of the first round's losses. Wrong labels have less
-            part in such a probe, so it tells better which they are.
+            part in such a probe, so it tells better which they are. Only the head stays that of the first round: it is
+            the better one to start a training from.
         classes: Probabilities of the classes of each sample, `[n, C]`, to fit instead of `targets`; without folds.
 
     Raises:
@@ -136,10 +137,12 @@ def fit_probe(
             )
         problem.goals = classes.float()
     probe = _fit(problem, folds, strengths, on_step)
+    head = probe.head
     for _ in range(rounds - 1):
         problem.weights = given * flow_weights(probe.losses, temperature(probe.losses))
         probe = _fit(problem, folds, strengths, on_step)
     if probe.probabilities is not None:
+        probe.head, probe.in_sample = head, head_losses(head, features, targets, device)
         parts = stratified_parts(targets, folds)
         other = ridge_probabilities(problem.blocks, parts, targets, problem.weights, num_classes)
         probe.classes, _ = true_classes((probe.probabilities + other) / 2, targets)
@@ -169,10 +172,7 @@ def _fit(problem: "_Problem", folds: int, strengths: Sequence[float], on_step: C
 def _answers(
     problem: "_Problem", asked: Sequence[tuple[LinearHead, Tensor]], probabilities: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Ask heads about some samples each: losses, entropies, issues, targets, predicted classes, their confidences.
-
-    `probabilities` `[n, C]`, if given, are filled in.
-    """
+    """Ask heads about some samples each, as in `Probe`; `probabilities` `[n, C]`, if given, are filled in."""
     features, targets, device = problem.features, problem.targets, problem.device
     losses, entropies, issues, confidences = torch.empty(4, len(targets)).unbind()
     predicted = torch.empty(len(targets), dtype=torch.long)
@@ -208,9 +208,8 @@ def strongest_within_one_error(validation: dict[float, tuple[float, float]]) -> 
 @torch.no_grad()
 def head_losses(head: LinearHead, features: Tensor, targets: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Compute the cross-entropy of a head on cached features, `[n]`, float32, on the CPU."""
-    head = LinearHead(head.weight.to(device), head.bias.to(device))
-    blocks = zip(features.split(_ROWS), targets.split(_ROWS))
-    losses = [F.cross_entropy(head(x.to(device).float()), y.to(device), reduction="none").cpu() for x, y in blocks]
+    blocks = _logits(head, features, torch.arange(len(features)), device)
+    losses = [F.cross_entropy(logits, targets[rows].to(device), reduction="none").cpu() for rows, logits in blocks]
     return torch.cat(losses)
 
 

@@ -119,9 +119,11 @@ class SampleWeights(_Stored):
         Raises:
             ValueError: If a loss is negative or not finite, tau comes out as 0, or the weighting is unknown.
         """
-        losses, tau = _on_cpu(losses, temperature, quantile, weighting)
-        weights = flow.weights_by(weighting, losses, tau, beside or {})
-        return cls(losses, tau, weights, dict(fingerprint or {}), weighting)
+        flow.check_losses(losses)
+        of_rule = flow.losses_for(weighting, losses, beside or {})
+        of_rule, tau = _on_cpu(of_rule, temperature, quantile, weighting)
+        weights = flow.weights_by(weighting, of_rule, tau, beside or {})
+        return cls(losses.detach().float().cpu(), tau, weights, dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
         return self.weights.numel()

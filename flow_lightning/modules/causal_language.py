@@ -230,13 +230,15 @@ class CausalLanguageModule(WeightedLossModule):
             states = self.causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
         return states[:, :-1][batch["labels"][:, 1:] != IGNORED]  # type: ignore[no-any-return]
 
+    def _few_tokens(self) -> Tensor:
+        """Return 16 token ids, where the model is."""
+        size: int = self.causal_lm.config.get_text_config().vocab_size
+        return torch.arange(16, device=next(self.parameters()).device) % size
+
     @torch.no_grad()
     def _agrees_with_model(self) -> bool:
         """Compare the losses of a few tokens with those of the model's own logits."""
-        ids = (
-            torch.arange(16, device=next(self.parameters()).device).reshape(2, 8)
-            % self.causal_lm.config.get_text_config().vocab_size
-        )
+        ids = self._few_tokens().reshape(2, 8)
         with evaluation(self):
             logits = self(ids)[:, :-1].float().flatten(0, 1)
             own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
@@ -246,9 +248,7 @@ class CausalLanguageModule(WeightedLossModule):
     @torch.no_grad()
     def _check_joining(self) -> None:
         """Compare the logits of two joined samples with those of each alone, or raise ValueError."""
-        ids = (
-            torch.arange(16, device=next(self.parameters()).device) % self.causal_lm.config.get_text_config().vocab_size
-        )
+        ids = self._few_tokens()
         error: Exception | None = None
         with evaluation(self):
             alone = self(ids.reshape(2, 8))

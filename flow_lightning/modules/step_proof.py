@@ -22,8 +22,7 @@ from flow_lightning.lightning_internals import isolate_rng
 from flow_lightning.method.interception import Interception, describe
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.scoring.evaluation import evaluation, evaluation_stage
-from flow_lightning.scoring.own_step import unnoticed
-from flow_lightning.scoring.step_kinds import HOW_TO_GIVE_LOSSES
+from flow_lightning.scoring.own_step import HOW_TO_GIVE_LOSSES, unnoticed
 
 #: How far loss and gradient may be from those of the module itself, relative to their scale; in fewer than 32 bits.
 _TOLERANCES, _IN_HALF = (1e-6, 1e-6), (2e-2, 1e-1)

@@ -15,7 +15,7 @@ from flow_lightning.contract import module_contract
 from flow_lightning.method.interception import Interception, describe
 from flow_lightning.method.objective import weighted_loss
 from flow_lightning.modules.step_proof import StepProof
-from flow_lightning.scoring.step_kinds import HOW_TO_GIVE_LOSSES
+from flow_lightning.scoring.own_step import HOW_TO_GIVE_LOSSES
 
 SampleLossFunction = Callable[[Any, Any], Tensor]
 

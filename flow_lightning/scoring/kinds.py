@@ -9,7 +9,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,7 @@ class ProbeFeatures(Kind):
         rounds: See `fit_probe`.
         sample_classes: Probabilities of classes to fit instead of the targets, `[n, C]`; see `fit_probe`.
         keeps_classes: Whether the result holds those of the true classes; with folds.
+        keeps_features: Whether `found` keeps the features and targets of all samples, on rank 0, until they are taken.
         arrays: A folder that gets `pred_probs.npy` and `features.npy`, with folds, once the probe is solved; then None.
     """
 
@@ -138,6 +139,8 @@ class ProbeFeatures(Kind):
     sample_classes: Tensor | None = None
     keeps_classes: bool = False
     arrays: Path | None = None
+    keeps_features: bool = False
+    found: tuple[Tensor, ...] | None = field(default=None, init=False)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -161,8 +164,13 @@ class ProbeFeatures(Kind):
         with tempfile.TemporaryDirectory(prefix="flow_features_") as folder:
             allocate = allocator(self.memory_budget, Path(folder))
             found = by_index(blocks, n, allocate, wanted=trainer.is_global_zero)
-            solve = partial(self._solve, found, module.device, trainer.progress_bar_callback is None)
-            return from_rank_zero(trainer, solve)
+            self.found = found if self.keeps_features else None
+            return self.solved(trainer, module, found)
+
+    def solved(self, trainer: Trainer, module: LightningModule, found: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Solve on features and targets that rank 0 has found, and hand the solution to every rank."""
+        solve = partial(self._solve, found, module.device, trainer.progress_bar_callback is None)
+        return from_rank_zero(trainer, solve)
 
     def _solve(self, found: tuple[Tensor, ...], device: torch.device, quiet: bool) -> dict[str, Tensor]:
         features, targets = found

@@ -22,6 +22,13 @@ from flow_lightning.scoring.fingerprint import model_fingerprints
 _SILENT = ("log", "log_dict", "print", "backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
 #: What a meter holds.
 _PLAIN = (int, float, complex, str, bytes, type(None), Tensor, np.ndarray, np.generic, list, dict, tuple, set, deque)
+#: Losses below are squares of rounding errors, of numbers near 1 in 32 bits.
+_ROUNDING = 1e-12
+#: What to do about a training_step whose losses cannot be weighed.
+HOW_TO_GIVE_LOSSES = (
+    "Give the losses yourself, one per sample: FlowWeightingCallback(sample_losses=lambda module, batch: ...), or a "
+    "sample_losses(batch) that training_step calls."
+)
 
 
 @contextmanager
@@ -71,6 +78,21 @@ def call_training_step(module: LightningModule, batch: Any, batch_idx: int) -> A
     step: Any = getattr(module.training_step, "own", module.training_step)
     arguments = [batch_idx] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
     return step(batch, *arguments)
+
+
+def dependent(module: LightningModule, losses: Tensor) -> ValueError:
+    """Return the error of a step whose losses `[B]` of the same samples differ from batch to batch."""
+    name, most = f"{type(module).__name__}.training_step", float(losses.max())
+    if most < _ROUNDING:
+        return ValueError(
+            f"In {name} the losses of samples are at most {most:.0e}, which is rounding alone: they differ from "
+            "batch to batch. The model fits these samples already. Train without FlowWeightingCallback, or in 64-bit "
+            "precision."
+        )
+    return ValueError(
+        f"In {name} the loss of a sample depends on the others in its batch (contrastive losses, mixup, top-k), or its "
+        f"row is not its place in the batch. {HOW_TO_GIVE_LOSSES}"
+    )
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

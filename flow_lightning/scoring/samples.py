@@ -3,12 +3,13 @@
 In: Trainer and module. Out: `Samples`, made once per fit. Next: `score.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import data_contract
@@ -18,6 +19,8 @@ from flow_lightning.lightning_internals import training_source
 from flow_lightning.scoring.evaluation import evaluation
 from flow_lightning.scoring.fingerprint import inspect_dataset
 
+#: Samples that are read once stay in memory up to so many bytes.
+_MEMORY = 2**30
 _HOW = (
     "Give the Trainer a data module or module with `scoring_dataloader()` (the training samples, not augmented) or "
     "`train_dataloader()`, a DataLoader in `fit(model, loader)`, or FlowWeightingCallback(scoring_dataset=...)."
@@ -148,3 +151,38 @@ def loader_like(
         prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def read_once(loader: DataLoader[Any], dataset: Any = None) -> DataLoader[Any]:
+    """Make a loader for several passes over the samples of another one, or of a data set in its place.
+
+    They stay in memory once they are read, up to 1 GiB. The processes of a loader with workers read them in each pass.
+    """
+    dataset = loader.dataset if dataset is None else dataset
+    return loader_like(loader, cut_batches(loader), dataset if loader.num_workers else _InMemory(dataset))
+
+
+class _InMemory(Dataset[Any]):
+    """Samples of a data set, kept once they are read, up to `_MEMORY`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self._samples, self._size = dataset, dict[int, Any](), 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self._samples:
+            return self._samples[index]
+        sample = self.dataset[index]
+        if self._size < _MEMORY:
+            self._samples[index] = sample
+            self._size += _bytes(sample)
+        return sample
+
+
+def _bytes(sample: Any) -> int:
+    if isinstance(sample, Tensor):
+        return sample.nbytes
+    parts = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, list | tuple) else ()
+    return 64 + sum(map(_bytes, parts))

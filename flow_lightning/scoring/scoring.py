@@ -14,6 +14,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
@@ -103,10 +104,19 @@ class Scoring:
                 self._result = self._from_file() or self._score(self._blocks())
         return self._result
 
-    def scored_now(self, kind: Kind) -> dict[str, Tensor]:
-        """Score the same samples by the model as it is now: not frozen, not kept."""
-        now = replace(self, kind=kind, file=None, given=self.samples.loader)
+    def scored_now(
+        self, kind: ProbeFeatures, loader: DataLoader[Any] | None = None, found: tuple[Tensor, ...] | None = None
+    ) -> dict[str, Tensor]:
+        """Score the same samples by the model as it is now: not frozen, not kept.
+
+        Another loader may read them. No sample is read if features and targets are found already.
+        """
+        now = replace(self, kind=kind, file=None)
+        samples = self.samples
+        now.samples = samples if loader is None else Samples(loader, samples.batches, samples.fingerprint)
         kind.inspect(self.trainer, self.module, self.samples)
+        if found is not None:
+            return kind.solved(self.trainer, self.module, found)
         return kind.collect(self.trainer, self.module, now._blocks(), len(self.samples))
 
     def to_keep(self) -> dict[str, Tensor]:

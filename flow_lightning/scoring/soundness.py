@@ -121,9 +121,10 @@ def check_length(loader: Any, scored: int) -> None:
 
 def check_drawn(index: torch.Tensor, scored: int) -> None:
     """Refuse samples that were not scored: of a sampler that knows others, or of a data set that has grown."""
-    unknown = index[(index >= scored) | (index < -scored)]
-    if unknown.numel():
+    least, greatest = map(int, index.aminmax()) if index.numel() else (0, 0)
+    if greatest >= scored or least < -scored:
+        unknown = greatest if greatest >= scored else least
         raise ValueError(
-            f"The sampler of the training loader drew sample {int(unknown[0])}, but {scored} samples were scored. Keep "
+            f"The sampler of the training loader drew sample {unknown}, but {scored} samples were scored. Keep "
             "the data set as it is during a fit, and let the sampler draw from it alone."
         )

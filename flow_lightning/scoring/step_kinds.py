@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,19 +22,16 @@ from flow_lightning.method.interception import Interception, Term, describe, sam
 from flow_lightning.scoring.evaluation import batch_norms, evaluation, evaluation_stage
 from flow_lightning.scoring.fingerprint import seed_generators
 from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
-from flow_lightning.scoring.own_step import call_training_step, unnoticed
+from flow_lightning.scoring.own_step import HOW_TO_GIVE_LOSSES, call_training_step, dependent, unnoticed
 from flow_lightning.scoring.samples import Samples, cut_batches
 from flow_lightning.scoring.score import is_out_of_memory, on_device, with_what_fits
 
+#: Most samples of the batch with which a step is tried first.
+_LOOK = 32
 #: How often the order of a batch in training is looked at.
 _DRAWS = 5
 #: How far losses of the same sample may be apart, relative to them and to the typical loss.
 _TOLERANCE = 1e-3
-#: What to do about a training_step whose losses cannot be weighed.
-HOW_TO_GIVE_LOSSES = (
-    "Give the losses yourself, one per sample: FlowWeightingCallback(sample_losses=lambda module, batch: ...), or a "
-    "sample_losses(batch) that training_step calls."
-)
 
 
 class StepLosses(SampleLosses):
@@ -61,10 +59,16 @@ class StepLosses(SampleLosses):
 
         Raises:
             ValueError: If they do, or if there are none.
+            TypeError: If the step draws its batches by itself.
         """
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise TypeError(
+                f"{type(module).__name__}.training_step takes a dataloader_iter and draws its batches by itself, so it "
+                "is not known which samples are in them. Let it take `batch`."
+            )
         if self.key is not None:
             self._company = _first_batches(trainer, module)
-        chosen = [samples.loader.dataset[i] for i in samples.batches[0]]
+        chosen = [samples.loader.dataset[i] for i in samples.batches[0][:_LOOK]]
         with_what_fits(trainer, partial(self._inspect, trainer, module, samples.loader.collate_fn), chosen)
 
     def _inspect(self, trainer: Trainer, module: LightningModule, collate: Any, chosen: list[Any]) -> None:
@@ -99,7 +103,7 @@ class StepLosses(SampleLosses):
         tolerance = _TOLERANCE / 10 if is_random else _TOLERANCE  # batches of the same size: bit for bit, mostly
         depends = _differ(whole[:half], part, tolerance) and not (is_random and _differ(whole, same, tolerance))
         if depends or (not is_random and bool((least.abs() > _TOLERANCE * whole.abs().mean()).any())):
-            raise _dependent(module)
+            raise dependent(module, whole)
         with self.context(trainer, module), evaluation(batch_norms(module)):
             self._check_training(module, chosen[:8], losses)
 
@@ -207,14 +211,6 @@ class StepLosses(SampleLosses):
         if isinstance(self._company, dict):
             return self._company | {self.key: batch}
         return [batch if number == self.key else other for number, other in enumerate(self._company)]
-
-
-def _dependent(module: LightningModule) -> ValueError:
-    return ValueError(
-        f"In {type(module).__name__}.training_step the loss of a sample depends on the others in its batch "
-        "(contrastive losses, mixup, top-k), or its row is not its place in the batch. "
-        f"{HOW_TO_GIVE_LOSSES}"
-    )
 
 
 class _CopyViews(TorchFunctionMode):

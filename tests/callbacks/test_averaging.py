@@ -31,10 +31,13 @@ class ByHand(Callback):
                     value.data = (1 - self.weight) * value.data + self.weight * self.start[name]
 
 
-@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize(
-    ("settings", "steps"),
-    [({}, [3, 6, 9, 10]), ({"accumulate_grad_batches": 2}, [2, 4, 6]), ({"max_steps": 7}, [2, 4, 6, 7])],
+    ("flow", "settings", "steps"),
+    [
+        (False, {}, [3, 6, 9, 10]),
+        (True, {"accumulate_grad_batches": 2}, [2, 4, 6]),
+        (True, {"max_steps": 7}, [2, 4, 6, 7]),
+    ],
 )
 def test_weights_are_averaged_after_each_interval_and_at_the_end(flow, settings, steps):
     averaged, by_hand, plain, dataset = Classifier(), Classifier(), Classifier(), unchanged.data()

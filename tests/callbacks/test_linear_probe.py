@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cleanlab import Datalab
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -217,7 +218,26 @@ def test_rules_of_the_probe_weigh_a_fit():
     torch.testing.assert_close(drop.weights.weights, 1 - found.issues.float())
 
 
-@pytest.mark.parametrize("weighting", ["drop", "posterior"])
+def test_flow_times_posterior_takes_the_losses_of_the_head_that_training_starts_from():
+    def fit():
+        probe = fl.LinearProbeCallback(folds=3, rounds=2)
+        flow = fl.FlowWeightingCallback(weighting="flow_posterior", weights_file="kept.safetensors")
+        module, _ = run(probe, flow, max_epochs=0)
+        return module, probe.probe, flow.weights
+
+    module, probe, weights = fit()
+    batch = next(iter(DataLoader(PictureData().train_set, 30)))
+    with torch.no_grad():
+        losses = F.cross_entropy(module(batch["image"]), batch["target"], reduction="none").double().numpy()
+    np.testing.assert_allclose(weights.temperature, np.median(losses), rtol=1e-4)
+    np.testing.assert_allclose(weights.weights, probe.right * np.exp(-losses / np.median(losses)), rtol=1e-3, atol=1e-6)
+    assert torch.equal(weights.losses, probe.losses)
+    _, again, of_file = fit()
+    assert torch.equal(of_file.weights, weights.weights) and of_file.temperature == weights.temperature
+    assert torch.equal(again.head.weight, probe.head.weight)
+
+
+@pytest.mark.parametrize("weighting", ["drop", "posterior", "flow_posterior"])
 def test_a_probe_is_not_asked_about_labels_that_it_has_seen(weighting):
     with pytest.raises(ValueError, match=r"Set LinearProbeCallback\(folds=5\)"):
         run(fl.LinearProbeCallback(), fl.FlowWeightingCallback(weighting=weighting))

@@ -1,7 +1,6 @@
 """Online weights in fits, of modules of this library and of any other, against the loss that they stand for."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -114,10 +113,9 @@ def test_the_step_of_accumulated_micro_batches_is_that_of_one_batch(accumulate):
     ends = []
     for size, parts in ((4 * accumulate, 1), (4, accumulate)):
         module = tiny_module(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), schedule="constant")
-        data = PictureData(24, batch_size=size)
-        data.train_dataloader = partial(DataLoader, data.train_set, size)
-        settings = {"accumulate_grad_batches": parts}
-        examples.fit(fl.FlowWeightingCallback(), OnlineWeightsCallback(), module=module, data=data, **settings)
+        callbacks = [fl.FlowWeightingCallback(), OnlineWeightsCallback()]
+        data = PictureData(24, batch_size=size, shuffle=False)
+        examples.fit(*callbacks, module=module, data=data, accumulate_grad_batches=parts)
         ends.append(module.state_dict())
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 

@@ -49,9 +49,10 @@ def by_hand(windows, **settings):
     return module
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
-@pytest.mark.parametrize("texts", [None, ["text.txt"]])
-@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(
+    ("tune", "texts", "flow"),
+    [("full", None, False), ("lora", None, True), ("full", ["text.txt"], True), ("lora", ["text.txt"], False)],
+)
 def test_a_fit_is_that_with_the_divergence_in_the_loss(tmp_path, tune, texts, flow):
     data, watch = language_data(tmp_path, batch_size=4), Windows()
     settings = {"tune": tune, "lora_r": 2, "lora_alpha": 2, "optimizer": torch.optim.SGD, "learning_rate": 0.2}

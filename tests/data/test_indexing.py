@@ -54,7 +54,7 @@ def test_an_iterable_data_set_is_an_error_that_names_what_to_do():
         def __iter__(self):
             yield from range(3)
 
-    with pytest.raises(TypeError, match="map-style"):
+    with pytest.raises(TypeError, match=r"Stream is not a map-style .*`list\(data\)`.*from_generator"):
         IndexedDataset(Stream())
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flow_lightning.data.label_noise import LabelNoise, with_noise
+from flow_lightning.data.label_noise import LabelNoise, with_noise, with_wrong_responses
 from flow_lightning.data.sources import LabelledImages
 
 TARGETS = torch.arange(1000) % 10
@@ -55,3 +55,19 @@ def test_images_that_look_like_another_class_get_its_label():
 def test_a_wrong_argument_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LabelNoise(**settings)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "class"])
+def test_a_share_of_the_records_has_the_response_of_another_record(kind):
+    records = [{"question": f"question {i}", "answer": f"answer {i}"} for i in range(50)]
+    noisy = with_wrong_responses(records, "answer", LabelNoise(0.3, kind))
+    assert [record["question"] for record in noisy] == [record["question"] for record in records]
+    moved = [i for i, record in enumerate(noisy) if record["answer"] != f"answer {i}"]
+    assert len(moved) == 15 and {record["answer"] for record in noisy} <= {record["answer"] for record in records}
+    assert kind == "uniform" or all(noisy[i]["answer"] == f"answer {(i + 1) % 50}" for i in moved)
+
+
+def test_one_record_keeps_its_response_and_instance_noise_needs_classes():
+    assert with_wrong_responses([{"answer": "a"}], "answer", LabelNoise(0.9)) == [{"answer": "a"}]
+    with pytest.raises(ValueError, match="uniform or class"):
+        with_wrong_responses([{"answer": "a"}] * 3, "answer", LabelNoise(0.5, "instance"))

@@ -83,12 +83,6 @@ def forecaster(loss: str) -> Callable[[], Any]:
     return make
 
 
-def poisson_losses(module: Any, batch: Any) -> Tensor:
-    x, (y, _) = batch
-    rate = module(x)["prediction"].squeeze(-1)
-    return (rate.exp() - y * rate).mean(1)
-
-
 def quantile_losses(module: Any, batch: Any) -> Tensor:
     """Return what a user writes: the losses of the metric itself, without its reduction."""
     x, (y, _) = batch

@@ -33,7 +33,7 @@ def test_halves_have_no_group_in_common_and_are_the_same_in_every_run(most):
 @pytest.mark.parametrize(("workers", "memory", "reads"), [(0, 2**30, 6), (1, 2**30, 0), (0, 200, 2 + 3 * 4)])
 def test_a_sample_is_read_once_while_there_is_memory(monkeypatch, workers, memory, reads):
     """Workers read it each time, in processes of their own."""
-    monkeypatch.setattr("flow_lightning.measures.outcomes._MEMORY", memory)
+    monkeypatch.setattr("flow_lightning.scoring.samples._MEMORY", memory)
     dataset, outcomes = Counting([(torch.ones(16), 1)] * 6), StepOutcomes()
     outcomes.take(DataLoader(dataset, batch_size=4, num_workers=workers))
     for _ in range(3):

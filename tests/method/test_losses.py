@@ -32,11 +32,16 @@ def test_smoothed_labels_are_mixed_with_an_even_guess():
     np.testing.assert_allclose(losses.numpy(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_change_of_answers_is_the_divergence_of_scipy(dtype):
-    before, now = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, now = 5 * torch.randn(2, 40, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before[0, 0] = -torch.inf  # an impossible class
     p, q = (softmax(logits.double().numpy() / 1.7, axis=1) for logits in (before, now))
-    np.testing.assert_allclose(answer_change(before, now, 1.7).numpy(), rel_entr(p, q).sum(1), rtol=1e-4, atol=1e-6)
+    found, expected = answer_change(before, now, 1.7), rel_entr(p, q).sum(1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    of_probabilities = answer_change((before / 1.7).log_softmax(1), now / 1.7)
+    assert float(of_probabilities.mean()) == pytest.approx(expected.mean(), rel=1e-5 if dtype.itemsize > 2 else 1e-2)
 
 
 def test_the_change_of_features_is_the_squared_norm_of_numpy():

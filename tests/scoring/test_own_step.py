@@ -4,8 +4,10 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from tests.unchanged import Classifier, data, fit
@@ -46,3 +48,23 @@ def test_scoring_and_proof_leave_nothing_in_what_a_module_holds() -> None:
     assert weighted.counter == plain.counter
     np.testing.assert_array_equal(weighted.meters[0].array, plain.meters[0].array)
     torch.testing.assert_close(weighted.parts["norm"].state_dict(), plain.parts["norm"].state_dict())
+
+
+def test_losses_that_are_rounding_alone_are_named_as_such() -> None:
+    """A product of one row is rounded otherwise than one of two."""
+
+    class Fitted(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 16))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    module, x = Fitted(), torch.randn(8, 64)
+    with torch.no_grad():
+        exact = module.double().net(x.double()).float()
+    with pytest.raises(
+        ValueError, match=r"Fitted.training_step the losses .* at most \de-1\d, which is rounding alone"
+    ):
+        fit(module.float(), None, fl.FlowWeightingCallback(), loader=DataLoader(TensorDataset(x, exact), 2))

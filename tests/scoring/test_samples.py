@@ -3,7 +3,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.samplers import FixedBatches
-from flow_lightning.scoring.samples import cut_batches, loader_like
+from flow_lightning.scoring.samples import cut_batches, loader_like, read_once
 
 DATA = IndexedDataset(TensorDataset(torch.arange(11.0)))
 
@@ -24,3 +24,15 @@ def test_the_loader_that_is_copied_is_not_iterated():
     copy = loader_like(watched, cut_batches(watched))
     assert (copy.num_workers, copy.persistent_workers, len(copy)) == (2, False, 3)
     assert torch.cat([batch.index for batch in copy]).tolist() == list(range(11))
+
+
+def test_samples_are_read_once_in_several_passes():
+    class Counted(TensorDataset):
+        def __getitem__(self, index):
+            reads.append(index)
+            return super().__getitem__(index)
+
+    reads, data = [], Counted(torch.arange(5.0))
+    again = read_once(DataLoader(data, batch_size=2, shuffle=True))
+    passes = [torch.cat([batch[0] for batch in again]).tolist() for _ in range(3)]
+    assert passes == [[0, 1, 2, 3, 4]] * 3 and reads == [0, 1, 2, 3, 4]

@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule
 from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
-from flow_lightning.scoring.score import score_dataset
+from flow_lightning.scoring.score import is_out_of_memory, score_dataset
 from tests.examples import LinearRegression, RegressionData, expected_losses, fit, make_trainer, regression_data
 from tests.images import PictureData, tiny_module
 
@@ -129,8 +129,12 @@ class Crowded(LinearRegression):
 
 
 @pytest.mark.parametrize("error", NO_MEMORY)
-def test_a_batch_that_does_not_fit_is_scored_in_parts(error):
-    module, data = Crowded(3, error), regression_data(45)
+def test_devices_and_the_cpu_say_in_other_words_that_there_is_no_memory(error):
+    assert is_out_of_memory(error) and not is_out_of_memory(ValueError(str(error)))
+
+
+def test_a_batch_that_does_not_fit_is_scored_in_parts():
+    module, data = Crowded(3, NO_MEMORY[1]), regression_data(45)
     with pytest.warns(UserWarning, match="Scoring 16 samples at a time takes too much memory"):
         weights = fl.score(module, DataLoader(fl.IndexedDataset(data), batch_size=16))
     np.testing.assert_allclose(weights.losses.numpy(), expected_losses(data), rtol=1e-4, atol=1e-7)

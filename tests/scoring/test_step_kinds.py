@@ -97,8 +97,7 @@ class Crowded(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("error", NO_MEMORY[:2])
-@pytest.mark.parametrize("probe", [False, True])
+@pytest.mark.parametrize(("error", "probe"), [(NO_MEMORY[0], False), (NO_MEMORY[1], True)])
 def test_a_first_batch_that_does_not_fit_is_looked_at_in_part(error: RuntimeError, probe: bool) -> None:
     """Of a scoring batch of 16 the first 4 fit; a probe that sees features of other roundings ends within 1e-3."""
     found = []
@@ -133,11 +132,14 @@ def test_samples_that_are_views_are_copied_without_what_they_are_views_of() -> N
     assert part.untyped_storage().nbytes() == 8
 
 
-def test_samples_that_a_collate_function_leaves_out_are_named() -> None:
-    def collate(samples: list[Any]) -> Any:
-        return torch.utils.data.default_collate([sample for sample in samples if sample[0][0] != first])
+@pytest.mark.parametrize("batch_size", [32, 200])
+def test_scoring_takes_one_forward_pass_and_a_short_look_at_the_step(batch_size: int) -> None:
+    class Counting(Classifier):
+        samples = 0
 
-    dataset = data()
-    first = dataset.tensors[0][0, 0]
-    with pytest.raises(ValueError, match=r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"):
-        fit(Classifier(), dataset, fl.FlowWeightingCallback(), loader=DataLoader(dataset, 5, collate_fn=collate))
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            type(self).samples += len(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    fl.score(Counting(), DataLoader(data(n=4000), batch_size))
+    assert 4000 <= Counting.samples <= 1.05 * 4000

@@ -16,6 +16,7 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate, join
 from flow_lightning.data.instructions.prompts import end_of_sequence
 from flow_lightning.data.instructions.records import read_records
+from flow_lightning.data.label_noise import LabelNoise, with_wrong_responses
 from flow_lightning.data.packing import PackedBatches
 from flow_lightning.data.samplers import FixedBatches, LengthGroupedSampler, hold_out, token_budget_batches
 from flow_lightning.distributed import data_rank, from_rank_zero
@@ -55,6 +56,7 @@ class InstructionDataModule(LightningDataModule):
             order stay those of the samples. Batches of scoring and evaluation are sorted by length, and stay padded.
         packed_tokens: Most tokens of a training batch, in place of `batch_size`. Samples are packed by best fit and
             joined as by `padding_free`, each with its own loss. A longer sample is a batch of its own.
+        label_noise: Gives some training records the response of another one, held-out ones too, for experiments.
         source_field: Field that says where a record comes from, such as "dataset". `ReportCallback` then shows losses
             by source. Records without a value there count as "none"; if no record has one, ValueError says so.
     """
@@ -79,10 +81,11 @@ class InstructionDataModule(LightningDataModule):
         split_seed: int = 42,
         padding_free: bool = False,
         packed_tokens: int | None = None,
+        label_noise: LabelNoise | None = None,
         source_field: str | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="tokenizer")
+        self.save_hyperparameters(ignore=["tokenizer", "label_noise"])
         self.prepare_data_per_node = False  # rank 0 sends its tokens to the other nodes as well
         self.train, self.test = train, test
         self.instruction_field, self.response_field = instruction_field, response_field
@@ -91,7 +94,8 @@ class InstructionDataModule(LightningDataModule):
         self.limit_train, self.limit_test = limit_train, limit_test
         self.tokens_per_batch, self.tokenizer, self.seed = tokens_per_batch, tokenizer, seed
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
-        self.padding_free, self.packed_tokens, self.source_field = padding_free, packed_tokens, source_field
+        self.padding_free, self.packed_tokens = padding_free, packed_tokens
+        self.label_noise, self.source_field = label_noise, source_field
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
@@ -169,6 +173,8 @@ class InstructionDataModule(LightningDataModule):
             records = read_records(str(self.test), self.test_split, fields, self.limit_test)
         else:
             both = read_records(self.train, self.train_split, fields, self.limit_train, self.source_field)
+            if self.label_noise is not None:
+                both = with_wrong_responses(both, self.response_field, self.label_noise)
             held_out, kept = hold_out(len(both), self.validation_fraction, self.split_seed)
             records = [both[position] for position in (kept if name == "train" else held_out)]
         positions = None if self.trainer is None else module_contract(self.trainer.lightning_module).max_positions

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import flow_lightning as fl
 from flow_lightning.data.instructions import module as module_file
+from flow_lightning.data.label_noise import LabelNoise
 from flow_lightning.data.samplers import LengthGroupedSampler
 from tests.examples import make_trainer
 from tests.language import END, encode_one, instructions, tiny_tokenizer, write_jsonl
@@ -45,6 +46,15 @@ def test_training_scoring_and_test_loaders():
     assert len(scoring) > 1 and max(b * t for b, t in scoring) <= 900 and scoring[0][1] == max(t for _, t in scoring)
     assert data.test_set.dataset.records == instructions(27)[20:] and data.train_set.dataset.records is None
     pickle.dumps(data.train_dataloader().collate_fn)
+
+
+def test_wrong_responses_are_in_the_training_records_and_not_in_the_test_records():
+    data, plain = (data_module(20, 9, label_noise=noise) for noise in (LabelNoise(0.5), None))
+    for each in (data, plain):
+        each.setup()
+    differ = [mine != right for mine, right in zip(texts(data.train_set.dataset), texts(plain.train_set.dataset))]
+    assert sum(differ) == 10
+    assert data.test_set.dataset.records == plain.test_set.dataset.records
 
 
 def test_a_stage_sets_up_what_it_needs_once_and_a_loader_what_is_missing():

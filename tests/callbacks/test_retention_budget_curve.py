@@ -1,0 +1,79 @@
+"""All points of a path for a board: heads solved at each, and what is read and computed only once."""
+
+from collections import Counter
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import flow_lightning as fl
+import flow_lightning.scoring.score as scoring
+from flow_lightning.method.probe import fit_probe
+from flow_lightning.method.weights import SampleWeights
+from flow_lightning.report.metrics import read_metrics
+from tests.callbacks.test_retention_budget import ALPHAS, budget, run
+from tests.images import Pictures
+from tests.retention import image_module, unlabelled_images
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Note what each pass of a model over samples is for."""
+    found, score = [], scoring.score_blocks
+
+    def noted(*args):
+        found.append(args[5])
+        return score(*args)
+
+    monkeypatch.setattr("flow_lightning.scoring.scoring.score_blocks", noted)
+    return found
+
+
+def test_the_head_of_the_pretrained_body_is_solved_on_the_features_from_before_training(tmp_path, passes):
+    callback, probe = budget(data=unlabelled_images(tmp_path), curve=True), fl.LinearProbeCallback()
+    run(callback, probe, fl.FlowWeightingCallback())
+    data, start = Pictures(12, seed=1), image_module().eval()
+    with torch.no_grad():
+        features = start.features({"image": data.images})
+    weights = SampleWeights.from_losses(probe.probe.losses).weights
+    expected = fit_probe(features, torch.tensor(data.targets), 3, weights=weights)
+    torch.testing.assert_close(callback._heads[0.0].losses, expected.losses, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(callback._heads[0.0].head.weight, expected.head.weight, rtol=1e-2, atol=1e-4)
+    assert not torch.allclose(callback._heads[1.0].losses, expected.losses, rtol=1e-2)
+    assert Counter(passes) == {"Linear probe": 1, "Head refit": len(ALPHAS) - 1}
+
+
+def test_more_points_read_no_more_samples(tmp_path, monkeypatch):
+    images, reads, read = unlabelled_images(tmp_path), [], Pictures.__getitem__
+    monkeypatch.setattr(Pictures, "__getitem__", lambda self, index: reads.append(index) or read(self, index))
+    counts = []
+    for alphas in ([1.0], [0.2, 0.4, 0.6, 0.8, 1.0]):
+        reads.clear()
+        run(budget(data=images, alphas=alphas, curve=True), fl.LinearProbeCallback(), fl.FlowWeightingCallback())
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+def points(folder, **settings):
+    callbacks = budget(data=folder, curve=True), fl.LinearProbeCallback(), fl.FlowWeightingCallback()
+    keep = ModelCheckpoint("c", "{epoch}", save_top_k=-1)
+    settings = {"max_epochs": 2, "size": 0.5, "enable_checkpointing": True} | settings
+    run(*callbacks, keep, module=image_module(learning_rate=0.0, batch_norm="frozen"), **settings)
+    return read_metrics("run/metrics.json")["path/points"]
+
+
+def test_a_resumed_fit_finds_the_same_curve(tmp_path):
+    """It has no features from before training, so it computes them anew."""
+    images = unlabelled_images(tmp_path)
+    whole = points(images)
+    resumed = points(images, ckpt_path="c/epoch=0.ckpt")
+    assert len({each["target_loss"] for each in whole}) == len(ALPHAS)
+    for point, other in zip(whole, resumed, strict=True):
+        assert other == pytest.approx(point, rel=1e-3)
+
+
+def test_two_processes_find_the_curve_of_one(tmp_path):
+    images = unlabelled_images(tmp_path)
+    alone = points(images)
+    for point, other in zip(alone, points(images, devices=2, strategy="ddp_fork"), strict=True):
+        assert other == pytest.approx(point, rel=1e-3)
