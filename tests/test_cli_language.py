@@ -5,12 +5,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 from yaml import safe_load
 
 import flow_lightning as fl
 from flow_lightning.__main__ import main
 from flow_lightning.report.metrics import read_metrics
+from tests.hub import SOLUTION, write_hub
 from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "language"
@@ -99,5 +101,39 @@ def test_the_papers_tasks_go_on_top_of_a_configuration(config, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(f"-c={config}", "-c=paper_tasks", "--print_config")
     assert stopped.value.code in (0, None)
-    (measure,) = safe_load(capsys.readouterr().out)["retention"]["measures"]
-    assert "mmlu:5" in measure["init_args"]["tasks"]
+    target, general = safe_load(capsys.readouterr().out)["retention"]["measures"]
+    assert target["init_args"]["tasks"] == {"gsm8k": ["gsm8k:5"]}
+    assert list(general["init_args"]["tasks"]) == ["commonsense", "mmlu", "mbpp"]
+
+
+def test_one_command_fits_and_makes_the_papers_table_from_local_files(monkeypatch):
+    """All tasks are those of the harness itself. The model's first answer in two is replaced by the right one."""
+    write_hub()
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("cache").absolute())
+    model = tiny_model(len(TOKENIZER))
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained("tiny")
+    generate, prompts = HFLM.generate_until, []
+
+    def half_right(self, requests, **settings):
+        answers = generate(self, requests, **settings)
+        prompts.append(requests[0].args[0])
+        return [SOLUTION if "Python" in prompts[-1] else "#### 4", *answers[1:]]
+
+    monkeypatch.setattr(HFLM, "generate_until", half_right)
+    options = [f"-c={PAPER[0]}", "-c=paper_tasks", "--data.train=train.jsonl", "--data.batch_size=2", *TINY]
+    main(["compare", *options, "--methods=[flow_sequence]", "--output=runs/paper"])
+    (metrics,) = json.loads(Path("runs/paper/comparison.json").read_text())["flow_sequence"]
+    assert len(prompts) == 4 and metrics["target/accuracy"] == metrics["retention/after/group/mbpp"] == 0.5
+    assert sorted(prompt.count("Question:") for prompt in prompts) == [0, 0, 6, 6], "five examples and the question"
+    assert sorted(prompt.count("[BEGIN]") for prompt in prompts) == [0, 0, 4, 4], "three examples and the task"
+    commonsense = ["hellaswag", "arc_easy", "arc_challenge", "piqa", "social_iqa", "openbookqa"]
+    mean = sum(metrics[f"retention/after/task/{name}"] for name in commonsense) / 6
+    assert metrics["retention/after/group/commonsense"] == pytest.approx(mean)
+    general = (mean + metrics["retention/after/task/mmlu"] + 0.5) / 3
+    assert metrics["retention/after/accuracy"] == pytest.approx(general)
+    assert metrics["average"] == pytest.approx((general + 0.5) / 2)
+    head, _, before, after = Path("runs/paper/comparison.md").read_text().splitlines()
+    assert head.split(" | ")[1:-1] == ["gsm8k", "mean accuracy of the tasks", "commonsense", "mbpp", "mmlu"]
+    assert before.startswith("| before training | 50.0 % | ") and f" | {100 * general:.1f} % | " in after

@@ -2,12 +2,12 @@
 
 from flow_lightning.measures.answers import Answers
 from flow_lightning.measures.base import Measure, Metric, Panel
-from flow_lightning.measures.harness import HarnessTasks
+from flow_lightning.measures.harness import HarnessTasks, TargetTasks
 from flow_lightning.measures.images import PretrainedImages, TargetAccuracy
 from flow_lightning.measures.text import GeneralText, TargetLoss
 
 #: All measures of this library. Of what was learned, and of what was kept, the first that has a value leads.
-MEASURES = (TargetAccuracy, PretrainedImages, Answers, TargetLoss, HarnessTasks, GeneralText)
+MEASURES = (TargetAccuracy, PretrainedImages, Answers, TargetTasks, TargetLoss, HarnessTasks, GeneralText)
 
 __all__ = [
     "MEASURES",
@@ -20,4 +20,5 @@ __all__ = [
     "PretrainedImages",
     "TargetAccuracy",
     "TargetLoss",
+    "TargetTasks",
 ]

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -28,13 +28,19 @@ _SCORES = ("exact_match,*", "acc,none", "acc_norm,none", "pass@1,*", "pass_at_1,
 
 
 class HarnessTasks(Measure):
-    """The scores of tasks of the lm-evaluation-harness, and their mean; `retention/tasks` lists the names.
+    """What was kept: scores of tasks of the lm-evaluation-harness, and their mean; `retention/tasks` lists the names.
+
+    Tasks may be in groups, such as `{"commonsense": ["piqa", "hellaswag"], "mmlu": ["mmlu:5"]}`. The score of a
+    group is the mean of its tasks, and the accuracy is the mean of the groups, as in the paper.
+
+    Without network, start the run in a folder that holds the data sets below their names at the hub, such as
+    `Rowan/hellaswag/`. Code tasks also need `code_eval/`, the metric of Hugging Face's `evaluate`.
 
     Rank 0 evaluates and the other ranks wait. If that takes longer than the timeout of the process group (30 minutes by
     default), raise it, for instance with `DDPStrategy(timeout=...)`.
 
     Args:
-        tasks: Tasks or groups, as `name` or `name:shots`.
+        tasks: Tasks of the harness, or its own groups, as `name` or `name:shots`; or lists of them by group.
         tasks_path: Folder with YAML files of tasks of one's own.
         limit: Samples per task; None for all.
         batch_size: Sequences per forward pass.
@@ -42,17 +48,18 @@ class HarnessTasks(Measure):
             environment variable HF_ALLOW_CODE_EVAL=1.
     """
 
-    part = "retention"
+    part: ClassVar[Literal["target", "retention"]] = "retention"
     metrics = (
         Metric("retention/before/accuracy", "mean accuracy of the tasks before training", "fraction", "up"),
         Metric("retention/after/accuracy", "mean accuracy of the tasks", "fraction", "up"),
+        Metric("retention/after/group/*", "*", "fraction", "up"),
         Metric("retention/after/task/*", "task *", "fraction", "up"),
     )
     panels = (Panel("accuracy on general tasks", "fraction", "up", {"general\ntasks": "retention/after/accuracy"}),)
 
     def __init__(
         self,
-        tasks: list[str],
+        tasks: list[str] | dict[str, list[str]],
         *,
         tasks_path: str | None = None,
         limit: int | None = None,
@@ -60,29 +67,35 @@ class HarnessTasks(Measure):
         run_unsafe_code: bool = False,
     ) -> None:
         check_at_least(1, limit=limit, batch_size=batch_size)
-        self.shots = dict(map(split_task, tasks))
-        if len(self.shots) < len(tasks):
+        self.groups = {name: [split_task(task) for task in of] for name, of in _grouped(tasks).items()}
+        listed = [task for group in self.groups.values() for task in group]
+        self.shots = dict(listed)
+        if len(self.shots) < len(listed):
             raise ValueError(f"tasks {tasks} names one more than once; expected each once, as 'name' or 'name:shots'.")
+        if not self.groups or not all(self.groups.values()):
+            raise ValueError(f"tasks is {tasks}; expected at least one task, and at least one in each group.")
         self.tasks_path, self.limit, self.batch_size = tasks_path, limit, batch_size
         self.run_unsafe_code = run_unsafe_code
         self.index: Any = None
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Refuse a module that is no language model or in shards, and tasks that the harness does not know."""
-        check_language_model(module, "HarnessTasks")
+        check_language_model(module, type(self).__name__)
         if trainer.strategy.restore_checkpoint_after_setup and trainer.world_size > 1:
             raise TypeError(
                 f"Under {type(trainer.strategy).__name__} the model is in shards, so rank 0 cannot evaluate it alone. "
-                "Leave out HarnessTasks, and evaluate the model that SavePretrainedCallback writes."
+                f"Leave out {type(self).__name__}, and evaluate the model that SavePretrainedCallback writes."
             )
         self.index = on_rank_zero(trainer, lambda: _find_tasks(self.shots, self.tasks_path))
-        return {"retention/tasks": sorted(self.shots)}
+        return {f"{self.part}/tasks": sorted(self.shots)}
 
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
-        """Score the tasks."""
+        """Score the tasks, and take the means."""
         scores = from_rank_zero(trainer, lambda: self._scores(trainer, module))
+        means = {name: statistics.fmean(scores[task] for task, _ in group) for name, group in self.groups.items()}
+        groups = {f"group/{name}": mean for name, mean in means.items() if name}
         tasks = {f"task/{name}": scores[name] for name in self.shots}
-        return {"accuracy": statistics.fmean(tasks.values())} | tasks
+        return {"accuracy": statistics.fmean(means.values())} | groups | tasks
 
     def _scores(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         harness, logger = _import_harness("lm_eval"), logging.getLogger("lm_eval")
@@ -99,6 +112,24 @@ class HarnessTasks(Measure):
                 by_name = {**results["results"], **results.get("groups", {})}
                 scores |= {name: _main_metric(name, by_name.get(name, {})) for name in names}
         return scores
+
+
+class TargetTasks(HarnessTasks):
+    """What was learned: the same for tasks of the target, such as "gsm8k:5" after MetaMathQA."""
+
+    part = "target"
+    metrics = (
+        Metric("target/before/accuracy", "mean accuracy of the target's tasks before training", "fraction", "up"),
+        Metric("target/accuracy", "mean accuracy of the target's tasks", "fraction", "up"),
+        Metric("target/group/*", "*", "fraction", "up"),
+        Metric("target/task/*", "task *", "fraction", "up"),
+    )
+    panels = (Panel("accuracy on the target's tasks", "fraction", "up", {"target": "target/accuracy"}),)
+
+
+def _grouped(tasks: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return tasks by group; those of a list are one group without a name."""
+    return tasks if isinstance(tasks, dict) else {"": tasks}
 
 
 def split_task(entry: str) -> tuple[str, int | None]:

@@ -1,6 +1,6 @@
 """What a board of fits shows: a row for each model, the frontier of each method, and how methods compare.
 
-In: the numbers of all fits. Out: `comparison.png` or `frontier.png`, `board.csv`, `board.md`, a table.
+In: the numbers of all fits. Out: `comparison.md` and `.png`, or `frontier.png`, `board.csv`, `board.md`; a table.
 Next: `frontier.py`.
 """
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flow_lightning.files import write_bytes
 from flow_lightning.report.frontier import Interval, Point, compare_methods
-from flow_lightning.report.metrics import metrics_table, print_table
+from flow_lightning.report.metrics import metrics_table, print_table, results_markdown
 
 Settings = Mapping[str, Any]
 #: Columns of `board.csv`.
@@ -52,8 +52,9 @@ def report(
     is_one = all(len({setting[name] for setting in settings}) == 1 for name in ("rate", "noise"))
     if is_one:
         plot_comparison(runs, folder / "comparison.png")
+        write_bytes(folder / "comparison.md", results_markdown(runs).encode())
         table = metrics_table(runs, f"What each method learned and what it kept{spread}")
-        print_table(table, f"Runs, comparison.json and comparison.png: {folder.absolute()}")
+        print_table(table, f"Runs, comparison.json, .md and .png: {folder.absolute()}")
     if not rows:
         if not is_one:
             rank_zero_info(f"{folder / 'comparison.json'} has all numbers. For the frontier add -c curve.")

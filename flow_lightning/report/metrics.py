@@ -165,6 +165,46 @@ def metrics_table(
     return table
 
 
+def results_markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], declared: Declared = DECLARED) -> str:
+    """Write the Markdown table of a comparison: a row for each method, columns for what it learned and kept.
+
+    The first row is the model before training. Of tasks in groups only the groups and their mean are shown.
+
+    >>> print(results_markdown({"flow": [{"target/before/top1": 0.5, "target/top1": 0.75}]}))
+    | | target accuracy |
+    |---|---:|
+    | before training | 50.0 % |
+    | flow | 75.0 % |
+    <BLANKLINE>
+    """
+    before = [_as_after(run) for column in runs.values() for run in column]
+    rows = {"before training": [run | averages(run, declared) for run in before], **runs}
+    keys = {key for column in runs.values() for run in column for key in run}
+    columns = [metric for metric in metric_rows(keys, declared) if metric.key in keys and _is_result(metric, keys)]
+    lines = [["", *(metric.name.replace("|", "\\|") for metric in columns)]]
+    for name, column in rows.items():
+        values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for metric in columns]
+        lines.append([name, *map(format_value, columns, values)])
+    head, *body = ["| " + " | ".join(line) + " |\n" for line in lines]
+    return "".join([head.replace("|  |", "| |", 1), f"|---|{'---:|' * len(columns)}\n", *body])
+
+
+def _as_after(run: Mapping[str, Any]) -> Metrics:
+    """Return what was measured before training, by the keys of after it."""
+    places = {"target/before/": "target/", "retention/before/": "retention/after/"}
+    return {after + key.removeprefix(b): run[key] for b, after in places.items() for key in run if key.startswith(b)}
+
+
+def _is_result(metric: Metric, keys: Iterable[str]) -> bool:
+    """Whether a metric says what was learned or kept, and no group of tasks says it better."""
+    part = next((part for part in ("target/", "retention/after/", "average") if metric.key.startswith(part)), None)
+    if part is None or not metric.better or metric.key.startswith("target/before/"):
+        return False
+    groups = sum(key.startswith(f"{part}group/") for key in keys)
+    is_mean, is_task = metric.key == f"{part}accuracy", metric.key.startswith(f"{part}task/")
+    return not (is_task and groups) and not (is_mean and groups == 1)
+
+
 def metric_rows(keys: Iterable[str], declared: Declared = DECLARED) -> Iterator[Metric]:
     """Yield the declared metrics; one for many keys becomes one for each key that there is."""
     for metric in declared.metrics:

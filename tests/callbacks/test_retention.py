@@ -11,7 +11,15 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import flow_lightning as fl
-from flow_lightning.measures import Answers, GeneralText, HarnessTasks, PretrainedImages, TargetAccuracy, TargetLoss
+from flow_lightning.measures import (
+    Answers,
+    GeneralText,
+    HarnessTasks,
+    PretrainedImages,
+    TargetAccuracy,
+    TargetLoss,
+    TargetTasks,
+)
 from flow_lightning.report.metrics import read_metrics
 from tests.examples import LinearRegression, RegressionData, fit
 from tests.images import PictureData, tiny_module
@@ -208,7 +216,8 @@ def test_a_configuration_can_give_the_measures():
     kinds = {
         PretrainedImages: {"images": "packaged"},
         GeneralText: {"texts": ["packaged"]},
-        HarnessTasks: {"tasks": ["mmlu:5"]},
+        HarnessTasks: {"tasks": {"commonsense": ["piqa", "hellaswag"], "mmlu": ["mmlu:5"]}},
+        TargetTasks: {"tasks": ["gsm8k:5"]},
         Answers: {"max_new_tokens": 64},
         TargetLoss: {},
     }

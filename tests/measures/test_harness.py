@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flow_lightning as fl
-from flow_lightning.measures import Answers, HarnessTasks
+from flow_lightning.measures import Answers, HarnessTasks, TargetTasks
 from flow_lightning.report.metrics import read_metrics
 from tests.language import TOKENIZER, instructions, language_module, tiny_model
 from tests.retention import TEMPLATE, OnFitStart, Scripted, language_fit, measured
@@ -107,6 +107,29 @@ def test_answers_and_tasks_before_and_after(folder, capsys, monkeypatch):
     assert asked == [(["tiny"], 0, 4), (["tiny_too"], None, 4)] * 2
     assert metrics["average"] == pytest.approx((1 / 3 + 0.5) / 2)
     assert "task tiny_too" in capsys.readouterr().out
+
+
+def test_groups_have_the_mean_of_their_tasks_and_equal_shares_in_the_accuracy(folder, monkeypatch):
+    scores = {"a": 0.25, "b": 0.75, "tiny": 0.0}
+    monkeypatch.setattr(HarnessTasks, "_scores", lambda *_: scores)
+    monkeypatch.setattr("flow_lightning.measures.harness._find_tasks", lambda *_: None)
+    tasks = {"both": ["a", "b:2"], "tiny": ["tiny:0"]}
+    expected = {"accuracy": 0.25, "group/both": 0.5, "group/tiny": 0.0, **{f"task/{k}": v for k, v in scores.items()}}
+    for kind, part in ((HarnessTasks, "retention"), (TargetTasks, "target")):
+        assert measured(kind(tasks)) == [{f"{part}/tasks": ["a", "b", "tiny"], **expected}]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"a": ["x"], "b": ["x:5"]}, "names one more than once"),
+        ({"a": ["x"], "b": []}, r"at least one in each group"),
+        ([], r"tasks is \[\]; expected at least one task"),
+    ],
+)
+def test_groups_with_a_task_twice_or_without_one_are_refused(tasks, message):
+    with pytest.raises(ValueError, match=message):
+        HarnessTasks(tasks)
 
 
 def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):

@@ -49,7 +49,8 @@ def test_fits_without_a_path_have_the_plain_comparison_alone(tmp_path: Path, ren
     plain = [{"target/top1": 0.7, "retention/after/top1": 0.4} for _ in found]
     one_rate = [setting | {"rate": None} for setting in settings]
     report({"standard": plain[:4], "flow": plain[4:]}, one_rate, plain, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.md", "comparison.png"]
+    assert "| flow | 70.0 ± 0.0 % | 40.0 ± 0.0 % |" in (tmp_path / "comparison.md").read_text()
 
 
 def test_shares_of_wrong_labels_have_panels_and_rows_of_their_own(

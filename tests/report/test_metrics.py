@@ -15,6 +15,7 @@ from flow_lightning.report.metrics import (
     metrics_table,
     path_table,
     read_metrics,
+    results_markdown,
     write_metrics,
 )
 from tests.retention import RUN, UNLABELLED, SizeOfHead
@@ -138,3 +139,28 @@ def test_every_key_is_declared_once():
     keys = [metric.key for metric in m.METRICS]
     assert len(keys) == len(set(keys))
     assert {"target/top1", "target/hard_top1", "average", "flow/temperature", "flow/mean_weight"} <= set(keys)
+
+
+def test_results_have_a_row_for_each_method_and_the_groups_in_place_of_their_tasks():
+    def run(gsm8k, *general):
+        groups = dict(zip(("commonsense", "mmlu"), general))
+        tasks = {"target/task/gsm8k": gsm8k, "retention/after/task/piqa": 0.9}
+        means = {"target/accuracy": gsm8k, "retention/after/accuracy": sum(general) / 2}
+        tables = {f"retention/after/group/{name}": value for name, value in groups.items()}
+        return tasks | means | tables | {"target/group/gsm8k": gsm8k, "flow/temperature": 3.0, "time/fit_s": 1.0}
+
+    before = {"target/before/accuracy": 0.25, "target/before/group/gsm8k": 0.25, "retention/before/accuracy": 0.45}
+    before |= {"retention/before/group/commonsense": 0.5, "retention/before/group/mmlu": 0.4}
+    plain = [run(0.5, 0.4, 0.2) | m.averages(run(0.5, 0.4, 0.2)), run(0.7, 0.4, 0.2) | {"average": 0.6}]
+    assert results_markdown({"standard": [{**before, **each} for each in plain], "flow": [run(0.6, 0.5, 0.3)]}) == (
+        "| | gsm8k | mean accuracy of the tasks | commonsense | mmlu | average of target and pre-trained task |\n"
+        "|---|---:|---:|---:|---:|---:|\n"
+        "| before training | 25.0 ± 0.0 % | 45.0 ± 0.0 % | 50.0 ± 0.0 % | 40.0 ± 0.0 % | 35.0 ± 0.0 % |\n"
+        "| standard | 60.0 ± 14.1 % | 30.0 ± 0.0 % | 40.0 ± 0.0 % | 20.0 ± 0.0 % | 50.0 ± 14.1 % |\n"
+        "| flow | 60.0 % | 40.0 % | 50.0 % | 30.0 % | – |\n"
+    )
+
+
+def test_results_name_a_measure_with_a_bar_and_leave_out_sizes():
+    text = results_markdown({"a": [{"retention/after/kl": 0.5, "target/samples": 9}]})
+    assert text.splitlines()[0] == "| | KL(pre-trained \\|\\| fine-tuned) |"
