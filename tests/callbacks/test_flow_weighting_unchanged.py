@@ -245,3 +245,15 @@ def test_a_batch_that_is_not_the_size_of_its_list_of_indices_is_refused(
     with pytest.raises(error, match=message):
         fit(module, DATA, flow, loader=DataLoader(DATA, 5, collate_fn=a_sample_short))
     assert len(module.seen) in (0, 5) and not hasattr(module, "sample_weights"), "four steps and the refused one"
+
+
+def test_the_step_of_a_module_after_the_fit_is_its_own_bit_for_bit() -> None:
+    weighted, twin, batch = Classifier(), Classifier(), DATA[:4]
+    fit(weighted, DATA, fl.FlowWeightingCallback())
+    twin.load_state_dict(weighted.state_dict())
+    for module in (weighted, twin):
+        module.trainer, module.log = None, lambda *_: None
+        module.eval().zero_grad()
+        module.training_step(batch, 0).backward()
+    assert weighted.seen[-1] == twin.seen[-1]
+    assert all(torch.equal(mine.grad, its.grad) for mine, its in zip(weighted.parameters(), twin.parameters()))

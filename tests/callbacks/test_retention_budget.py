@@ -152,33 +152,6 @@ def test_if_no_point_keeps_it_the_body_is_the_pretrained_one_with_a_solved_head(
     torch.testing.assert_close(module.head.weight, probe.probe.head.weight)
 
 
-def test_a_curve_measures_the_other_half_once_for_each_point(tmp_path):
-    images = unlabelled_images(tmp_path)
-    plain, curve = budget(data=images), budget(data=images, curve=True)
-    run(plain)
-    alone = read_metrics("run/metrics.json")
-    run(curve)
-    metrics = read_metrics("run/metrics.json")
-    assert curve.alpha == plain.alpha > 0
-    assert metrics["budget/kept_other_half"] == alone["budget/kept_other_half"]
-    other = len(halves([f"{number}.png" for number in range(retention.IMAGES)], 99)[1])
-    passes = len(ALPHAS) - 1  # the pre-trained model needs none
-    assert metrics["budget/forwards"] - alone["budget/forwards"] == (passes - 1) * other > 0
-
-
-def test_a_curve_solves_the_head_of_the_chosen_point_once(tmp_path, monkeypatch):
-    images, states, solved = unlabelled_images(tmp_path), [], []
-    solve = fl.LinearProbeCallback.solve
-    monkeypatch.setattr(fl.LinearProbeCallback, "solve", lambda *args: solved.append(1) or solve(*args))
-    for curve in (False, True):
-        callback = budget(data=images, alphas=[0.5], curve=curve)
-        module, _ = run(callback, fl.LinearProbeCallback(), fl.FlowWeightingCallback())
-        assert callback.alpha == 0.5 and "refit/strength" in read_metrics("run/metrics.json")
-        states.append(copy_of(module))
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    assert len(solved) == 1 + 2  # once at the end, then once for each point
-
-
 def test_a_path_by_depth_ends_beside_the_fine_tuned_model_so_its_model_is_written(tmp_path):
     callback = budget(data=unlabelled_images(tmp_path), keep=0.01, shape="depth")
     module, end = run(callback, size=0.1, enable_checkpointing=True)

@@ -8,10 +8,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import flow_lightning as fl
 import flow_lightning.scoring.score as scoring
+from flow_lightning.measures.outcomes import halves
 from flow_lightning.method.probe import fit_probe
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import read_metrics
-from tests.callbacks.test_retention_budget import ALPHAS, budget, run
+from tests import retention
+from tests.callbacks.test_retention_budget import ALPHAS, budget, copy_of, run
 from tests.images import Pictures
 from tests.retention import image_module, unlabelled_images
 
@@ -77,3 +79,30 @@ def test_two_processes_find_the_curve_of_one(tmp_path):
     alone = points(images)
     for point, other in zip(alone, points(images, devices=2, strategy="ddp_fork"), strict=True):
         assert other == pytest.approx(point, rel=1e-3)
+
+
+def test_a_curve_measures_the_other_half_once_for_each_point(tmp_path):
+    images = unlabelled_images(tmp_path)
+    plain, curve = budget(data=images), budget(data=images, curve=True)
+    run(plain)
+    alone = read_metrics("run/metrics.json")
+    run(curve)
+    metrics = read_metrics("run/metrics.json")
+    assert curve.alpha == plain.alpha > 0
+    assert metrics["budget/kept_other_half"] == alone["budget/kept_other_half"]
+    other = len(halves([f"{number}.png" for number in range(retention.IMAGES)], 99)[1])
+    passes = len(ALPHAS) - 1  # the pre-trained model needs none
+    assert metrics["budget/forwards"] - alone["budget/forwards"] == (passes - 1) * other > 0
+
+
+def test_a_curve_solves_the_head_of_the_chosen_point_once(tmp_path, monkeypatch):
+    images, states, solved = unlabelled_images(tmp_path), [], []
+    solve = fl.LinearProbeCallback.solve
+    monkeypatch.setattr(fl.LinearProbeCallback, "solve", lambda *args: solved.append(1) or solve(*args))
+    for curve in (False, True):
+        callback = budget(data=images, alphas=[0.5], curve=curve)
+        module, _ = run(callback, fl.LinearProbeCallback(), fl.FlowWeightingCallback())
+        assert callback.alpha == 0.5 and "refit/strength" in read_metrics("run/metrics.json")
+        states.append(copy_of(module))
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert len(solved) == 1 + 2  # once at the end, then once for each point
