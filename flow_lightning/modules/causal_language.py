@@ -20,6 +20,7 @@ from flow_lightning.method.losses import IGNORED, choices, linear_choices, linea
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
+from flow_lightning.modules.joined_attention import attend_by_sample
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import add_lora, load_language_model, train_head_only
 from flow_lightning.scoring.evaluation import evaluation
@@ -250,6 +251,7 @@ class CausalLanguageModule(WeightedLossModule):
         """Compare the logits of two joined samples with those of each alone, or raise ValueError."""
         ids = self._few_tokens()
         error: Exception | None = None
+        attend_by_sample(self.causal_lm)
         with evaluation(self):
             alone = self(ids.reshape(2, 8))
             try:

@@ -1,0 +1,51 @@
+"""Attention of samples that are joined in one row: each sample alone, so that no work goes into pairs of samples.
+
+In: a model of transformers. Out: the same model, the same outputs. Next: `causal_language.py`.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What transformers calls this attention, as `attn_implementation`.
+NAME = "flow_lightning_by_sample"
+
+
+def attend_by_sample(model: Any) -> None:
+    """Let a model on a CPU with `sdpa` attend within each joined sample; leave any other model as it is.
+
+    `sdpa` computes all pairs of tokens of a row and masks those of two samples: T * T for T tokens. In samples of about
+    S tokens this takes T * S. On a GPU `flash_attention_2` does that.
+    """
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _by_sample)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def _by_sample(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attend with `sdpa` of transformers, to one sample after the other if the row has several.
+
+    Query, key and value are `[B, H, T, D]`, the result is `[B, T, H, D]`. Samples begin where `position_ids` are 0.
+    Each has its own part of the mask, so that windows stay.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    positions: Tensor | None = settings.get("position_ids")
+    length = query.shape[2]
+    if attention_mask is None or positions is None or positions.shape != (1, length) or key.shape[2] != length:
+        return sdpa(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
+    ends = sorted({0, *(positions[0] == 0).nonzero()[:, 0].tolist(), length})
+    parts = [
+        sdpa(module, *(each[:, :, a:b] for each in (query, key, value)), attention_mask[..., a:b, a:b], **settings)[0]
+        for a, b in pairwise(ends)
+    ]
+    return torch.cat(parts, dim=1), None
