@@ -242,8 +242,8 @@ def _parts(table: Table, width: int) -> Iterator[Table]:
     """Split a table by columns so that no cell of a part is broken; only names of rows and of columns may be."""
     first, *others = ([str(column.header), *map(str, column.cells)] for column in table.columns)
     widths = [max(map(cell_len, [*header.split(), *cells, ""])) for header, *cells in others]
-    room = width - 1 - sum(each + _PADDING for each in widths) - _PADDING
-    names = min(max(map(cell_len, first)), max(room, _NAMES))
+    spare = width - 1 - sum(each + _PADDING for each in widths) - _PADDING
+    names = min(max(map(cell_len, first)), max(spare, _NAMES))
     widths = [min(each, width - 1 - names - 2 * _PADDING) for each in widths]
     title, at = table.title, 0
     while at < len(others):

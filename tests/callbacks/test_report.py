@@ -224,3 +224,11 @@ def test_sources_of_another_number_than_the_samples_are_refused(monkeypatch, tmp
     monkeypatch.setattr(fl.InstructionDataModule, "sample_sources", ["web"])
     with pytest.raises(ValueError, match="sample_sources of the data module has 1 values, but there are 13 training"):
         fit(fl.ReportCallback(), fl.FlowWeightingCallback(), module=language_module(), data=language_data(tmp_path))
+
+
+def test_the_last_line_names_all_files_of_the_run(caplog):
+    with caplog.at_level("INFO"):
+        fit_pictures()
+    names = ("metrics.json", "flow_weights.safetensors", "flow_weights.png", "retention.png", "report.html")
+    assert f"Report and files: {', '.join(f'run/{name}' for name in names)}\n" in caplog.text
+    assert all((Path("run") / name).exists() for name in names)

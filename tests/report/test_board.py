@@ -67,7 +67,7 @@ def test_shares_of_wrong_labels_have_panels_and_rows_of_their_own(
     assert text.startswith("**Clean labels**\n\n| ") and "\n\n**30 % wrong labels**\n\n| " in text
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if "frontier.png" not in line) <= 80
-    titles = [line.split(":")[0].strip() for line in lines if "(alpha 1)" in line]
+    titles = [line.split(":")[0].strip() for line in lines if "labels: within the budget" in line]
     assert titles == ["Clean labels", "30 % wrong labels"]
     rows = [line.replace("│", " ").split() for line in lines if line.startswith(("│ standard", "│ flow"))]
     # Means of seeds 1 and 2, at alpha 0.5 and at alpha 1.
