@@ -24,8 +24,8 @@ def text_section(run: RunFiles) -> Section | None:
     losses = None if means is None or len(means[0]) != len(twin) else means[0]
     section = Section("Texts")
     section.text = [
-        f"Of {len(twin):,} texts, {int((twin >= 0).sum()):,} are like an earlier one. {int(unended.sum()):,} answers "
-        f"end in the middle of a sentence, and {int(repeats.sum()):,} repeat a part of their prompt."
+        f"Of {len(twin):,} texts like an earlier one: {int((twin >= 0).sum()):,}; whose answer ends in the middle of a "
+        f"sentence: {int(unended.sum()):,}; whose answer repeats a part of the prompt: {int(repeats.sum()):,}."
     ]
     if losses is not None:
         section.tables.append(_by_length(losses, found["text/length"]))
