@@ -4,6 +4,7 @@ In: Trainer and module. Out: `Samples`, made once per fit. Next: `score.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -172,13 +173,11 @@ class _InMemory(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        if index in self._samples:
-            return self._samples[index]
-        sample = self.dataset[index]
-        if self._size < _MEMORY:
+        sample = self._samples[index] if index in self._samples else self.dataset[index]
+        if index not in self._samples and self._size < _MEMORY:
             self._samples[index] = sample
             self._size += _bytes(sample)
-        return sample
+        return copy(sample)  # a collate function may take fields out
 
 
 def _bytes(sample: Any) -> int:

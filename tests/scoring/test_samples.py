@@ -36,3 +36,15 @@ def test_samples_are_read_once_in_several_passes():
     again = read_once(DataLoader(data, batch_size=2, shuffle=True))
     passes = [torch.cat([batch[0] for batch in again]).tolist() for _ in range(3)]
     assert passes == [[0, 1, 2, 3, 4]] * 3 and reads == [0, 1, 2, 3, 4]
+
+
+def test_a_collate_function_that_takes_fields_out_finds_them_in_the_next_pass():
+    class Records(TensorDataset):
+        def __getitem__(self, index):
+            return {"value": self.tensors[0][index], "name": str(index)}
+
+    def values(samples):
+        return [sample.pop("value").item() for sample in samples]
+
+    again = read_once(DataLoader(Records(torch.arange(3.0)), batch_size=3, collate_fn=values))
+    assert [list(again) for _ in range(2)] == [[[0.0, 1.0, 2.0]]] * 2
