@@ -122,7 +122,7 @@ def constant(losses: Tensor, value: float) -> Tensor:
 WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights, "threshold": keep_below}
 WEIGHTINGS["mean"] = constant
 #: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
-OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right", "flow_posterior": "right"}
+OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right", "flow_posterior": "in_sample"}
 #: Rules that ask a probe about labels that it was not fitted on.
 OUT_OF_FOLD = ("drop", "posterior", "flow_posterior")
 
@@ -139,9 +139,10 @@ def parameter_of(
 
 
 def losses_for(weighting: str, losses: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-    """Return the losses that a rule takes, `[n]`: for `flow_posterior` those of the probe in sample, if it has them.
+    """Return the losses that a rule takes, `[n]`: for `flow_posterior` those of the probe in sample.
 
-    Out of fold, hard samples have larger losses, so they would lose more weight.
+    Out of fold, hard samples have larger losses, so they would lose more weight. Where a probe has none in sample,
+    `weights_by` refuses.
     """
     return beside.get("in_sample", losses) if weighting == "flow_posterior" else losses
 
