@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # the public names: type checkers and editors see imports, an
     from flow_lightning.callbacks.save_pretrained import SavePretrainedCallback as SavePretrainedCallback
     from flow_lightning.callbacks.stay_near import StayNearCallback as StayNearCallback
     from flow_lightning.callbacks.text_anchor import TextAnchorCallback as TextAnchorCallback
-    from flow_lightning.data.edits import KeptSampler as KeptSampler
-    from flow_lightning.data.edits import apply_edits as apply_edits
+    from flow_lightning.data.edited import KeptSampler as KeptSampler
+    from flow_lightning.data.edited import apply_edits as apply_edits
     from flow_lightning.data.images import ImageDataModule as ImageDataModule
     from flow_lightning.data.indexing import IndexedDataset as IndexedDataset
     from flow_lightning.data.indexing import IndexedSample as IndexedSample

@@ -33,6 +33,8 @@ options that matter most:
   --retention.images FOLDER       images of the pre-trained task, to measure what the model kept
   --trainer.max_epochs NUMBER     like all arguments of Lightning's Trainer
   --ckpt_path FILE                continue from a checkpoint
+  --drop-issues FILE              leave out what label_issues.csv of an earlier run calls an issue
+  --relabel FILE                  that table with a column action: drop, keep or the right label
 
 for compare, or in a YAML file for --board FILE; a board that was killed makes what is missing:
   --methods "[standard, flow]"    --seeds "[1, 2, 3]"    --rates "[0.001, 0.002, 0.004]"

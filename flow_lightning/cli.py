@@ -23,6 +23,15 @@ from flow_lightning.modules.image_classification import ImageClassificationModul
 from flow_lightning.option_errors import explain
 from flow_lightning.trainer import FlowTrainer
 
+#: Short names of options; and the one name that a model's learning rate has on the command line.
+_PARSER_NAMES = {
+    "--help-all": "--help",
+    "--model.learning_rate": "--learning_rate",
+    "--model.init_args.learning_rate": "--learning_rate",
+    "--relabel": "--data.edits",
+    "--drop-issues": "--data.drop_issues",
+}
+
 
 class FlowParser(LightningArgumentParser):
     """A parser whose errors are short and name the nearest right option."""
@@ -145,8 +154,6 @@ def run(words: list[str]) -> FlowCLI:
 
 
 def _renamed(word: str) -> str:
-    """`--help-all` is the parser's own help; a model's learning rate has one name on the command line."""
+    """Return a word of the command line with the parser's name of its option."""
     name, *value = word.split("=", 1)
-    rate = ("--model.learning_rate", "--model.init_args.learning_rate")
-    new = "--help" if name == "--help-all" else "--learning_rate" if name in rate else name
-    return "=".join([new, *value])
+    return "=".join([_PARSER_NAMES.get(name, name), *value])

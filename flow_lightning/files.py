@@ -3,12 +3,14 @@
 In: content and a path. Out: the file, or an error that names it. Next: `run.py`, `scoring/store.py`.
 """
 
+import csv
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +55,16 @@ def save_array(path: str | Path, values: Tensor) -> None:
     """Write a tensor as `.npy`, which `numpy.load` reads without pickle, atomically and without a copy in memory."""
     with _replacing(Path(path), uuid4().hex) as file:
         np.save(file, values.numpy(), allow_pickle=False)
+
+
+def write_csv(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write a table as CSV in UTF-8, atomically; floats have six digits, None is an empty cell."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row)
+    write_bytes(path, content.getvalue().encode("utf-8", "replace"))
 
 
 def write_parquet(path: str | Path, columns: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 
 from flow_lightning.contract import data_contract
-from flow_lightning.data.edits import edit_numbers
+from flow_lightning.data.edited import edit_numbers
 from flow_lightning.distributed import check_strategy, on_rank_zero
 from flow_lightning.files import check_writable
 from flow_lightning.measures import Measure
@@ -24,7 +24,7 @@ from flow_lightning.scoring.scoring import Scoring
 
 #: The files of a run that a person looks at, as its last line names them.
 _FILES = (
-    *("metrics.json", "flow_weights.safetensors", "label_issues.csv"),
+    *("metrics.json", "flow_weights.safetensors", "label_issues.csv", "text_issues.csv"),
     *("flow_weights.png", "path.png", "retention.png", "report.html"),
 )
 

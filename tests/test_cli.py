@@ -121,6 +121,15 @@ def test_score_computes_weights_without_training_and_they_serve_a_fit(folder, ca
     assert cli.model.head.out_features == len(CLASSES)  # as the folder says
 
 
+@pytest.mark.parametrize(("option", "left"), [("--drop-issues", 21), ("--drop-issues=", 21), ("--relabel", 22)])
+def test_one_argument_takes_the_table_of_an_earlier_run(option, left, folder):
+    Path("mine.csv").write_text("index,is_label_issue,action\n0,True,\n5,False,drop\n7,False,drop\n9,True,keep\n")
+    words = [f"{option}mine.csv"] if option.endswith("=") else [option, "mine.csv"]
+    cli = main(["score", *QUICK, *words])
+    assert len(fl.SampleWeights.load(Path(cli.trainer.log_dir) / "flow_weights.safetensors")) == left
+    assert metrics_of(cli)["edits/dropped"] == 24 - left
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(folder):
     """The command of configs/README.md: the same for the first run and for those after it."""
     options = [*QUICK, "--method=flow", "-c=resumable", "--trainer.callbacks.dirpath=one"]

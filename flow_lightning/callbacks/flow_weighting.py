@@ -303,7 +303,8 @@ class FlowWeightingCallback(RunCallback):
         run.scoring.forget_blocks()
 
     def _draw(self, trainer: Trainer, weights: Weights) -> None:
-        from flow_lightning.report.pictures import log_weights, plot_weights  # matplotlib is slow to import
+        from flow_lightning.report.loggers import log_weights  # matplotlib is slow to import
+        from flow_lightning.report.pictures import plot_weights
 
         picture = None if self.run.directory is None else self.run.directory / "flow_weights.png"
         if picture is not None:

@@ -1,10 +1,12 @@
 """The page of a run: what it needs is gathered during the fit, and drawn at the end.
 
-In: weights, measures, samples. Out: `report.safetensors` and `report.html`. Next: `report/page/evidence.py`.
+In: weights, measures, samples. Out: `report.safetensors`, `report.html`, and of texts `text_issues.csv`.
+Next: `report/page/evidence.py`.
 """
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from flow_lightning.distributed import on_rank_zero
 from flow_lightning.measures.base import check_at_least
 from flow_lightning.measures.images import PretrainedImages
 from flow_lightning.measures.outcomes import Outcomes, StepOutcomes
+from flow_lightning.report.label_issues import check_no_edits
 from flow_lightning.report.page.evidence import Evidence, describe
 from flow_lightning.report.page.files import sample_means
-from flow_lightning.report.texts import has_tokens, look_at_texts, source_ranks
+from flow_lightning.report.texts import TEXT_ISSUES_FILE, has_tokens, look_at_texts, source_ranks, write_text_issues
 from flow_lightning.run import RunCallback, files_written
 from flow_lightning.scoring.fingerprint import targets_of
 
@@ -55,6 +58,8 @@ class ReportCallback(RunCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.evidence, self._seconds = Evidence(), 0.0
+            if (folder := self.run.directory) is not None:
+                on_rank_zero(trainer, lambda: check_no_edits(folder / TEXT_ISSUES_FILE))
             self._every, self._last = max(1, trainer.log_every_n_steps), -1  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,9 +100,10 @@ class ReportCallback(RunCallback):
         self._save(trainer)
         self.run.record(trainer, {"time/report_s": self._seconds + time.perf_counter() - started})
         if (folder := self.run.directory) is not None:
-            from flow_lightning.report.page.render import write_page  # matplotlib is slow to import
+            from flow_lightning.report.loggers import log_page  # matplotlib is slow to import
+            from flow_lightning.report.page.render import write_page
 
-            on_rank_zero(trainer, lambda: write_page(folder))
+            on_rank_zero(trainer, lambda: log_page(trainer.loggers, write_page(folder)))
             rank_zero_info(f"Report and files: {files_written(folder)}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,15 +130,20 @@ class ReportCallback(RunCallback):
         dataset, count = self.run.scoring.samples.loader.dataset, len(self.run.scoring.samples)
         if data.class_names:
             evidence.words["class_names"] = list(data.class_names)
+        weights = contract.sample_weights
+        losses = None if weights is None else sample_means(weights)[0].cpu()
         labels = None if contract.tokenizer is not None else _integers(targets_of(dataset), count)
         if labels is not None:
             evidence.tensors["labels"] = labels
         if contract.tokenizer is not None and has_tokens(dataset):
-            found, evidence.words["answers"] = look_at_texts(dataset, contract.tokenizer)
+            found, words = look_at_texts(dataset, contract.tokenizer)
             evidence.tensors |= found
+            evidence.words |= words
             self._note_sources(data.sample_sources, count)
-        config, weights = image_settings(trainer, module), contract.sample_weights
-        losses = None if weights is None else sample_means(weights)[0].cpu()
+            if (folder := self.run.directory) is not None:
+                table = partial(write_text_issues, folder / TEXT_ISSUES_FILE, found, words, losses, data.sample_sources)
+                on_rank_zero(trainer, table)
+        config = image_settings(trainer, module)
         for index in choose(losses, labels, self.samples):
             seen = evidence.shown.setdefault(str(index), {})
             try:

@@ -161,7 +161,8 @@ def _report(run: Run, declared: Declared, loggers: Sequence[Any]) -> None:
     metrics = finite(run.metrics)
     files = "trainer.callback_metrics has these numbers; no files are written."
     if run.directory is not None:
-        from flow_lightning.report.pictures import log_picture, plot_retention  # matplotlib is slow to import
+        from flow_lightning.report.loggers import log_picture  # matplotlib is slow to import
+        from flow_lightning.report.pictures import plot_retention
 
         plot_retention(metrics, run.directory / "retention.png", declared)
         log_picture(loggers, "retention", run.directory / "retention.png")

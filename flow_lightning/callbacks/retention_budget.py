@@ -303,7 +303,8 @@ class RetentionBudgetCallback(RunCallback):
     def _report(self, loggers: Sequence[Any]) -> None:
         file = "No files are written."
         if self.run.directory is not None:
-            from flow_lightning.report.pictures import log_picture, plot_path  # matplotlib is slow to import
+            from flow_lightning.report.loggers import log_picture  # matplotlib is slow to import
+            from flow_lightning.report.pictures import plot_path
 
             file = str(self.run.directory / "path.png")
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)

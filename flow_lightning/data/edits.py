@@ -1,25 +1,24 @@
 """A person's decisions about training samples: a CSV or Parquet file that drops samples and corrects labels.
 
-In: `label_issues.csv` of a run with a column `action`. Out: the samples to train on. Next: `images.py`.
+In: `label_issues.csv` or `text_issues.csv` of a run, perhaps with a column `action`. Out: the samples to train on.
+Next: `images.py`, and `edited.py` for data sets of your own.
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, SubsetRandomSampler
 
-from flow_lightning.data.indexing import IndexedDataset, check_map_style
 from flow_lightning.data.sources import LabelledImages
-from flow_lightning.lightning_internals import isolate_rng, own_sampler
 from flow_lightning.optional import optional_import
-from flow_lightning.scoring.fingerprint import sample_fingerprint, targets_of
+from flow_lightning.scoring.fingerprint import sample_fingerprint
 
-_LABELS = ("target", "targets", "label", "labels")  # keys of a sample that is a dict
+_KEEP_OR_DROP = ("", "keep", "drop")
+_ISSUES = ("is_label_issue", "is_text_issue")
+Row = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,19 @@ class Edits:
         """How many samples were dropped and relabelled, as `metrics.json` has it."""
         return {"edits/dropped": self.count - len(self.kept), "edits/relabelled": len(self.labels)}
 
+    def __str__(self) -> str:
+        dropped, relabelled = self.numbers.values()
+        return f"{dropped:,} of {self.count:,} training samples are dropped, {relabelled:,} get another label"
+
     def of_images(self, images: LabelledImages) -> LabelledImages:
         """Return the images to train on, with their new labels."""
         chosen = ((position, *images.samples[position]) for position in self.kept)
         return LabelledImages(((image, self.labels.get(p, label)) for p, image, label in chosen), images.read)
 
 
-def read_edits(file: str | Path, targets: Sequence[int], class_names: Sequence[str] | None = None) -> Edits:
+def read_edits(
+    file: str | Path, targets: Sequence[int], class_names: Sequence[str] | None = None, *, drop_issues: bool = False
+) -> Edits:
     """Read what is to become of samples with given labels.
 
     The file has the columns `index` and `action`, and may have others. `index` is the position of a sample in the
@@ -53,173 +58,114 @@ def read_edits(file: str | Path, targets: Sequence[int], class_names: Sequence[s
         file: A CSV file in UTF-8, with commas; one that ends in `.parquet` is read with pyarrow.
         targets: Class indices of the samples, `[n]`.
         class_names: Names of the classes by index; by default labels are indices up to the largest target.
+        drop_issues: Whether nothing as `action` drops a sample that `is_label_issue` calls an issue. The file then
+            needs no column `action`.
 
     Raises:
         ValueError: If the file does not fit the samples; the message names the first row that does not.
     """
     names = [str(name) for name in class_names or range(max(targets, default=-1) + 1)]
-    dropped, labels, seen, fingerprint = set(), {}, set(), labels_fingerprint(targets)
-    for where, row in _rows(file):
-        index = _index(row["index"], len(targets), where)
-        if index in seen:
-            raise ValueError(f"{where}: sample {index} has two rows. Leave one of them.")
-        seen.add(index)
-        if row.get("fingerprint", fingerprint) != fingerprint:
-            raise ValueError(
-                f"{where}: the fingerprint is {row['fingerprint']!r}, that of the labels here is {fingerprint!r}. The "
-                "file was made for other data, for another split of them, or before earlier edits."
-            )
-        given, action = row.get("given_label", str(targets[index])), (row["action"] or "").strip()
+    labels: dict[int, int] = {}
+
+    def relabel(index: int, row: Row, where: str) -> bool:
+        given, label = row.get("given_label", str(targets[index])), _class_of(action := _action(row), names)
         if "given_label" in row and _class_of(given or "", names) != targets[index]:
             raise ValueError(
                 f"{where}: given_label of sample {index} is {given!r}, in the data set it is "
                 f"{names[targets[index]]!r}. The file was made for other data, or for another split of them."
             )
-        if action == "drop":
-            dropped.add(index)
-        elif action not in ("", "keep"):
-            label = _class_of(action, names)
-            if label is None:
-                raise ValueError(
-                    f"{where}: action {action!r} of sample {index} is neither keep, drop nor a class. Classes are "
-                    f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}, or their indices."
-                )
-            if label != targets[index]:
-                labels[index] = label
-    if len(dropped) == len(targets):
-        raise ValueError(f"{file} drops all {len(targets)} samples, so nothing is left to train on.")
-    return Edits([index for index in range(len(targets)) if index not in dropped], labels, len(targets))
+        if action in _KEEP_OR_DROP:
+            return True
+        if label is not None and label != targets[index]:
+            labels[index] = label
+        return label is not None
+
+    some = f"{', '.join(names[:10])}{', ...' * (len(names) > 10)}"
+    known = f"keep, drop nor a class. Classes are {some}, or their indices"
+    kept = _kept(file, len(targets), data_fingerprint("labels", targets), drop_issues, relabel, known)
+    return Edits(kept, labels, len(targets))
 
 
-def labels_fingerprint(targets: Sequence[int]) -> str:
-    """Return a hash of all labels of a data set, in order. It starts with a letter, so a spreadsheet leaves it alone.
-
-    >>> labels_fingerprint([0, 1, 2]) == labels_fingerprint([0, 1, 2]) != labels_fingerprint([0, 2, 1])
-    True
-    """
-    return f"labels-{sample_fingerprint(np.asarray(targets, dtype=np.int64))[:16]}"
-
-
-def apply_edits(dataset: Any, file: str | Path, class_names: Sequence[str] | None = None) -> "EditedDataset":
-    """Return a data set without the samples that a person dropped, and with the labels that they corrected.
-
-    Apply it to the training set of the run that wrote `label_issues.csv`, before `IndexedDataset`. If the data set
-    lists no `targets`, its samples are read once to find the labels. `metrics.json` of a fit with it has the numbers.
+def read_dropped(file: str | Path, tokens: Any, count: int, *, drop_issues: bool = False) -> Edits:
+    """Read which of `count` texts to train on: `read_edits` for `text_issues.csv`, where `action` is no label.
 
     Args:
-        dataset: A map-style data set of pairs `(x, class index)`, or of dicts with one of the keys `target`, `targets`,
-            `label` and `labels`.
-        file: See `read_edits`.
-        class_names: Names of the classes by index; by default the data set's `classes`, as torchvision has them.
+        file: As for `read_edits`.
+        tokens: Of all texts, one after the other, for the fingerprint.
+        count: Number of texts.
+        drop_issues: As for `read_edits`, by `is_text_issue`.
 
     Raises:
-        TypeError: If the labels of the samples cannot be found, or are no class indices.
-        ValueError: If the file does not fit the samples.
-    """
-    if isinstance(dataset, IndexedDataset):
-        raise TypeError("Samples are numbered anew after edits: use IndexedDataset(apply_edits(dataset, file)).")
-    return EditedDataset(dataset, *_edits_of(dataset, file, class_names))
-
-
-def _edits_of(dataset: Any, file: str | Path, class_names: Sequence[str] | None) -> tuple[Edits, list[int]]:
-    """Return edits and labels of a data set."""
-    check_map_style(dataset)
-    targets = targets_of(dataset)
-    if targets is None:
-        with isolate_rng():  # random transforms may draw numbers
-            targets = [_label(dataset[position])[1] for position in range(len(dataset))]
-    found = np.asarray(targets)
-    if found.dtype.kind not in "iu" or found.ndim != 1:
-        raise TypeError(f"Labels to edit are class indices; the data set has {found.dtype} of shape {found.shape}.")
-    names = getattr(dataset, "classes", None) if class_names is None else class_names
-    return read_edits(file, found.tolist(), names), found.tolist()
-
-
-class KeptSampler(SubsetRandomSampler):
-    """Draw the samples that a person did not drop, in random order, for `DataLoader(dataset, sampler=...)`.
-
-    The data set and the positions of its samples stay as they are, so weights that it has keep their samples. What
-    reads the whole data set, such as scoring, still sees the dropped ones; `apply_edits` leaves them out everywhere.
-
-    Args:
-        dataset: See `apply_edits`; an `IndexedDataset` may be around it.
-        file: See `read_edits`.
-        class_names: See `apply_edits`.
-        generator: Source of the order; by default torch's own.
-
-    Raises:
-        TypeError: If the labels of the samples cannot be found, or are no class indices.
-        ValueError: If the file does not fit the samples, or corrects labels, which no sampler can.
+        ValueError: If the file does not fit the texts; the message names the first row that does not.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        file: str | Path,
-        class_names: Sequence[str] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        inner = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
-        self.edits, _ = _edits_of(inner, file, class_names)
-        if self.edits.labels:
+    def is_known(index: int, row: Row, where: str) -> bool:
+        return _action(row) in _KEEP_OR_DROP
+
+    fingerprint = data_fingerprint("tokens", tokens)
+    return Edits(_kept(file, count, fingerprint, drop_issues, is_known, "keep nor drop"), {}, count)
+
+
+def one_file(edits: str | None, drop_issues: str | None) -> str | None:
+    """Return the file that one of two arguments names, or None; a ValueError if both do."""
+    if edits is not None and drop_issues is not None:
+        raise ValueError(
+            f"edits is {edits} and drop_issues is {drop_issues}. Give one file as drop_issues: its actions count, and "
+            "issues without an action are dropped."
+        )
+    return edits if drop_issues is None else drop_issues
+
+
+def _kept(
+    file: str | Path,
+    count: int,
+    fingerprint: str,
+    drop_issues: bool,
+    is_known: Callable[[int, Row, str], bool],
+    known: str,
+) -> list[int]:
+    """Return the positions that are not dropped, in order, with each row looked at."""
+    dropped, seen = set(), set()
+    for where, row in _rows(file, drop_issues):
+        index = _index(row["index"], count, where)
+        if index in seen:
+            raise ValueError(f"{where}: sample {index} has two rows. Leave one of them.")
+        seen.add(index)
+        if row.get("fingerprint", fingerprint) != fingerprint:
             raise ValueError(
-                f"{file} gives {len(self.edits.labels)} samples a new label, which a sampler cannot. Use "
-                "flow_lightning.apply_edits(dataset, file) as the data set."
+                f"{where}: the fingerprint is {row['fingerprint']!r}, that of the samples here is {fingerprint!r}. The "
+                "file was made for other data, for another split of them, or before earlier edits."
             )
-        super().__init__(self.edits.kept, generator)
+        if not is_known(index, row, where):
+            raise ValueError(f"{where}: action {_action(row)!r} of sample {index} is neither {known}.")
+        if _action(row) == "drop" or (drop_issues and not _action(row) and is_issue(row)):
+            dropped.add(index)
+    if len(dropped) == count:
+        raise ValueError(f"{file} drops all {count} samples, so nothing is left to train on.")
+    return [index for index in range(count) if index not in dropped]
 
 
-def edit_numbers(loader: Any) -> dict[str, int]:
-    """Return how many samples of a loader were dropped and relabelled; nothing if it knows of no edits."""
-    if isinstance(sampler := own_sampler(loader), KeptSampler):
-        return sampler.edits.numbers
-    part: Any = getattr(loader, "dataset", None)
-    while part is not None:
-        if isinstance(part, EditedDataset):
-            return part.edits.numbers
-        part = getattr(part, "dataset", None)
-    return {}
+def _action(row: Row) -> str:
+    return (row.get("action") or "").strip()
 
 
-class EditedDataset(Dataset[Any]):
-    """Some samples of a data set, some of them with another label; `targets` has the labels, `[n]`."""
-
-    def __init__(self, dataset: Any, edits: Edits, targets: Sequence[int]) -> None:
-        self.source, self.edits = dataset, edits
-        self.targets = [edits.labels.get(position, targets[position]) for position in edits.kept]
-
-    def __len__(self) -> int:
-        return len(self.edits.kept)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to a data set whose transforms depend on it."""
-        if callable(of_dataset := getattr(self.source, "set_epoch", None)):
-            of_dataset(epoch)
-
-    def __getitem__(self, index: int) -> Any:
-        position = self.edits.kept[index]
-        sample = self.source[position]
-        if position not in self.edits.labels:
-            return sample
-        key, old = _label(sample)
-        new = self.edits.labels[position]
-        label = torch.as_tensor(new, dtype=old.dtype) if isinstance(old, torch.Tensor) else type(old)(new)
-        if isinstance(sample, Mapping):
-            return {**sample, key: label}
-        return type(sample)(*sample[:-1], label) if hasattr(sample, "_fields") else type(sample)([*sample[:-1], label])
+def is_issue(row: Row) -> bool:
+    """Tell whether a row of `label_issues.csv` or `text_issues.csv` is a suspected error."""
+    return any((row.get(column) or "").strip().lower() in ("true", "1") for column in _ISSUES)
 
 
-def _label(sample: Any) -> tuple[Any, Any]:
-    """Return where the label of a sample is, and the label."""
-    if isinstance(sample, Mapping):
-        if len(keys := [key for key in _LABELS if key in sample]) == 1:
-            return keys[0], sample[keys[0]]
-    elif isinstance(sample, tuple | list) and len(sample) == 2:
-        return 1, sample[1]
-    raise TypeError(
-        f"The label of a sample ({type(sample).__name__}) cannot be found. Expected a pair (x, class index), or a dict "
-        f"with one of the keys {', '.join(_LABELS)}."
-    )
+def data_fingerprint(kind: Literal["labels", "tokens"], values: Any) -> str:
+    """Return a hash of all labels or tokens of a data set, in order, as whole numbers.
+
+    It starts with the word `kind`, so that a spreadsheet leaves it alone.
+
+    >>> data_fingerprint("labels", [0, 1, 2]) == data_fingerprint("labels", (0, 1, 2))
+    True
+    >>> data_fingerprint("labels", [0, 1, 2]) == data_fingerprint("labels", [0, 2, 1])
+    False
+    """
+    whole = np.asarray(values, dtype=np.int32 if kind == "tokens" else np.int64)
+    return f"{kind}-{sample_fingerprint(whole)[:16]}"
 
 
 def columns_of(file: str | Path) -> list[str]:
@@ -230,10 +176,11 @@ def columns_of(file: str | Path) -> list[str]:
         return next(csv.reader(lines), [])
 
 
-def _rows(file: str | Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+def _rows(file: str | Path, drop_issues: bool) -> Iterator[tuple[str, Row]]:
     """Read the rows of a file, each with its place."""
     columns = columns_of(file)
-    if missing := [name for name in ("index", "action") if name not in columns]:
+    wanted = "action" if not drop_issues else next((name for name in _ISSUES if name in columns), _ISSUES[0])
+    if missing := [name for name in ("index", wanted) if name not in columns]:
         raise ValueError(
             f"{file} has no column {' and no column '.join(missing)}; its columns are {','.join(columns)!r}. Add it, "
             "in a CSV file with commas between columns."

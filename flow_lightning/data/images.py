@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
 from flow_lightning.data.decoded import DecodedImages, decode
-from flow_lightning.data.edits import read_edits
+from flow_lightning.data.edits import one_file, read_edits
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
@@ -82,15 +83,18 @@ class ImageDataModule(LightningDataModule):
         download: Fetch the files if torchvision can (not Stanford Cars and Dogs).
         edits: A CSV file that drops training samples or corrects their labels: `label_issues.csv` of a run with a
             column `action`, see `flow_lightning.data.edits.read_edits`. Its indices count the training samples of
-            that run, without those held out, which stay as they are. They follow `label_noise`.
+            that run, without those held out, which stay as they are. They follow `label_noise`. `--relabel FILE` is
+            the same on the command line.
+        drop_issues: The same file, or one without `action`: samples without an action are dropped if they are label
+            issues. `--drop-issues FILE` is the same on the command line.
         label_noise: Makes some labels of the training set wrong, the held-out part too, for experiments.
         decoded: A file `.npy` of all images, decoded and resized, that later epochs and fits read in place of the
             images. It is made if it is not there, or not true any more. Values stay the same to the last bit. Not for
             the recipe `random_resized_crop`.
 
     Raises:
-        ValueError: If the data set is unknown, only one of `mean` and `std` is given, or `decoded` does not suit the
-            recipe.
+        ValueError: If the data set is unknown, only one of `mean` and `std` is given, `edits` and `drop_issues` both
+            are, or `decoded` does not suit the recipe.
     """
 
     def __init__(
@@ -110,13 +114,15 @@ class ImageDataModule(LightningDataModule):
         download: bool = False,
         label_noise: LabelNoise | None = None,
         edits: str | Path | None = None,
+        drop_issues: str | Path | None = None,
         decoded: str | Path | None = None,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError(f"Got mean={mean} and std={std}. Give both, or neither for those of the model.")
         # Checkpoints hold the arguments, and weights_only=True loads no Path.
-        root, edits, decoded = str(root), *(None if each is None else str(each) for each in (edits, decoded))
+        edits, drop_issues, decoded = (None if each is None else str(each) for each in (edits, drop_issues, decoded))
+        root = str(root)
         self.save_hyperparameters(ignore="label_noise")
         self.dataset = find_dataset(dataset)
         self.root = Path(root)
@@ -125,7 +131,8 @@ class ImageDataModule(LightningDataModule):
         self.mean, self.std, self.interpolation = mean, std, interpolation
         self.transforms = transforms or CATALOGUE[self.dataset].transforms
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
-        self.label_noise, self.edits, self.decoded = label_noise, edits, decoded
+        self.label_noise, self.edits, self.decoded = label_noise, one_file(edits, drop_issues), decoded
+        self.drop_issues = drop_issues is not None
         if decoded is not None:
             stored_size(self.transforms, image_size)
         #: How many training samples the edits dropped and relabelled, known after `setup`; for `metrics.json`.
@@ -162,7 +169,8 @@ class ImageDataModule(LightningDataModule):
             given, test = images.of(given), images.of(test, len(given))
         training, validation = given.part(kept), given.part(held_out)
         if self.edits is not None:
-            edits = read_edits(self.edits, training.targets, splits.class_names)
+            edits = read_edits(self.edits, training.targets, splits.class_names, drop_issues=self.drop_issues)
+            rank_zero_info(f"{self.edits}: {edits}.")
             training, self.edit_numbers = edits.of_images(training), edits.numbers
         seed = torch.initial_seed()
         self._seed = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)

@@ -3,14 +3,12 @@
 In: a probe with out-of-fold losses. Out: the file, CSV or Parquet. Next: `page/sample_sections.py`, `data/edits.py`.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flow_lightning.data.edits import columns_of, labels_fingerprint
-from flow_lightning.files import write_bytes, write_parquet
+from flow_lightning.data.edits import columns_of, data_fingerprint
+from flow_lightning.files import write_csv, write_parquet
 from flow_lightning.method.probe import Probe
 
 ISSUES_FILE = "label_issues.csv"
@@ -43,18 +41,13 @@ def write_label_issues(path: Path, probe: Probe, class_names: Sequence[str] | No
     if path.suffix == ".parquet":
         write_parquet(path, columns)
         return
-    content = io.StringIO()
-    writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(columns)
-    for row in zip(*columns.values()):
-        writer.writerow(f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row)
-    write_bytes(path, content.getvalue().encode())
+    write_csv(path, columns)
 
 
 def issue_columns(probe: Probe, class_names: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Return the columns of the table by name, in their order, each with a value for every sample."""
     given, predicted = probe.targets.tolist(), probe.predicted.tolist()
-    fingerprint = labels_fingerprint(given)
+    fingerprint = data_fingerprint("labels", given)
     if class_names:
         names = {index: str(name) for index, name in enumerate(class_names)}
         given, predicted = ([names.get(label, str(label)) for label in labels] for labels in (given, predicted))

@@ -6,14 +6,12 @@ Colours are those of Okabe and Ito, which people with any colour vision can tell
 
 import io
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -56,59 +54,13 @@ def plot_weights(scored: Any, path: str | Path) -> None:
     Left: losses and weight by loss. Right: weights from the highest to the lowest, their mean, the effective sample
     size. `scored` is `SampleWeights` or `TokenWeights`.
     """
-    losses, weights = _some(scored)
+    losses, weights = some_values(scored)
     with picture(path, [4.1, 4.1], 3.6) as (_, axes):
         _draw_losses(next(axes), losses.cpu(), scored.temperature)
         _draw_weights(next(axes), weights.cpu())
 
 
-def log_weights(loggers: Iterable[Any], scored: Any, picture: Path | None) -> None:
-    """Give the distribution of losses and weights to loggers that draw histograms, the picture to those of images."""
-    losses, weights = _some(scored)
-    for tag, values in (("flow/weights", weights), ("flow/losses", losses.clamp_min(1e-8).log10())):
-        given = {"tag": tag, "values": values.cpu(), "global_step": 0}
-        for logger in loggers:
-            histogram: Any = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if _takes(histogram, given):
-                histogram(**given)
-    if picture is not None:
-        log_picture(loggers, "flow/weights", picture)
-
-
-def log_picture(loggers: Iterable[Any], name: str, path: Path) -> None:
-    """Give a PNG to the loggers that take pictures: W&B, TensorBoard, Comet, MLflow, and those with their methods.
-
-    A logger that has methods of these names with other arguments, or none of them, is left alone.
-    """
-    pixels = {"img_tensor": image.imread(path), "global_step": 0, "dataformats": "HWC"}
-    for logger in loggers:
-        experiment = getattr(logger, "experiment", None)
-        ways: tuple[tuple[Any, str, dict[str, Any]], ...] = (
-            (logger, "log_image", {"key": name, "images": [str(path)]}),  # W&B
-            (experiment, "add_image", {"tag": name, **pixels}),  # TensorBoard
-            (experiment, "log_image", {"image_data": str(path), "name": name}),  # Comet
-            (
-                experiment,
-                "log_artifact",
-                {"run_id": getattr(logger, "run_id", None), "local_path": str(path)},
-            ),  # MLflow
-        )
-        calls = ((getattr(owner, method, None), given) for owner, method, given in ways)
-        call, given = next(((call, given) for call, given in calls if _takes(call, given)), (None, {}))
-        if call is not None:
-            call(**given)
-
-
-def _takes(call: Any, given: Mapping[str, Any]) -> bool:
-    """Tell whether something is a function that takes these arguments."""
-    try:
-        signature(call).bind(**given)
-    except (TypeError, ValueError):  # no function, other arguments, or no signature
-        return False
-    return True
-
-
-def _some(scored: Any, most: int = 1_000_000) -> tuple[Tensor, Tensor]:
+def some_values(scored: Any, most: int = 1_000_000) -> tuple[Tensor, Tensor]:
     """Return losses and weights for a picture, evenly spaced ones if there are very many."""
     step = -(-scored.losses.numel() // most)
     return scored.losses[::step].detach().float(), scored.weights[::step].detach().float()

@@ -1,16 +1,22 @@
 """What can be wrong with instruction data: answers without an end, answers that repeat the prompt, duplicates.
 
-In: a data set of tokens and its tokenizer. Out: findings by sample. Next: `page/text_section.py`.
+In: a data set of tokens and its tokenizer. Out: findings by sample, `text_issues.csv`. Next: `page/text_section.py`.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from flow_lightning.data.edits import data_fingerprint
+from flow_lightning.files import write_csv
+
+TEXT_ISSUES_FILE = "text_issues.csv"
 
 #: An answer that repeats so many tokens of its prompt, in order, holds it.
 _REPEATED = 20
@@ -23,7 +29,7 @@ _SHOWN = 160
 _WIDTH, _ROWS, _COLUMNS = 128, 1000, 4000
 
 
-def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Look at each sample once.
 
     Args:
@@ -32,7 +38,8 @@ def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict
 
     Returns:
         By sample, `[n]` each: `text/length` of the answer in tokens, `text/unended`, `text/repeats`, and `text/twin`
-        with `text/likeness`, see `twins`. And the beginnings of the answers that were found, by index as a string.
+        with `text/likeness`, see `twins`. And `answers`, the beginnings of those that were found, by index as a string,
+        with the `fingerprint` of all tokens.
     """
     ids, lengths, unended, repeats, texts = [], [], [], [], {}
     for index in tqdm(range(len(dataset)), "Report: reading texts", unit=" samples", leave=False, delay=2):
@@ -48,7 +55,46 @@ def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict
     flags = {"text/unended": torch.tensor(unended), "text/repeats": torch.tensor(repeats)}
     found = {"text/length": torch.tensor(lengths), **flags, "text/twin": twin, "text/likeness": likeness}
     shown = {index for flag in (*flags.values(), twin >= 0) for index in flag.nonzero().flatten()[:_MOST].tolist()}
-    return found, {str(index): texts[index] for index in sorted(shown)}
+    answers = {str(index): texts[index] for index in sorted(shown)}
+    return found, {"answers": answers, "fingerprint": data_fingerprint("tokens", torch.cat(ids))}
+
+
+def write_text_issues(
+    path: Path,
+    found: Mapping[str, Tensor],
+    words: Mapping[str, Any],
+    losses: Tensor | None = None,
+    sources: Sequence[str] | None = None,
+) -> None:
+    """Write what was found as a CSV table, a row for each text in their order, for a person to read and edit.
+
+    `is_text_issue` is true of an answer without an end, one that repeats its prompt, and a text like an earlier one.
+
+    Args:
+        path: The file.
+        found: See `look_at_texts`.
+        words: The same.
+        losses: Of the samples, `[n]`; without them there is no column `loss`.
+        sources: Of the samples, `[n]`; without them there is no column `source`.
+    """
+    unended, repeats, twin = found["text/unended"].bool(), found["text/repeats"].bool(), found["text/twin"]
+    indices, is_twin = range(len(twin)), (twin >= 0).tolist()
+    write_csv(
+        path,
+        {
+            "index": list(indices),
+            "is_text_issue": (unended | repeats | (twin >= 0)).tolist(),
+            **({} if losses is None else {"loss": losses.tolist()}),
+            "tokens": found["text/length"].tolist(),
+            "without_end": unended.tolist(),
+            "repeats_prompt": repeats.tolist(),
+            "like_sample": [other if near else None for other, near in zip(twin.tolist(), is_twin)],
+            "likeness": [like if near else None for like, near in zip(found["text/likeness"].tolist(), is_twin)],
+            **({} if sources is None else {"source": sources}),
+            "answer": [words["answers"].get(str(index)) for index in indices],
+            "fingerprint": [words["fingerprint"]] * len(twin),
+        },
+    )
 
 
 def source_ranks(sources: Sequence[str]) -> tuple[Tensor, list[str]]:

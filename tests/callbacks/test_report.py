@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 from pathlib import Path
@@ -202,6 +203,22 @@ def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(t
     assert evidence.tensors["text/unended"].nonzero().flatten().tolist() == [2]
     assert evidence.tensors["text/twin"].tolist()[6] == 4
     assert "numbers and then we" in Path("run/report.html").read_text()
+    table = Path("run/text_issues.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in table[1:]] == [[str(i), str(i in (2, 6))] for i in range(7)]
+    Path("mine.csv").write_text(
+        "\n".join([f"{table[0]},action", f"{table[1]},drop", f"{table[3]},keep", f"{table[7]},"])
+    )
+    for options, kept in (({"edits": "mine.csv"}, [1, 2, 3, 4, 5, 6]), ({"drop_issues": "mine.csv"}, [1, 2, 3, 4, 5])):
+        again = fl.InstructionDataModule(data.train, **settings, **options)
+        again.setup("fit")
+        rows = [again.train_set[i]["input_ids"].tolist() for i in range(len(again.train_set))]
+        assert rows == [data.train_set[i]["input_ids"].tolist() for i in kept]
+        assert again.train_set.dataset.lengths.tolist() == [len(row) for row in rows]
+    fit(fl.FlowWeightingCallback(), module=language_module(), data=again)
+    assert json.loads(Path("run/metrics.json").read_text())["edits/dropped"] == 2
+    Path("mine.csv").rename("run/text_issues.csv")
+    with pytest.raises(FileExistsError, match="your edits"):
+        fit(fl.ReportCallback(), module=language_module(), data=data)
 
 
 def test_losses_of_a_language_run_are_shown_by_source_of_the_samples(tmp_path):

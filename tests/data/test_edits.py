@@ -1,17 +1,14 @@
-"""Samples that a person dropped or relabelled, against the same done by hand."""
+"""What a person decided about samples, read from a table, against the same done by hand."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas
 import pytest
 import torch
-from lightning import LightningModule
-from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import flow_lightning as fl
-from flow_lightning.data.edits import labels_fingerprint, read_edits
+from flow_lightning.data.edits import data_fingerprint, read_dropped, read_edits
 from tests.data.fake_datasets import CLASSES
 from tests.data.test_images import folder_module, gather
 from tests.examples import make_trainer
@@ -66,10 +63,10 @@ def test_a_file_that_does_not_fit_is_refused_with_its_line(text, message):
 
 
 def test_a_few_rows_that_happen_to_fit_other_data_are_refused_by_the_fingerprint():
-    file = write(f"index,given_label,fingerprint,action\n0,cat,{labels_fingerprint(TARGETS)},drop\n")
+    file = write(f"index,given_label,fingerprint,action\n0,cat,{data_fingerprint('labels', TARGETS)},drop\n")
     assert read_edits(file, TARGETS, NAMES).kept == [1, 2, 3]
     for other in ([0, 1, 2], [0, 2, 1, 0], [*TARGETS, 0]):
-        with pytest.raises(ValueError, match=r"line 2: the fingerprint is 'labels-\w{16}', that of the labels here"):
+        with pytest.raises(ValueError, match=r"line 2: the fingerprint is 'labels-\w{16}', that of the samples here"):
             read_edits(file, other, NAMES)
 
 
@@ -136,105 +133,45 @@ def test_a_new_fit_does_not_overwrite_a_table_that_was_edited():
     assert Path("run/label_issues.csv").read_text().endswith("drop\n")
 
 
-def samples(kind):
-    """Four samples of one kind, with the classes of TARGETS."""
-    pairs = TensorDataset(torch.arange(4.0), torch.tensor(TARGETS))
-    return {
-        "tensors": pairs,
-        "subset": Subset(TensorDataset(torch.arange(5.0), torch.tensor([1, *TARGETS])), [1, 2, 3, 4]),
-        "pairs": [(float(i), label) for i, label in enumerate(TARGETS)],
-        "dicts": [{"x": float(i), "label": np.int64(label)} for i, label in enumerate(TARGETS)],
-    }[kind]
+ISSUES = "index,is_label_issue,action\n0,True,\n1,True,keep\n2,False,drop\n3,true,1\n"
 
 
-@pytest.mark.parametrize("kind", ["tensors", "subset", "pairs", "dicts"])
-def test_any_data_set_is_edited_and_its_labels_keep_their_type(kind):
-    dataset = samples(kind)
-    edited = fl.apply_edits(dataset, write("index,given_label,action\n0,0,drop\n2,2,1\n"))
-    assert edited.targets == [1, 1, 0] and len(edited) == 3
-    for new, old in zip([edited[i] for i in range(3)], [dataset[i] for i in (1, 2, 3)]):
-        values, before = (list(each.values()) if kind == "dicts" else each for each in (new, old))
-        assert type(new) is type(old) and values[0] == before[0] and type(values[1]) is type(before[1])
-    labels = [edited[i]["label"] if kind == "dicts" else edited[i][1] for i in range(-3, 0)]
-    assert [int(label) for label in labels] == edited.targets
-    assert fl.IndexedDataset(edited)[2].index == 2 if kind != "dicts" else fl.IndexedDataset(edited)[2]["index"] == 2
+def test_issues_are_dropped_without_an_action_and_actions_go_before():
+    edits = read_edits(write(ISSUES), TARGETS, NAMES, drop_issues=True)
+    assert (edits.kept, edits.labels) == ([1, 3], {3: 1})
+    assert read_edits("edits.csv", TARGETS, NAMES).kept == [0, 1, 3]
+    assert read_edits(write("index,is_label_issue\n1,False\n2,True\n"), TARGETS, NAMES, drop_issues=True).kept == [
+        0,
+        1,
+        3,
+    ]
+    with pytest.raises(ValueError, match="no column action"):
+        read_edits("edits.csv", TARGETS, NAMES)
+    with pytest.raises(ValueError, match="no column is_label_issue"):
+        read_edits(write("index,action\n1,drop\n"), TARGETS, NAMES, drop_issues=True)
 
 
-def test_class_names_are_those_of_the_data_set_or_as_given():
-    dataset, file = samples("tensors"), write('index,action\n0,"a, dog"\n')
-    with pytest.raises(ValueError, match="neither keep, drop nor a class"):
-        fl.apply_edits(dataset, file)
-    assert fl.apply_edits(dataset, file, NAMES).targets == [2, 1, 2, 0]
-    dataset.classes = NAMES
-    assert fl.apply_edits(dataset, file).targets == [2, 1, 2, 0]
+def test_texts_are_kept_or_dropped_and_have_no_labels():
+    tokens = torch.tensor([5, 6, 7, 8]).int()
+    fingerprint = data_fingerprint("tokens", tokens)
+    file = write(f"index,is_text_issue,fingerprint,action\n0,True,{fingerprint},\n2,False,{fingerprint},drop\n")
+    assert read_dropped(file, tokens, 3).kept == [0, 1]
+    assert read_dropped(file, tokens, 3, drop_issues=True).kept == [1]
+    with pytest.raises(ValueError, match=r"line 2: the fingerprint is 'tokens-\w{16}', that of the samples here"):
+        read_dropped(file, tokens.flip(0), 3)
+    with pytest.raises(ValueError, match="action '1' of sample 0 is neither keep nor drop"):
+        read_dropped(write("index,action\n0,1\n"), tokens, 3)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        (fl.IndexedDataset([("a", 0)]), r"IndexedDataset\(apply_edits"),
-        ([("a", 0.5)], "float64"),
-        ([("a", 0, 1)], "cannot be found"),
-        ([{"x": 1}], "cannot be found"),
-        (iter([]), "map-style"),
-    ],
-)
-def test_labels_that_cannot_be_edited_are_refused(dataset, message):
-    with pytest.raises(TypeError, match=message):
-        fl.apply_edits(dataset, write("index,action\n"))
-
-
-def test_a_sampler_draws_all_but_the_dropped_samples_and_their_positions_stay():
-    dataset, file = samples("tensors"), write("index,action\n1,drop\n")
-    for inner in (dataset, fl.IndexedDataset(dataset)):
-        sampler = fl.KeptSampler(inner, file, generator=torch.Generator().manual_seed(0))
-        drawn = [list(sampler) for _ in range(20)]
-        assert (
-            len(sampler) == 3
-            and {tuple(sorted(each)) for each in drawn} == {(0, 2, 3)}
-            and len(set(map(tuple, drawn))) > 1
-        )
-    batches = DataLoader(fl.IndexedDataset(dataset), batch_size=2, sampler=fl.KeptSampler(dataset, file))
-    found = {int(i): (float(x), int(y)) for (xs, ys), index in batches for x, y, i in zip(xs, ys, index)}
-    assert found == {0: (0.0, 0), 2: (2.0, 2), 3: (3.0, 0)}
-    with pytest.raises(ValueError, match=r"gives 1 samples a new label, which a sampler cannot\. Use .*apply_edits"):
-        fl.KeptSampler(dataset, write("index,action\n1,2\n"))
-
-
-class Plain(LightningModule):
-    """A module as others write them; it notes which samples it was trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.seen = torch.nn.Linear(1, 3), set()
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        self.seen |= set(x.tolist())
-        return torch.nn.functional.cross_entropy(self.layer(x[:, None]), y)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("way", ["sampler", "data set"])
-def test_a_plain_loader_takes_edits_in_one_line_and_the_results_say_so(way, devices):
-    dataset, file = TensorDataset(torch.arange(8.0), torch.arange(8) % 3), write("index,action\n1,drop\n6,drop\n")
-    if way == "sampler":
-        loader = DataLoader(dataset, batch_size=2, sampler=fl.KeptSampler(dataset, file))
-    else:
-        loader = DataLoader(fl.apply_edits(dataset, file), batch_size=2, shuffle=True)
-    flow, module = fl.FlowWeightingCallback(), Plain()
-    strategy = "auto" if devices == 1 else "ddp_fork"
-    make_trainer(flow, devices=devices, strategy=strategy).fit(module, loader)
-    metrics = json.loads(Path("run/metrics.json").read_text())
-    assert (metrics["edits/dropped"], metrics["edits/relabelled"]) == (2, 0)
-    if devices == 1:  # forked processes leave the objects of this one alone
-        assert len(flow.weights) == (8 if way == "sampler" else 6)
-        assert module.seen == {0.0, 2.0, 3.0, 4.0, 5.0, 7.0}
-
-
-def test_a_loader_without_edits_records_none():
-    make_trainer(fl.FlowWeightingCallback()).fit(Plain(), DataLoader(samples("tensors"), batch_size=2))
-    assert not [key for key in json.loads(Path("run/metrics.json").read_text()) if key.startswith("edits/")]
+def test_the_table_of_a_run_goes_into_the_next_one_by_one_argument(tmp_path):
+    (tmp_path / "images").mkdir()
+    first = folder_module(tmp_path / "images")
+    make_trainer(fl.LinearProbeCallback(folds=3), max_epochs=0).fit(tiny_module(), datamodule=first)
+    table = pandas.read_csv("run/label_issues.csv")
+    table["is_label_issue"] = table["index"] % 4 == 1
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    second = folder_module(tmp_path / "images", drop_issues=tmp_path / "mine.csv")
+    assert second.train_set.dataset.targets == [t for i, t in enumerate(first.train_set.dataset.targets) if i % 4 != 1]
+    assert second.edit_numbers == {"edits/dropped": 6, "edits/relabelled": 0}
+    with pytest.raises(ValueError, match="Give one file as drop_issues"):
+        folder_module(tmp_path / "images", drop_issues="a.csv", edits="b.csv")

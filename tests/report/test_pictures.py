@@ -1,22 +1,15 @@
 """Every picture is drawn, with whatever of the numbers there is, and nothing of matplotlib's settings changes."""
 
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib import image, rcParams
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import declared_by
 from flow_lightning.report.pictures import (
-    log_picture,
-    log_weights,
     plot_comparison,
     plot_path,
     plot_retention,
@@ -145,70 +138,3 @@ def test_a_measure_of_ones_own_is_drawn(drawn):
     plot_comparison({"plain": [run]}, "comparison.png", declared)
     assert titles(drawn[0])[1] == "Kept: size of the head" and heights(drawn[0].axes[1]) == [3]
     assert drawn[1].axes[0].get_ylabel() == "kept: size of the head\n(lower is better)"
-
-
-class Comet:
-    """A logger whose `experiment` has the methods of `comet_ml.Experiment`."""
-
-    def __init__(self, taken):
-        def log_image(image_data, name=None, overwrite=False, image_format="png", step=None):
-            taken.append((image_data, name))
-
-        def log_artifact(artifact):
-            raise AssertionError("takes an Artifact, no file")
-
-        self.experiment = SimpleNamespace(log_image=log_image, log_artifact=log_artifact, log_figure=log_artifact)
-
-
-class MLflow:
-    """A logger whose `experiment` has the methods of `mlflow.MlflowClient`."""
-
-    run_id = "7"
-
-    def __init__(self, taken):
-        def log_image(run_id, image, artifact_file=None, key=None, step=None):
-            raise AssertionError("takes pixels and a name in the run")
-
-        def log_artifact(run_id, local_path, artifact_path=None):
-            taken.append((run_id, local_path))
-
-        self.experiment = SimpleNamespace(log_image=log_image, log_artifact=log_artifact, log_figure=log_image)
-
-
-class Run(dict):
-    """Keeps what it is given by key, as `neptune.Run` does, which has no method for a picture."""
-
-
-def refuse(picture):
-    """Take the place of a method with arguments that nobody knows."""
-    raise AssertionError("no one knows how to call this")
-
-
-OTHERS = [
-    SimpleNamespace(experiment=Run()),
-    SimpleNamespace(),  # Lightning asks no logger for an `experiment`
-    SimpleNamespace(experiment=None, log_image=refuse),
-    SimpleNamespace(experiment=SimpleNamespace(add_image=refuse, add_histogram=refuse, log_artifact=refuse)),
-]
-
-
-def test_histograms_go_to_the_loggers_that_take_them_and_break_no_other():
-    scored, board, client, taken = SampleWeights.from_losses(torch.rand(9)), TensorBoardLogger("board"), Comet([]), []
-    client.experiment.add_histogram = lambda tag, values, global_step: taken.append((tag, values))
-    log_weights([board, client, MLflow([]), CSVLogger("logs"), *OTHERS], scored, None)
-    board.experiment.flush()
-    assert {"flow/weights", "flow/losses"} == {*EventAccumulator(board.log_dir).Reload().Tags()["histograms"]}
-    (_, weights), (_, losses) = taken
-    torch.testing.assert_close(weights, scored.weights)
-    np.testing.assert_allclose(losses.numpy(), np.log10(scored.losses.numpy()), rtol=1e-5)
-
-
-def test_a_picture_goes_to_the_loggers_that_take_pictures_and_breaks_no_other():
-    plot_weights(SampleWeights.from_losses(torch.rand(9)), "weights.png")
-    taken, path, board = [], Path("weights.png"), TensorBoardLogger("board")
-    wandb = SimpleNamespace(log_image=lambda key, images: taken.append((key, images)))
-    log_picture([wandb, Comet(taken), MLflow(taken), board, CSVLogger("logs"), *OTHERS], "weights", path)
-    assert taken == [("weights", ["weights.png"]), ("weights.png", "weights"), ("7", "weights.png")]
-    board.experiment.flush()
-    (logged,) = EventAccumulator(board.log_dir, size_guidance={"images": 0}).Reload().Images("weights")
-    assert (logged.height, logged.width) == image.imread(path).shape[:2]

@@ -1,5 +1,8 @@
 """What is found in instruction data, against the cosines of all pairs, and by hand."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
-from flow_lightning.report.texts import answer_start, has_tokens, is_unended, look_at_texts, repeats_prompt, twins
+from flow_lightning.report.texts import (
+    answer_start,
+    has_tokens,
+    is_unended,
+    look_at_texts,
+    repeats_prompt,
+    twins,
+    write_text_issues,
+)
 from tests.language import tiny_tokenizer
 
 ANSWERS = {
@@ -33,12 +44,33 @@ def test_samples_are_found_with_the_beginning_of_their_answer():
     for index, answer in enumerate(answers):
         start, end = (tokenizer(text)["input_ids"] for text in (f"{prompt}{index if index < 8 else 0}", answer))
         samples.append({"input_ids": torch.tensor(start + end), "prompt_length": len(start)})
-    found, texts = look_at_texts(samples, tokenizer)
+    found, words = look_at_texts(samples, tokenizer)
+    texts = words["answers"]
     assert found["text/unended"].tolist() == [False, False, *ANSWERS.values(), False]
     assert found["text/repeats"].tolist() == [False, True] + [False] * 7
     assert found["text/length"].tolist() == [len(s["input_ids"]) - s["prompt_length"] for s in samples]
     assert found["text/twin"][8] == 0 and found["text/likeness"][8] == pytest.approx(1, abs=1e-5)
     assert texts["1"] == answers[1][:160] and {"3", "5", "8"} <= texts.keys() and "0" not in texts
+
+
+def test_the_table_of_issues_has_a_row_for_each_text():
+    found = {
+        "text/length": torch.tensor([3, 9, 9]),
+        "text/unended": torch.tensor([True, False, False]),
+        "text/repeats": torch.tensor([False, False, False]),
+        "text/twin": torch.tensor([-1, -1, 1]),
+        "text/likeness": torch.tensor([0.0, 0.0, 0.97]),
+    }
+    words = {"answers": {"0": 'He said "and', "2": "=two"}, "fingerprint": "tokens-1"}
+    write_text_issues(Path("issues.csv"), found, words, torch.tensor([0.5, 1.0, 2.0]), ["web", "book", "web"])
+    with open("issues.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["is_text_issue"] for row in rows] == ["True", "False", "True"]
+    assert [row["like_sample"] + row["likeness"] for row in rows] == ["", "", "10.97"]
+    assert [(row["loss"], row["source"]) for row in rows] == [("0.5", "web"), ("1", "book"), ("2", "web")]
+    assert [row["answer"] for row in rows] == ['He said "and', "", "=two"]
+    write_text_issues(Path("issues.csv"), found, words)
+    assert "loss" not in Path("issues.csv").read_text()
 
 
 def test_labels_or_the_length_of_the_prompt_say_where_the_answer_begins():

@@ -6,6 +6,7 @@ In: records and a tokenizer. Out: samples of tokens, and batches with labels. Ne
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         truncated: Number of samples that lost their end and are kept.
         empty: Number of records left out because their response is empty or blank.
         excluded: Number of records left out because their prompt alone fills `max_length`.
+        edit_numbers: How many samples were dropped by hand, for `metrics.json`; None if no edits were asked for.
         records: The records of the samples with `keep_records`, otherwise None.
         sources: The value of `source_field` of each sample, "none" where its record has none. None without the field.
 
@@ -83,9 +85,23 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self.lengths = self.offsets.diff()
         self.supervised = self.lengths - self.prompt_lengths
         self.records = [records[position] for position in self.kept] if keep_records else None
+        self.edit_numbers: dict[str, int] | None = None
         self.sources: list[str] | None = None
         if source_field is not None:  # interned: millions of samples share a few values
             self.sources = [sys.intern(records[position].get(source_field, "none")) for position in self.kept]
+
+    def part(self, positions: Sequence[int]) -> "InstructionDataset":
+        """Return the samples at these positions, in ascending order."""
+        chosen, part = torch.zeros(len(self), dtype=torch.bool), copy(self)
+        chosen[list(positions)] = True
+        part.targets = self.targets[chosen.repeat_interleave(self.lengths)]
+        for name in ("prompt_lengths", "lengths", "supervised"):
+            setattr(part, name, getattr(self, name)[chosen])
+        part.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), part.lengths.cumsum(0)])
+        for name in ("kept", "records", "sources"):
+            if (values := getattr(self, name)) is not None:
+                setattr(part, name, [values[position] for position in chosen.nonzero().flatten().tolist()])
+        return part
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from flow_lightning.contract import module_contract
+from flow_lightning.data.edits import one_file, read_dropped
 from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.instructions.dataset import InstructionDataset, collate, join
 from flow_lightning.data.instructions.prompts import end_of_sequence
@@ -59,6 +60,14 @@ class InstructionDataModule(LightningDataModule):
         label_noise: Gives some training records the response of another one, held-out ones too, for experiments.
         source_field: Field that says where a record comes from, such as "dataset". `ReportCallback` then shows losses
             by source. Records without a value there count as "none"; if no record has one, ValueError says so.
+        edits: A CSV file that drops training samples: `text_issues.csv` of a run with a column `action`, see
+            `flow_lightning.data.edits.read_dropped`. Its indices count the training samples of that run, without those
+            held out. `--relabel FILE` is the same on the command line.
+        drop_issues: The same file, or one without `action`: samples without an action are dropped if they are text
+            issues. `--drop-issues FILE` is the same on the command line.
+
+    Raises:
+        ValueError: If `edits` and `drop_issues` are both given.
     """
 
     def __init__(
@@ -83,6 +92,8 @@ class InstructionDataModule(LightningDataModule):
         packed_tokens: int | None = None,
         label_noise: LabelNoise | None = None,
         source_field: str | None = None,
+        edits: str | None = None,
+        drop_issues: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer", "label_noise"])
@@ -96,6 +107,7 @@ class InstructionDataModule(LightningDataModule):
         self.validation_fraction, self.split_seed = validation_fraction, split_seed
         self.padding_free, self.packed_tokens = padding_free, packed_tokens
         self.label_noise, self.source_field = label_noise, source_field
+        self.edits, self.drop_issues = one_file(edits, drop_issues), drop_issues is not None
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
@@ -159,6 +171,12 @@ class InstructionDataModule(LightningDataModule):
         sources: list[str] | None = self.train_set.dataset.sources
         return sources
 
+    @property
+    def edit_numbers(self) -> dict[str, int] | None:
+        """How many training samples the edits dropped, known after `setup`; for `metrics.json`."""
+        numbers: dict[str, int] | None = None if self.train_set is None else self.train_set.dataset.edit_numbers
+        return numbers
+
     def _missing(self, stage: str | None) -> list[str]:
         """Return the names of the sets that a stage needs, that exist, and that are not set up yet."""
         absent = ["val"] * (self.validation_fraction == 0) + ["test"] * (self.test is None)
@@ -189,6 +207,11 @@ class InstructionDataModule(LightningDataModule):
             f"Excluded, because the prompt alone is longer: {dataset.excluded}; because the response is empty: "
             f"{dataset.empty}."
         )
+        if name == "train" and self.edits is not None:
+            edits = read_dropped(self.edits, dataset.targets, len(dataset), drop_issues=self.drop_issues)
+            rank_zero_info(f"{self.edits}: {edits}.")
+            dataset = dataset.part(edits.kept)
+            dataset.edit_numbers = edits.numbers
         return dataset
 
     def _tokenizer(self) -> Any:

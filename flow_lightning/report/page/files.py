@@ -113,11 +113,6 @@ def _issues(file: Path) -> dict[int, dict[str, str]]:
         return {int(row["index"]): row for row in csv.DictReader(lines)}
 
 
-def is_issue(row: dict[str, str]) -> bool:
-    """Tell whether a row of `label_issues.csv` is a suspected label error."""
-    return row.get("is_label_issue", "").strip().lower() in ("true", "1")
-
-
 def sample_means(weights: SampleWeights | TokenWeights) -> tuple[Tensor, Tensor]:
     """Return losses and weights of samples, `[n]` each; of tokens the mean over those of a sample."""
     both = (weights.losses.float(), weights.weights.float())

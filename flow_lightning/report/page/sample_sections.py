@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flow_lightning.data.edits import is_issue
 from flow_lightning.method.flow import effective_sample_size
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.report.page import charts
-from flow_lightning.report.page.files import RunFiles, is_issue, sample_means
+from flow_lightning.report.page.files import RunFiles, sample_means
 from flow_lightning.report.page.section import Section, Table
 
 _MOST_ROWS = 2000
@@ -111,6 +112,11 @@ def _words_on_labels(run: RunFiles, suspects: int) -> list[str]:
         else "Label errors were not looked for: there is no label_issues.csv.",
         "Each card has the given label, and the model's answers before and after training with their probability.",
     ]
+    if suspects:
+        words.append(
+            "The option --drop-issues label_issues.csv leaves them out of the next fit. To decide on each, add a "
+            "column action with drop, keep or the right label: --relabel takes that file."
+        )
     unsorted = "The run lists no labels, so samples cannot be sorted by class."
     return words if run.labels is not None else [*words, unsorted]
 

@@ -25,7 +25,9 @@ def text_section(run: RunFiles) -> Section | None:
     section = Section("Texts")
     section.text = [
         f"Of {len(twin):,} texts like an earlier one: {int((twin >= 0).sum()):,}; whose answer ends in the middle of a "
-        f"sentence: {int(unended.sum()):,}; whose answer repeats a part of the prompt: {int(repeats.sum()):,}."
+        f"sentence: {int(unended.sum()):,}; whose answer repeats a part of the prompt: {int(repeats.sum()):,}.",
+        "All are in text_issues.csv. The option --drop-issues text_issues.csv leaves them out of the next fit. Add a "
+        "column action with keep or drop to decide on each.",
     ]
     if losses is not None:
         section.tables.append(_by_length(losses, found["text/length"]))

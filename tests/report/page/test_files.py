@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from flow_lightning.data.edits import is_issue
 from flow_lightning.method.weights import TokenWeights
-from flow_lightning.report.page.files import is_issue, read_run
+from flow_lightning.report.page.files import read_run
 from tests.report.page.example import EVIL, write_run, write_text_run
 
 

@@ -40,6 +40,7 @@ def test_suspected_label_errors_come_first_with_both_labels_and_the_probability(
     assert set(suspected) == {4, 5} and suspected[4]["facts"]["suggested"].endswith("(0.75)")
     hardest = [float(row[5]) for row in rows[2:]]
     assert hardest == sorted(hardest, reverse=True) and section.text[0] == "2 label errors are suspected."
+    assert "--relabel takes that file" in section.text[2]
 
 
 def test_cards_are_sorted_from_hard_to_easy():
