@@ -128,7 +128,9 @@ def learning_rate_of(
         return learning_rate
     if method not in learning_rate:
         known = ", ".join(sorted(learning_rate))
-        raise ValueError(f"learning_rate has no rate for the method {method!r}, only for {known}. Add one.")
+        raise ValueError(
+            f"learning_rate has no rate for the method {method!r}, only for {known}. Give --learning_rate RATE."
+        )
     return learning_rate[method]
 
 

@@ -22,9 +22,10 @@ from flow_lightning.measures import Measure
 from flow_lightning.report.metrics import read_metrics, write_metrics
 from flow_lightning.scoring.scoring import Scoring
 
-#: The files of a run that a person looks at, as its last line names them.
+#: Files and folders of a run that a person looks at, as its last line names them.
 _FILES = (
-    *("metrics.json", "flow_weights.safetensors", "label_issues.csv", "text_issues.csv"),
+    *("metrics.json", "flow_weights.safetensors", "label_issues.csv", "label_issues.parquet", "text_issues.csv"),
+    *("pred_probs.npy", "features.npy", "checkpoints", "model"),
     *("flow_weights.png", "path.png", "retention.png", "report.html"),
 )
 
@@ -133,10 +134,12 @@ def run_directory(trainer: Trainer) -> Path | None:
 
 
 def files_written(folder: Path) -> str:
-    """Name the files of a run that are there, for its last line.
+    """Name the folder of a run and what is in it, for its last line.
 
-    >>> import tempfile; folder = Path(tempfile.mkdtemp()); (folder / "metrics.json").touch()
-    >>> files_written(folder) == f"{folder}/metrics.json"
-    True
+    >>> import tempfile; folder = Path(tempfile.mkdtemp())
+    >>> (folder / "model").mkdir(); (folder / "metrics.json").touch()
+    >>> files_written(folder).removeprefix(str(folder))
+    ': metrics.json, model/'
     """
-    return ", ".join(str(folder / name) for name in _FILES if (folder / name).exists())
+    there = (folder / name for name in _FILES if (folder / name).exists())
+    return f"{folder}: {', '.join(path.name + '/' * path.is_dir() for path in there)}"

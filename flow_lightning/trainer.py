@@ -54,4 +54,4 @@ class FlowTrainer(Trainer):
         self.fit_loop.max_epochs = 0
         self.fit(model, datamodule=datamodule)
         folder = run_directory(self)
-        rank_zero_info(f"Files: {'not written' if folder is None else files_written(folder)}")
+        rank_zero_info("No files are written." if folder is None else f"Files in {files_written(folder)}")

@@ -75,7 +75,7 @@ PAPER += [("caltech101", 0.005, 0.01, 30), ("stanford_dogs", 0.001, 0.005, 30), 
 def test_the_configurations_hold_the_papers_hyperparameters(config, standard, flow, epochs):
     settings = settings_of(config)
     model, data = settings["model"]["init_args"], settings["data"]["init_args"]
-    assert settings["learning_rate"] == {"standard": standard, "flow": flow}
+    assert settings["learning_rate"] == {"standard": standard, "flow": flow, "recommended": 0.0003}
     assert settings["trainer"]["max_epochs"] == epochs and settings["seed_everything"] == 42
     assert (data["batch_size"], data["validation_fraction"]) == (128, 0)
     assert model["optimizer"]["init_args"] == {"momentum": 0.9, "weight_decay": 5e-4}
@@ -105,7 +105,7 @@ def test_score_computes_weights_without_training_and_they_serve_a_fit(folder, ca
     with caplog.at_level("INFO", "lightning.pytorch"):
         cli = main(["score", *QUICK])
     names = ("metrics.json", "flow_weights.safetensors", "flow_weights.png")
-    assert f"Files: {', '.join(str(Path(cli.trainer.log_dir) / name) for name in names)}\n" in caplog.text
+    assert f"Files in {cli.trainer.log_dir}: {', '.join(names)}\n" in caplog.text
     assert cli.trainer.global_step == 0 and "target/top1" not in metrics_of(cli)
     scored = Path(cli.trainer.log_dir).absolute() / "flow_weights.safetensors"
     weights = fl.SampleWeights.load(scored)

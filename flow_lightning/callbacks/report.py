@@ -104,7 +104,7 @@ class ReportCallback(RunCallback):
             from flow_lightning.report.page.render import write_page
 
             on_rank_zero(trainer, lambda: log_page(trainer.loggers, write_page(folder)))
-            rank_zero_info(f"Report and files: {files_written(folder)}")
+            rank_zero_info(f"Files in {files_written(folder)}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit cannot find out again: the curve, and the first answers."""

@@ -166,5 +166,5 @@ def _report(run: Run, declared: Declared, loggers: Sequence[Any]) -> None:
 
         plot_retention(metrics, run.directory / "retention.png", declared)
         log_picture(loggers, "retention", run.directory / "retention.png")
-        files = files_written(run.directory)
+        files = f"Files in {files_written(run.directory)}"
     print_table(metrics_table({"value": metrics}, "What was learned and what was kept", declared), files)

@@ -247,5 +247,5 @@ def test_the_last_line_names_all_files_of_the_run(caplog):
     with caplog.at_level("INFO"):
         fit_pictures()
     names = ("metrics.json", "flow_weights.safetensors", "flow_weights.png", "retention.png", "report.html")
-    assert f"Report and files: {', '.join(f'run/{name}' for name in names)}\n" in caplog.text
+    assert f"Files in run: {', '.join(names)}\n" in caplog.text
     assert all((Path("run") / name).exists() for name in names)
