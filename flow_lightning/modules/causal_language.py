@@ -60,6 +60,8 @@ class CausalLanguageModule(WeightedLossModule):
             without adapters is what FLOW scores and what forgetting is measured from.
         chunk_tokens: Supervised tokens whose logits exist at one time; by default chosen by memory.
         layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
+        quantize: Load the model's linear layers in `4bit` (QLoRA's) or `8bit`, by bitsandbytes. They stay frozen: FLOW
+            scores them, and adapters train (`tune` is `lora`). None to load them as they are.
         z_loss: Adds this times the squared logarithm of the softmax's denominator to each token's training loss, so
             that logits do not grow; 1e-4 in PaLM. FLOW scores the plain loss.
 
@@ -88,6 +90,7 @@ class CausalLanguageModule(WeightedLossModule):
         chunk_tokens: int | None = None,
         layer_decay: float = 1.0,
         z_loss: float = 0.0,
+        quantize: Literal["4bit", "8bit"] | None = None,
     ) -> None:
         super().__init__(reduction)
         if tune not in ("full", "lora", "head"):
@@ -100,8 +103,12 @@ class CausalLanguageModule(WeightedLossModule):
         self.save_hyperparameters(ignore=[key for key, value in objects.items() if not isinstance(value, str | dict)])
         self.model: Any = model
         if isinstance(model, str):
-            self.model, own = load_language_model(model, getattr(torch, dtype), attention)
+            self.model, own = load_language_model(model, getattr(torch, dtype), attention, quantize)
             tokenizer = tokenizer or own
+        if getattr(self.model, "is_quantized", False):
+            if tune == "full":
+                raise ValueError("The model's layers are quantized, so they cannot be trained. Set tune to 'lora'.")
+            self.strict_loading = False  # checkpoints hold what is trained alone
         self.tokenizer, self.tune = tokenizer, tune
         if tune == "lora":
             self.model = add_lora(self.model, lora_r, lora_alpha, lora_dropout, list(lora_targets), lora_options)
@@ -202,6 +209,12 @@ class CausalLanguageModule(WeightedLossModule):
                 f"{type(self.causal_lm).__name__} changes its logits in an unknown way, so its own forward is used, "
                 "with logits for all tokens. This takes more memory and time."
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out frozen parts of a quantized model: they are loaded with it, and packed layers take no others."""
+        if not self.strict_loading:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def configure_model(self) -> None:
         """Shard the model under ModelParallelStrategy, so that it may be larger than one device."""
