@@ -10,8 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 #: Label of a token that is not supervised, as in torch's cross-entropy and in transformers.
 IGNORED = -100
-#: What the float32 logits of a chunk of tokens take by default.
-_CHUNK_BYTES = 64 * 2**20
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -92,6 +90,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Compute the cross-entropy of each token, `[K]` in nats, float32, without the full logits.
 
@@ -105,14 +104,15 @@ def linear_cross_entropy(
         bias: Bias of the output head, `[V]`.
         softcap: Bound of the logits, `softcap * tanh(logits / softcap)`, as Gemma 2 has it.
         scale: Factor of the logits, before the bound.
-        chunk_tokens: Tokens whose logits exist at one time; by default as many as take 64 MiB, but at least 256, as
-            each chunk makes a gradient of the whole head.
+        chunk_tokens: Tokens whose logits exist at one time; by default those of `tokens_in_memory`.
+        z_loss: Adds this times the squared logarithm of the softmax's denominator, which keeps logits from growing
+            (Chowdhery et al., PaLM, arXiv 2204.02311, section 5, with 1e-4).
 
     >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
     """
     chunk_tokens = chunk_tokens or _chunk_of(head_weight)
-    if softcap is None and scale == 1.0 and _torch_serves(hidden, head_weight):
+    if softcap is None and scale == 1.0 and z_loss == 0.0 and _torch_serves(hidden, head_weight):
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=min(chunk_tokens, len(hidden)), chunking_method=None
         )
@@ -122,7 +122,8 @@ def linear_cross_entropy(
         logits = scale * F.linear(hidden, head_weight, bias).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        return F.cross_entropy(logits, targets, reduction="none")
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses + z_loss * logits.logsumexp(1).square() if z_loss else losses
 
     chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
     if not torch.is_grad_enabled():
@@ -151,9 +152,30 @@ def linear_choices(hidden: Tensor, head_weight: Tensor, bias: Tensor | None = No
     return torch.cat([choices(F.linear(part, head_weight, bias).float()) for part in parts])
 
 
+def tokens_in_memory(vocabulary: int, memory: int | None = None) -> int:
+    """Return of how many tokens the logits may exist at one time, at least 1.
+
+    Their float32 logits take at most 1/64 of the device's memory, in bytes. The free memory would be another number
+    in each run, and losses would differ in their last bits. Where the memory is not given, as on a CPU, they take 64
+    MiB, or what 256 tokens take. Smaller chunks are slow there: each makes a gradient of the whole head.
+
+    >>> tokens_in_memory(256_000, 80 * 2**30), tokens_in_memory(256_000, 8 * 2**30), tokens_in_memory(32_000)
+    (1310, 131, 524)
+    """
+    bytes_per_token = 4 * vocabulary
+    if memory is None:
+        return max(256, 64 * 2**20 // bytes_per_token)
+    return max(1, memory // 64 // bytes_per_token)
+
+
 def _chunk_of(head_weight: Tensor) -> int:
     """Return how many tokens a chunk has by default."""
-    return max(256, _CHUNK_BYTES // (4 * len(head_weight)))
+    return tokens_in_memory(len(head_weight), _memory_of(head_weight.device))
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Return the memory of a CUDA device in bytes; None for others."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _torch_serves(hidden: Tensor, head_weight: Tensor) -> bool:

@@ -4,6 +4,7 @@ In: batches of `input_ids`, `labels` and `index`. Out: losses of tokens and of s
 Next: `callbacks/flow_weighting.py`.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -59,6 +60,10 @@ class CausalLanguageModule(WeightedLossModule):
             without adapters is what FLOW scores and what forgetting is measured from.
         chunk_tokens: Supervised tokens whose logits exist at one time; by default chosen by memory.
         layer_decay: Each block learns at this factor of the rate of the block above it, see `decay_by_depth`.
+        quantize: Load the model's linear layers in `4bit` (QLoRA's) or `8bit`, by bitsandbytes. They stay frozen: FLOW
+            scores them, and adapters train (`tune` is `lora`). None to load them as they are.
+        z_loss: Adds this times the squared logarithm of the softmax's denominator to each token's training loss, so
+            that logits do not grow; 1e-4 in PaLM. FLOW scores the plain loss.
 
     Raises:
         ValueError: If the model cannot be loaded, or an argument is unknown.
@@ -84,25 +89,33 @@ class CausalLanguageModule(WeightedLossModule):
         lora_options: dict[str, Any] | None = None,
         chunk_tokens: int | None = None,
         layer_decay: float = 1.0,
+        z_loss: float = 0.0,
+        quantize: Literal["4bit", "8bit"] | None = None,
     ) -> None:
         super().__init__(reduction)
         if tune not in ("full", "lora", "head"):
             raise ValueError(f"tune is {tune!r}. Use 'full', 'lora' or 'head'.")
         if reduction == "sampling":
             raise ValueError("reduction='sampling' is for samples of equal size. Use 'batch' or 'weights'.")
+        if not 0 <= z_loss < math.inf:
+            raise ValueError(f"z_loss is {z_loss}. Use a number from 0, such as 1e-4.")
         objects = {"model": model, "optimizer": optimizer, "tokenizer": tokenizer}
         self.save_hyperparameters(ignore=[key for key, value in objects.items() if not isinstance(value, str | dict)])
         self.model: Any = model
         if isinstance(model, str):
-            self.model, own = load_language_model(model, getattr(torch, dtype), attention)
+            self.model, own = load_language_model(model, getattr(torch, dtype), attention, quantize)
             tokenizer = tokenizer or own
+        if getattr(self.model, "is_quantized", False):
+            if tune == "full":
+                raise ValueError("The model's layers are quantized, so they cannot be trained. Set tune to 'lora'.")
+            self.strict_loading = False  # checkpoints hold what is trained alone
         self.tokenizer, self.tune = tokenizer, tune
         if tune == "lora":
             self.model = add_lora(self.model, lora_r, lora_alpha, lora_dropout, list(lora_targets), lora_options)
         elif tune == "head":
             train_head_only(self.model)
         self.learning_rate, self.schedule, self.warmup = learning_rate, schedule, warmup
-        self.layer_decay = layer_decay
+        self.layer_decay, self.z_loss = layer_decay, z_loss
         self.optimizer = optimizer_factory(optimizer)
         self.chunk_tokens = chunk_tokens
         self.whole_logits = self._joins = False
@@ -130,17 +143,18 @@ class CausalLanguageModule(WeightedLossModule):
         """Compute logits `[B, T, V]` of token ids `[B, T]`, of joined samples with their `position_ids`."""
         return self.causal_lm(input_ids=input_ids, use_cache=False, **positions).logits  # type: ignore[no-any-return]
 
-    def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row."""
+    def token_losses(self, batch: dict[str, Tensor], z_loss: float = 0.0) -> Tensor:
+        """Compute the cross-entropy of each supervised token, `[K]` in nats, float32, row by row; plus the z-loss."""
         targets = batch["labels"][:, 1:]
         targets = targets[targets != IGNORED]
         states = self._supervised_states(batch)
         if self.whole_logits:
-            return nn.functional.cross_entropy(states.float(), targets, reduction="none")
+            losses = nn.functional.cross_entropy(states.float(), targets, reduction="none")
+            return losses + z_loss * states.float().logsumexp(1).square() if z_loss else losses
         head, config = self.causal_lm.get_output_embeddings(), self.causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         softcap, bias = getattr(config, "final_logit_softcapping", None), getattr(head, "bias", None)
-        return linear_cross_entropy(states, head.weight, targets, bias, softcap, scale, self.chunk_tokens)
+        return linear_cross_entropy(states, head.weight, targets, bias, softcap, scale, self.chunk_tokens, z_loss)
 
     def top_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the most likely token at each supervised position, `[K]`, row by row; -1 if a logit is NaN."""
@@ -160,8 +174,8 @@ class CausalLanguageModule(WeightedLossModule):
         return losses.new_zeros(len(counts)).index_add(0, rows, losses) / counts.clamp_min(1)
 
     def training_losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """Compute the terms of the objective: the token losses, `[K]`."""
-        return self.token_losses(batch)
+        """Compute the terms of the objective: the token losses, `[K]`, with the z-loss."""
+        return self.token_losses(batch, self.z_loss)
 
     def training_weights(self, batch: dict[str, Tensor]) -> Tensor | None:
         """Look up the weight of each supervised token, `[K]`: its own, or that of its sequence."""
@@ -195,6 +209,12 @@ class CausalLanguageModule(WeightedLossModule):
                 f"{type(self.causal_lm).__name__} changes its logits in an unknown way, so its own forward is used, "
                 "with logits for all tokens. This takes more memory and time."
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out frozen parts of a quantized model: they are loaded with it, and packed layers take no others."""
+        if not self.strict_loading:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def configure_model(self) -> None:
         """Shard the model under ModelParallelStrategy, so that it may be larger than one device."""

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,7 +29,8 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
     """Describe an optimizer by `class_path` and `init_args`, of primitives alone. `optimizer_factory` undoes it."""
     kind, primitives = type(optimizer), (bool, int, float, str, tuple, list, type(None))
     accepted = inspect.signature(kind).parameters
-    kept = {key: value for key, value in optimizer.defaults.items() if key in accepted and type(value) in primitives}
+    known = vars(optimizer) | optimizer.defaults  # torchao's keep some settings as attributes
+    kept = {key: value for key, value in known.items() if key in accepted and type(value) in primitives}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": kept}
 
 
@@ -65,7 +68,8 @@ def configure_optimizers(
     built = optimizer(list(trained.values()))
     module.hparams["optimizer"] = optimizer_settings(built)
     for group in built.param_groups:
-        group["lr"] = learning_rate
+        old = group["lr"]  # torchao's optimizers want a tensor
+        group["lr"] = torch.full_like(old, learning_rate) if isinstance(old, Tensor) else learning_rate
     if layer_decay != 1:
         decay_by_depth(built, trained, layer_decay)
     if schedule == "constant" and warmup == 0:

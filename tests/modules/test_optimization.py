@@ -1,18 +1,21 @@
 """The schedule against the formula of the cosine, rates by depth, and optimizers that come back from a checkpoint."""
 
+import importlib
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import nn, optim
 
 import flow_lightning as fl
+from flow_lightning.configurations import find_configuration
 from flow_lightning.modules.optimization import optimizer_factory, optimizer_settings
-from tests.examples import make_trainer
+from tests.examples import fit, make_trainer
 from tests.images import PictureData, tiny_module
-from tests.language import language_module
+from tests.language import language_data, language_module
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,28 @@ def test_a_checkpoint_gives_parameters_and_optimizer_back_with_its_settings(opti
     assert settings_of(trainer.optimizers[0]) == settings_of(made) and module.learning_rate == 0.01
 
 
+def test_the_shipped_adamw_of_8_bits_trains_in_bfloat16_as_adamw_does_in_float32(tmp_path, monkeypatch):
+    """At rates where the steps of plain AdamW are lost in bfloat16. Its step is not compiled here: that takes 40 s."""
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    shipped = yaml.safe_load(find_configuration("optimizers/adamw8bit").read_text())
+    importlib.import_module("torchao.optim")
+    rounded = optimizer_factory(shipped["model"]["init_args"]["optimizer"])
+    plain, found, states = (lambda p: optim.AdamW(p, weight_decay=0.0)), [], []
+    half = shipped["trainer"]["precision"]
+    for optimizer, precision in ((plain, "32-true"), (plain, half), (rounded, half)):
+        data = language_data(tmp_path, 32, batch_size=4)
+        module = language_module(optimizer=optimizer, learning_rate=1e-4, layer_decay=0.9)
+        _, trainer = fit(module=module, data=data, max_epochs=6, precision=precision)
+        module.float().eval()
+        with torch.no_grad():
+            found.append(float(torch.cat([module.sample_losses(batch) for batch in data.scoring_dataloader()]).mean()))
+        states.append(module.hparams["optimizer"]["init_args"])
+    exact, lost, kept = found
+    assert kept == pytest.approx(exact, abs=0.02) and lost > exact + 0.2
+    assert states[-1]["bf16_stochastic_round"] is True, "a checkpoint gives it back"
+    assert {group["lr"].item() for group in trainer.optimizers[0].param_groups} == {0.0}, "the schedule reached its end"
+
+
 def command_line(*arguments):
     """Fit through LightningCLI, which builds the optimizer from a configuration."""
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
@@ -135,8 +160,9 @@ def command_line(*arguments):
 
 
 def test_a_checkpoint_of_the_command_line_gives_the_optimizer_back():
-    chosen = ["--model.optimizer=AdamW", "--model.optimizer.weight_decay=0.3", "--model.optimizer.betas=[0.8,0.95]"]
-    command_line(*chosen).trainer.save_checkpoint("x.ckpt")
+    chosen = {"": "torch.optim.AdamW", ".weight_decay": "0.3", ".betas": "[0.8,0.95]"}
+    arguments = [f"--model.optimizer{key}={value}" for key, value in chosen.items()]
+    command_line(*arguments).trainer.save_checkpoint("x.ckpt")
     module = fl.ImageClassificationModule.load_from_checkpoint("x.ckpt", weights_only=True)
     kind, settings = settings_of(module.optimizer(module.parameters()))
     assert kind is optim.AdamW and settings["weight_decay"] == 0.3 and tuple(settings["betas"]) == (0.8, 0.95)

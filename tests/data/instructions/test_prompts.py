@@ -1,9 +1,10 @@
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
-from flow_lightning.data.instructions.dataset import InstructionDataset
+from flow_lightning.data.instructions.dataset import InstructionDataset, collate
 from flow_lightning.data.instructions.prompts import ALPACA, prompt_splitter
-from tests.language import END, TOKENIZER, TRICKY, encode_one, tiny_tokenizer
+from tests.language import END, TOKENIZER, TRICKY, encode_one, language_module, tiny_tokenizer
 
 NO_GENERATION_PROMPT = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
 
@@ -100,3 +101,17 @@ def test_a_short_answer_that_shares_its_only_token_with_the_prompt_is_supervised
     ids, length = encode_one(prompt, response, TOKENIZER)
     assert TOKENIZER.decode(ids[:length]) == "How many apples? A:", "this tokenizer merges over the border"
     assert TOKENIZER.decode(ids[length:]) == " seven" + END
+
+
+@pytest.mark.parametrize(("prompt", "response"), [("How many apples? A: ", "seven"), ("How many apples? A:", " seven")])
+def test_the_loss_of_a_sample_is_that_of_the_joint_text_also_with_a_token_on_the_border(prompt, response):
+    """Transformers' own loss, over the tokens that end behind the prompt; in the first pair one begins before it."""
+    whole = TOKENIZER(prompt + response + END, return_offsets_mapping=True, return_tensors="pt")
+    ids, spans = whole["input_ids"], whole["offset_mapping"][0]
+    assert any(start < len(prompt) < end for start, end in spans.tolist()) == prompt.endswith(" ")
+    labels = ids.masked_fill(spans[:, 1] <= len(prompt), -100)
+    module = language_module().eval()
+    expected = module.causal_lm(input_ids=ids, labels=labels).loss
+    dataset = InstructionDataset([{"query": "", "response": response}], TOKENIZER, template=prompt + "{instruction}")
+    batch = collate([dataset[0] | {"index": 0}], TOKENIZER.pad_token_id)
+    torch.testing.assert_close(module.sample_losses(batch)[0], expected, rtol=1e-5, atol=0)
