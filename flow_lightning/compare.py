@@ -66,7 +66,7 @@ def compare(words: Sequence[str]) -> None:
         number, parts = options.part
         for fit in fits[number::parts]:
             if _finished(fit) is None:
-                _make(fit)
+                _make(fit, options.output)
     found = [_finished(fit) for fit in fits]
     missing = [fit.folder for fit, metrics in zip(fits, found) if metrics is None]
     if missing:
@@ -175,10 +175,11 @@ def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
         yield Fit(name, seed, folder, words, varied | {"noise": noise})
 
 
-def _make(fit: Fit) -> None:
+def _make(fit: Fit, board: Path) -> None:
     """Make a fit, and write down that it is finished, with its numbers, or that it diverged."""
+    words = [*fit.words, f"--retention.frozen_folder={board / 'frozen'}"]  # changes no number
     try:
-        directory = run_directory(run(fit.words).trainer)
+        directory = run_directory(run(words).trainer)
         metrics = read_metrics(directory / "metrics.json") if directory else {}
     except FloatingPointError as error:  # the other fits are worth having
         metrics = {"diverged": str(error)}

@@ -32,6 +32,7 @@ def test_compare_puts_methods_and_seeds_side_by_side(capsys, rendered):
             assert ("flow/temperature" in run) == (name == "flow")
     table = capsys.readouterr().out
     assert "flow" in table and "standard" in table and "±" in table
+    assert sorted(path.stem for path in Path("runs/x/frozen").iterdir()) == ["target", "training"]
 
 
 def test_compare_goes_on_after_a_run_that_diverged_and_fails_at_the_end(capsys):

@@ -5,6 +5,7 @@ In: measures, see `measures/base.py`. Out: numbers for `metrics.json` and logger
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -34,13 +35,24 @@ class RetentionCallback(RunCallback):
         every_n_epochs: Also measure what was kept after every so many epochs, as `retention/epoch/...`, which
             `ModelCheckpoint` and `EarlyStopping` can monitor. In a fit with validation give them
             `save_on_train_epoch_end=True` and `check_on_train_epoch_end=True`.
+        frozen_folder: For image classifiers: a folder that fits share, as those of a board do. It gets what the frozen
+            pre-trained model makes of samples: features of training samples for LinearProbeCallback and of the test
+            set, and answers on `images`. Labels are always those of the fit. A file is used if data and model have the
+            same fingerprint, and a few samples, computed anew, give the same. Otherwise the fit says why, and makes it
+            anew. Numbers are the same to the last bit. Where samples are augmented at random, nothing is shared.
     """
 
     def __init__(
-        self, *, measures: list[Measure] | None = None, images: str | None = None, every_n_epochs: int | None = None
+        self,
+        *,
+        measures: list[Measure] | None = None,
+        images: str | None = None,
+        every_n_epochs: int | None = None,
+        frozen_folder: str | Path | None = None,
     ) -> None:
         check_at_least(1, every_n_epochs=every_n_epochs)
         self.measures, self.images, self.every_n_epochs = measures, images, every_n_epochs
+        self.frozen_folder = None if frozen_folder is None else Path(frozen_folder)
         self.before: dict[str, Any] = {}
         self.epochs: list[dict[str, float]] = []
         self._measures: dict[str, Measure] = {}
@@ -51,6 +63,7 @@ class RetentionCallback(RunCallback):
         if stage != "fit":
             return
         self.before, self.epochs = {}, []
+        self.run.scoring.frozen.folder = self.frozen_folder
         self._measures = self._chosen(pl_module)
         for measure in self._measures.values():
             measure.load_state_dict({})

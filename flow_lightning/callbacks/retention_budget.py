@@ -27,7 +27,6 @@ from flow_lightning.method.probe import Probe
 from flow_lightning.report.metrics import path_table, print_table
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
-from flow_lightning.scoring.kinds import ProbeFeatures
 from flow_lightning.scoring.samples import read_once
 
 
@@ -134,6 +133,7 @@ class RetentionBudgetCallback(RunCallback):
         """Find the data, and refuse what is too small or does not go with the module."""
         for probe in probes_of(trainer):
             probe.keeps_features = self.curve
+        self.run.scoring.frozen.keeps_features = self.curve
         self._watched: Outcomes = watched(self.of, self.data, pl_module)
         self._watched.prepare(trainer, pl_module, self.run.scoring.samples)
         groups, is_text = self._watched.groups, isinstance(self._watched, TextOutcomes)
@@ -155,7 +155,8 @@ class RetentionBudgetCallback(RunCallback):
             self._head = {name: self._pretrained[name] for name in self._head_names()}
             self._fingerprints = self._of_body()
             with module_contract(pl_module).frozen_reference():
-                self._before = [self._outcomes(trainer, pl_module, half, "before") for half in (0, 1)]
+                known = self._watched.before(trainer, pl_module, self._halves)
+                self._before = known or [self._outcomes(trainer, pl_module, half, "before") for half in (0, 1)]
         if self.of == "accuracy":
             what = "images that the pre-trained model has right"
             check_size(int(self._before[0].sum()), self.keep, self.confidence, self.of, what=what)
@@ -245,7 +246,7 @@ class RetentionBudgetCallback(RunCallback):
         if self.curve:
             for probe in probes_of(trainer):
                 self._heads[alpha] = probe.solve(module, self._training, alpha == 0)
-            others["test_top1"] = self._test.measure(trainer, module, "after")["top1"]
+            others["test_top1"] = self._test.measure(trainer, module, "after" if alpha else "before")["top1"]
         self._forwards += len(target.positions)
         on_target = target.measure(trainer, module, f"Path {alpha:g}: target")
         return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | on_target | others
@@ -301,21 +302,19 @@ class RetentionBudgetCallback(RunCallback):
         )
 
     def _report(self, loggers: Sequence[Any]) -> None:
-        file = "No files are written."
+        file: Any = "No files are written."
         if self.run.directory is not None:
             from flow_lightning.report.loggers import log_picture  # matplotlib is slow to import
             from flow_lightning.report.pictures import plot_path
 
-            file = str(self.run.directory / "path.png")
+            file = self.run.directory / "path.png"
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
-            log_picture(loggers, "path", self.run.directory / "path.png")
-        print_table(path_table(self.points, self.alpha or 0.0, self.of), file)
+            log_picture(loggers, "path", file)
+        print_table(path_table(self.points, self.alpha or 0.0, self.of), str(file))
 
     def _head_names(self) -> list[str]:
         """Return the names of the head's parameters, if a probe is fitted."""
-        kind = self.run.scoring.kind
-        prefixes = kind.new_parts if isinstance(kind, ProbeFeatures) else ()
-        return [name for name in self._pretrained if name.startswith(prefixes)]
+        return [name for name in self._pretrained if name.startswith(self.run.scoring.kind.new_parts)]
 
     def _of_body(self) -> dict[str, str]:
         return model_fingerprints({name: value for name, value in self._pretrained.items() if name not in self._head})

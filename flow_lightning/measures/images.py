@@ -7,6 +7,7 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,7 +16,8 @@ from flow_lightning.contract import data_contract, image_settings, module_contra
 from flow_lightning.measures.base import Measure, Metric, Panel, When
 from flow_lightning.measures.target import TargetMeasure
 from flow_lightning.method.losses import answer_change, cross_entropy
-from flow_lightning.scoring.evaluation import batch_norms
+from flow_lightning.scoring.evaluation import batch_norms, evaluation
+from flow_lightning.scoring.samples import cut_batches
 from flow_lightning.scoring.score import BatchFunction, score_dataset
 
 
@@ -53,13 +55,29 @@ class TargetAccuracy(TargetMeasure):
         """Measure top-1. Note the hardest samples before training, and measure them after it."""
         if self.loader is None:
             return {}
-        function = partial(target_outcomes, module)
-        losses, correct, chosen, given = score_dataset(trainer, module, self.loader, function, f"Target {when}")
+        function, says = partial(target_outcomes, module), f"Target {when}"
+        found = self._of_frozen(trainer, module, says) if when == "before" else None
+        losses, correct, chosen, given = found or score_dataset(trainer, module, self.loader, function, says)
         self.note(when, chosen, given)
         if when == "before":
             self.hard = hardest(losses, self.hard_fraction)
             return {"top1": mean(correct)}
         return {"top1": mean(correct)} | ({} if self.hard is None else {"hard_top1": mean(correct[self.hard])})
+
+    def _of_frozen(self, trainer: Trainer, module: LightningModule, says: str) -> tuple[Tensor, ...] | None:
+        """Return the outcomes of the head as it is now on features of the frozen body, if these are known apart."""
+        contract, loader = module_contract(module), self.loader
+        if contract.flow_run is None or contract.pretrained_task is None or loader is None:
+            return None
+        if (found := contract.flow_run.scoring.frozen.features("target", loader, says)) is None:
+            return None
+        head: Any = contract.head
+        parts = []
+        with evaluation(module), trainer.precision_plugin.forward_context():
+            for batch in map(torch.as_tensor, cut_batches(loader)):  # of the same size: every bit is the same
+                features, targets = (each[batch].to(head.weight.device) for each in found)
+                parts.append(outcomes_of(head(features.to(head.weight.dtype)).float(), targets))
+        return tuple(torch.cat(values).cpu() for values in zip(*parts))
 
 
 class PretrainedImages(Measure):
@@ -143,7 +161,7 @@ class PretrainedImages(Measure):
     def measure(self, trainer: Trainer, module: LightningModule, when: When) -> dict[str, float]:
         """Measure accuracy, or agreement and divergence; after training with both kinds of BatchNorm."""
         if when == "before" and not self.labelled:
-            (self.reference,) = self._score(trainer, module, partial(log_probabilities, module))
+            (self.reference,) = self.before(trainer, module, "retention", self.loader)
             self.note(when, self.reference.argmax(dim=1))
             return {"agreement": 1.0}
         if self.labelled:
@@ -152,12 +170,24 @@ class PretrainedImages(Measure):
             names, function = ("agreement", "kl"), partial(agreement_and_kl, module, self.reference)
         else:  # resumed from a checkpoint without these measurements
             return {}
-        outcomes = {"": self._score(trainer, module, function)}
+        before = self.before(trainer, module, "retention", self.loader) if when == "before" else None
+        outcomes = {"": before or self._score(trainer, module, function)}
         self.note(when, *outcomes[""][2:])
         if when != "before":
             has_layers = len(batch_norms(module)) > 0
             outcomes["_original_bn"] = self._score(trainer, module, function, True) if has_layers else outcomes[""]
         return {name + kind: mean(value) for kind in outcomes for name, value in zip(names, outcomes[kind])}
+
+    def before(self, trainer: Trainer, module: Any, name: str, loader: DataLoader[Any]) -> tuple[Tensor, ...]:
+        """Return what the pre-trained model does, as `top1_and_top5` or `log_probabilities` do: found once in a fit.
+
+        `name` is that of its file, see `Frozen.values`; the loader reads the images.
+        """
+        function = partial(top1_and_top5 if self.labelled else log_probabilities, module)
+        if (run := module_contract(module).flow_run) is None:
+            return self._score(trainer, module, function)
+        with module.pretrained_task():
+            return run.scoring.frozen.values(name, loader, function, "Pre-trained task")  # type: ignore[no-any-return]
 
     def _score(
         self, trainer: Trainer, module: Any, function: BatchFunction, original_batch_norm: bool = False
@@ -173,7 +203,11 @@ def target_outcomes(module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
     if not isinstance(batch, dict) or "image" not in batch:
         got = f"a dict of {sorted(map(str, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
         raise TypeError(f"TargetAccuracy got {got}; expected batches that are dicts with 'image' and 'target'.")
-    logits, targets = _logits(module, batch), batch["target"]
+    return outcomes_of(_logits(module, batch), batch["target"])
+
+
+def outcomes_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Return what `target_outcomes` does, of logits `[B, C]` and targets `[B]`."""
     return cross_entropy(logits, targets), top_k_correct(logits, targets).float(), logits.argmax(dim=1), targets
 
 

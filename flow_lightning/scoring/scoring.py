@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import from_rank_zero, on_rank_zero
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
+from flow_lightning.scoring.frozen import Frozen
 from flow_lightning.scoring.kinds import Kind, ProbeFeatures, SampleLosses
 from flow_lightning.scoring.samples import Samples, find_samples
 from flow_lightning.scoring.score import Block, score_blocks
@@ -66,6 +67,11 @@ class Scoring:
         self.kind = kind
 
     @cached_property
+    def frozen(self) -> Frozen:
+        """What the pre-trained model makes of samples, of these and others."""
+        return Frozen(self.trainer, self.module)
+
+    @cached_property
     def samples(self) -> Samples:
         """The samples to score."""
         return find_samples(self.trainer, self.module, self.given, self.key)
@@ -101,7 +107,7 @@ class Scoring:
             self.look_at_model()
             self._inspect()
             with module_contract(self.module).frozen_reference():
-                self._result = self._from_file() or self._score(self._blocks())
+                self._result = self._from_file() or self._score(self._of_frozen() or self._blocks())
         return self._result
 
     def scored_now(
@@ -151,6 +157,12 @@ class Scoring:
         rank_zero_info(f"FLOW: {file} is still true, so {len(self.samples)} samples need no scoring.")
         self.is_from_file, self._checked = True, checked
         return result  # type: ignore[no-any-return]
+
+    def _of_frozen(self) -> list[Block] | None:
+        """Return the features of a folder that fits share, with the labels of this one."""
+        shares = self.frozen.folder is not None and self.file is None and type(self.kind) is ProbeFeatures
+        found = self.frozen.features("training", self.samples.loader, self.kind.description) if shares else None
+        return None if found is None else [Block(len(self.samples.batches), (torch.arange(len(found[0])), *found))]
 
     def _score(self, blocks: Iterable[Block]) -> dict[str, Tensor]:
         """Turn all blocks into the result, and note the values of the batches that a later fit checks."""
