@@ -13,7 +13,7 @@ from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
 
 #: Methods for language models alone, and methods for images alone: those that need a head to probe or solve.
-TOKENS = {"flow_sequence", "flow_token", "token_masking", "text_anchor"}
+TOKENS = {"flow_sequence", "flow_token", "flow_matched", "token_masking", "text_anchor"}
 IMAGES = {
     "weighted_probe",
     "plain_weighted_head",

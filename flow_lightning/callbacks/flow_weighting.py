@@ -24,7 +24,7 @@ from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.modules.weighted_step import SampleLossFunction, WeightedStep
 from flow_lightning.run import RunCallback
 from flow_lightning.scoring.fingerprint import join_fingerprints, model_fingerprints
-from flow_lightning.scoring.kinds import Kind, ProbeFeatures, SampleLosses, TokenLosses
+from flow_lightning.scoring.kinds import Kind, MatchedLosses, ProbeFeatures, SampleLosses, TokenLosses
 from flow_lightning.scoring.samples import check_trained_data
 from flow_lightning.scoring.soundness import (
     Weights,
@@ -60,7 +60,9 @@ class FlowWeightingCallback(RunCallback):
             `temperature` (on tokens: selective token masking). `mean` gives all samples FLOW's mean weight: a control.
             With a LinearProbeCallback also `excess`, the loss above the model's own entropy. `posterior` is the
             probability that a label is right, `flow_posterior` that times FLOW's weight. `drop` leaves out samples
-            whose label looks wrong. See `flow_lightning.method.flow.weights_by`.
+            whose label looks wrong. See `flow_lightning.method.flow.weights_by`. With a language model these three
+            need no probe: a label is right if a response belongs to its prompt. Scoring then reads it after another
+            sample's prompt, too, see `flow_lightning.method.matching`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses. `mixture` takes the median of
             those that look clean, for data with many wrong labels, see `flow_lightning.method.flow`.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.
@@ -99,7 +101,7 @@ class FlowWeightingCallback(RunCallback):
         if weighting not in OF_PROBE:
             weighting_rule(weighting)
         elif per == "token":
-            raise ValueError(f"weighting={weighting!r} needs a linear probe of samples. Use per='sample'.")
+            raise ValueError(f"weighting={weighting!r} is of whole samples. Use per='sample'.")
         if temperature not in (None, "mixture") and not (isinstance(temperature, int | float) and temperature > 0):
             raise ValueError(
                 f"temperature is {temperature}; expected a positive number, 'mixture', or None for a quantile."
@@ -240,6 +242,8 @@ class FlowWeightingCallback(RunCallback):
             )
         if self.per == "token":
             return TokenLosses()
+        if self.weighting in OUT_OF_FOLD and contract.token_losses is not None:
+            return MatchedLosses(self.sample_losses)
         if self.sample_losses is None and contract.sample_losses is None:
             return StepLosses(self.loss, self.loader)
         return SampleLosses(self.sample_losses)

@@ -52,12 +52,13 @@ class ReportCallback(RunCallback):
         check_at_least(1, samples=samples)
         self.samples = samples
         self.evidence = Evidence()
+        self._right: Tensor | None = None  # probabilities that answers belong to their prompts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.evidence, self._seconds = Evidence(), 0.0
+            self.evidence, self._seconds, self._right = Evidence(), 0.0, None
             if (folder := self.run.directory) is not None:
                 on_rank_zero(trainer, lambda: check_no_edits(folder / TEXT_ISSUES_FILE))
             self._every, self._last = max(1, trainer.log_every_n_steps), -1  # type: ignore[attr-defined]
@@ -109,11 +110,12 @@ class ReportCallback(RunCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit cannot find out again: the curve, and the first answers."""
         before = {index: sample["before"] for index, sample in self.evidence.shown.items() if "before" in sample}
-        return {"curve": self.evidence.curve, "before": before, "every": self._every}
+        return {"curve": self.evidence.curve, "before": before, "every": self._every, "right": self._right}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an earlier fit noted."""
         self.evidence.curve, self._every = state_dict["curve"], state_dict["every"]
+        self._right = state_dict.get("right")
         for index, answer in state_dict["before"].items():
             self.evidence.shown[index] = {"before": answer}
 
@@ -136,7 +138,9 @@ class ReportCallback(RunCallback):
         if labels is not None:
             evidence.tensors["labels"] = labels
         if contract.tokenizer is not None and has_tokens(dataset):
-            found, words = look_at_texts(dataset, contract.tokenizer)
+            if not self.run.resumed:
+                self._right = self.run.scoring.beside("right")
+            found, words = look_at_texts(dataset, contract.tokenizer, self._right)
             evidence.tensors |= found
             evidence.words |= words
             self._note_sources(data.sample_sources, count)

@@ -123,7 +123,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights
 WEIGHTINGS["mean"] = constant
 #: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
 OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right", "flow_posterior": "in_sample"}
-#: Rules that ask a probe about labels that it was not fitted on.
+#: Rules that ask whether a label is right: a probe that was not fitted on it, or a language model with two prompts.
 OUT_OF_FOLD = ("drop", "posterior", "flow_posterior")
 
 

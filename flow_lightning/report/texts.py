@@ -29,17 +29,20 @@ _SHOWN = 160
 _WIDTH, _ROWS, _COLUMNS = 128, 1000, 4000
 
 
-def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def look_at_texts(
+    dataset: Any, tokenizer: Any, right: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Look at each sample once.
 
     Args:
         dataset: Gives dicts of `input_ids`, and of `prompt_length` or `labels`.
         tokenizer: Turns tokens into text.
+        right: The probability that an answer belongs to its prompt, `[n]`, if that is known.
 
     Returns:
-        By sample, `[n]` each: `text/length` of the answer in tokens, `text/unended`, `text/repeats`, and `text/twin`
-        with `text/likeness`, see `twins`. And `answers`, the beginnings of those that were found, by index as a string,
-        with the `fingerprint` of all tokens.
+        By sample, `[n]` each: `text/length` of the answer in tokens, `text/unended`, `text/repeats`, `text/right`, and
+        `text/twin` with `text/likeness`, see `twins`. And `answers`, the beginnings of those that were found, by index
+        as a string, with the `fingerprint` of all tokens.
     """
     ids, lengths, unended, repeats, texts = [], [], [], [], {}
     for index in tqdm(range(len(dataset)), "Report: reading texts", unit=" samples", leave=False, delay=2):
@@ -54,7 +57,12 @@ def look_at_texts(dataset: Any, tokenizer: Any) -> tuple[dict[str, Tensor], dict
     twin, likeness = twins(ids)
     flags = {"text/unended": torch.tensor(unended), "text/repeats": torch.tensor(repeats)}
     found = {"text/length": torch.tensor(lengths), **flags, "text/twin": twin, "text/likeness": likeness}
-    shown = {index for flag in (*flags.values(), twin >= 0) for index in flag.nonzero().flatten()[:_MOST].tolist()}
+    found |= {} if right is None else {"text/right": right}
+    shown = {
+        index
+        for flag in (*flags.values(), twin >= 0, is_misplaced(found))
+        for index in flag.nonzero().flatten()[:_MOST].tolist()
+    }
     answers = {str(index): texts[index] for index in sorted(shown)}
     return found, {"answers": answers, "fingerprint": data_fingerprint("tokens", torch.cat(ids))}
 
@@ -68,7 +76,9 @@ def write_text_issues(
 ) -> None:
     """Write what was found as a CSV table, a row for each text in their order, for a person to read and edit.
 
-    `is_text_issue` is true of an answer without an end, one that repeats its prompt, and a text like an earlier one.
+    `is_text_issue` is true of an answer without an end, one that repeats its prompt, and a text like an earlier one. In
+    a fit that asked for it, `label_score` is the probability that the answer belongs to its prompt, and one below 1/2
+    is an issue.
 
     Args:
         path: The file.
@@ -78,12 +88,13 @@ def write_text_issues(
         sources: Of the samples, `[n]`; without them there is no column `source`.
     """
     unended, repeats, twin = found["text/unended"].bool(), found["text/repeats"].bool(), found["text/twin"]
-    indices, is_twin = range(len(twin)), (twin >= 0).tolist()
+    indices, is_twin, right = range(len(twin)), (twin >= 0).tolist(), found.get("text/right")
     write_csv(
         path,
         {
             "index": list(indices),
-            "is_text_issue": (unended | repeats | (twin >= 0)).tolist(),
+            "is_text_issue": (unended | repeats | (twin >= 0) | is_misplaced(found)).tolist(),
+            **({} if right is None else {"label_score": right.tolist()}),
             **({} if losses is None else {"loss": losses.tolist()}),
             "tokens": found["text/length"].tolist(),
             "without_end": unended.tolist(),
@@ -95,6 +106,12 @@ def write_text_issues(
             "fingerprint": [words["fingerprint"]] * len(twin),
         },
     )
+
+
+def is_misplaced(found: Mapping[str, Tensor]) -> Tensor:
+    """Tell which answers look as if they belong to another prompt, `[n]`; none if nobody asked."""
+    right = found.get("text/right")
+    return torch.zeros(len(found["text/twin"]), dtype=torch.bool) if right is None else right < 0.5
 
 
 def source_ranks(sources: Sequence[str]) -> tuple[Tensor, list[str]]:
@@ -167,7 +184,7 @@ def twins(ids: Sequence[Tensor], likeness: float = 0.95) -> tuple[Tensor, Tensor
     >>> twins([torch.tensor([1, 2, 3]), torch.tensor([4, 5]), torch.tensor([1, 2, 3])])[0]
     tensor([-1, -1,  0])
     """
-    vectors, n = _projected(ids), len(ids)
+    vectors, n = projected(ids), len(ids)
     best, twin = torch.zeros(n), torch.full((n,), -1)
     for start in tqdm(range(0, n, _ROWS), "Report: comparing texts", leave=False, delay=2):
         rows = vectors[start : start + _ROWS]
@@ -181,7 +198,7 @@ def twins(ids: Sequence[Tensor], likeness: float = 0.95) -> tuple[Tensor, Tensor
     return twin, best
 
 
-def _projected(ids: Sequence[Tensor]) -> Tensor:
+def projected(ids: Sequence[Tensor]) -> Tensor:
     """Return the weighted counts of tokens of each text, projected and of length 1, `[n, _WIDTH]`."""
     flat, lengths = torch.cat([torch.as_tensor(each) for each in ids]).int(), torch.tensor([len(each) for each in ids])
     ends = lengths.cumsum(0)

@@ -16,17 +16,21 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flow_lightning.distributed import from_rank_zero
 from flow_lightning.files import save_array
 from flow_lightning.method.flow import check_losses
+from flow_lightning.method.matching import belongs, swap_prompts
 from flow_lightning.method.probe import STRENGTHS, fit_probe
 from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.scoring.samples import Samples
 from flow_lightning.scoring.score import Block, by_index, ragged_by_index
+
+#: Half of the gains are negative where prompts tell nothing; from this share on a model is not believed.
+_CANNOT_TELL = 0.4
 
 
 class Kind(ABC):
@@ -87,6 +91,43 @@ class SampleLosses(Kind):
         (losses,) = by_index(blocks, n)
         check_losses(losses)
         return {"losses": losses}
+
+
+class MatchedLosses(SampleLosses):
+    """A language model's `sample_losses`, and those after other prompts: `losses`, `other_losses` and `right` `[n]`.
+
+    `right` is the probability that the response belongs to its prompt, see `method/matching.py`. `issues` are those
+    below 1/2. `in_sample` are the losses: rules look there for a probe's.
+    """
+
+    name = "losses of samples after their own prompts and after others"
+    description = "FLOW: scoring, with two prompts each"
+
+    def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
+        """Return the losses after the own prompt, and after that of another sample of the batch, `[B]` float32 each."""
+        return (*super().values(module, batch), *super().values(module, swap_prompts(batch)))
+
+    def collect(self, trainer: Trainer, module: LightningModule, blocks: Iterable[Block], n: int) -> dict[str, Tensor]:
+        """Return `losses` and what is said of them."""
+        losses, others = by_index(blocks, n)
+        check_losses(losses)
+        gains = torch.where(others > 0, others - losses, torch.nan)  # 0: there was no other prompt
+        right = belongs(gains)
+        if (gains < 0).sum() > _CANNOT_TELL * gains.isfinite().sum():
+            rank_zero_warn(
+                f"{int((gains < 0).sum()):,} of {n:,} responses are likelier after other prompts, so this model "
+                "cannot tell which belong to their prompts. All are taken to belong: weights are those of FLOW alone."
+            )
+            right = torch.ones(n)
+        issues = right < 0.5
+        rank_zero_info(f"{int(issues.sum()):,} of {n:,} responses look as if they belong to other prompts.")
+        return {
+            "losses": losses,
+            "in_sample": losses.clone(),
+            "other_losses": others,
+            "right": right,
+            "issues": issues.byte(),
+        }
 
 
 class TokenLosses(Kind):

@@ -125,6 +125,10 @@ class Scoring:
             return kind.solved(self.trainer, self.module, found)
         return kind.collect(self.trainer, self.module, now._blocks(), len(self.samples))
 
+    def beside(self, name: str) -> Tensor | None:
+        """Return what was found beside the losses, by its name; None if this fit has scored nothing of the kind."""
+        return None if self._result is None else self._result.get(name)
+
     def to_keep(self) -> dict[str, Tensor]:
         """Return the tensors that a later fit needs from the file, beside the weights."""
         if self._result is None or self._checked is None:

@@ -129,7 +129,7 @@ def test_the_table_is_narrow_and_its_last_line_names_the_files(tmp_path, capsys,
     *table, last = capsys.readouterr().out.strip().splitlines()
     table = table[table.index(next(line for line in table if "What was learned" in line)) :]
     assert max(map(len, table)) <= 80 and any("pre-trained task before training" in line for line in table)
-    assert last == "run/metrics.json, run/retention.png"
+    assert last == "Files in run: metrics.json, retention.png"
     assert Path("run/retention.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from flow_lightning.report.page import charts
 from flow_lightning.report.page.files import RunFiles, sample_means
 from flow_lightning.report.page.section import Section, Table
+from flow_lightning.report.texts import is_misplaced
 
 _BINS = 5
 _MOST_ROWS = 500
@@ -33,7 +34,11 @@ def text_section(run: RunFiles) -> Section | None:
         section.tables.append(_by_length(losses, found["text/length"]))
     if means is not None and losses is not None and "text/source" in found:
         _by_source(section, run, *means)
+    misplaced = is_misplaced(found)
+    if "text/right" in found:
+        section.text.insert(1, f"Answers that look as if they belong to another prompt: {int(misplaced.sum()):,}.")
     for caption, chosen in (
+        ("Answers that look as if they belong to another prompt", misplaced),
         ("Answers that end in the middle of a sentence", unended),
         ("Answers that repeat 20 tokens of their prompt", repeats),
         ("Duplicates and near-duplicates of an earlier sample", twin >= 0),
