@@ -50,7 +50,7 @@ class InstructionDataModule(LightningDataModule):
         limit_test: Number of test records to use, from the first. None for all.
         tokens_per_batch: Most tokens, padding included, of a batch in scoring and evaluation.
         tokenizer: A tokenizer of transformers. By default that of the module being trained.
-        seed: Seed of the training order.
+        seed: Seed of the training order. By default that of `seed_everything`.
         validation_fraction: Share of the training records to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed that chooses the records held out.
         padding_free: Whether to join the samples of a training batch into one row without padding. Losses, weights and
@@ -85,7 +85,7 @@ class InstructionDataModule(LightningDataModule):
         limit_test: int | None = None,
         tokens_per_batch: int = 8192,
         tokenizer: Any | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         validation_fraction: float = 0.05,
         split_seed: int = 42,
         padding_free: bool = False,
@@ -112,6 +112,7 @@ class InstructionDataModule(LightningDataModule):
         self.val_set: Any = None
         self.test_set: Any = None
         self._prepared: dict[str, InstructionDataset] = {}
+        self._order: int | None = None  # the seed of the training order, once it is known
 
     def prepare_data(self) -> None:
         """Read and tokenise what the trainer is about to use. In a fit callbacks may ask for the test set as well."""
@@ -125,16 +126,19 @@ class InstructionDataModule(LightningDataModule):
             take = partial(self._take, name)
             dataset = take() if self.trainer is None else from_rank_zero(self.trainer, take)
             setattr(self, f"{name}_set", IndexedDataset(dataset))
+        if self._order is None:
+            seed = torch.initial_seed() % 2**31 if self.seed is None else self.seed
+            self._order = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled: packed, or with samples of similar length in a batch."""
         self.setup("fit")
-        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
+        seed, (rank, world) = self._order or 0, data_rank(self.trainer) if self.trainer else (0, 1)
         lengths, batching = self.train_set.dataset.lengths, {"collate_fn": join}
         if self.packed_tokens is not None:
-            packed = PackedBatches(lengths, self.packed_tokens, world, rank, self.seed)
+            packed = PackedBatches(lengths, self.packed_tokens, world, rank, seed)
             return self._loader(self.train_set, ResumableDataLoader, batch_size=None, sampler=packed, **batching)
-        sampler = LengthGroupedSampler(self.train_set, lengths, self.batch_size, world, rank, self.seed)
+        sampler = LengthGroupedSampler(self.train_set, lengths, self.batch_size, world, rank, seed)
         batching = batching if self.padding_free else {}
         return self._loader(
             self.train_set, ResumableDataLoader, batch_size=self.batch_size, sampler=sampler, **batching

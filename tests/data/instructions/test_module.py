@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, seed_everything
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import flow_lightning as fl
@@ -72,6 +72,19 @@ def test_a_stage_sets_up_what_it_needs_once_and_a_loader_what_is_missing():
     assert len(data.test_dataloader().dataset) == 3, "a fit can ask for the test set"
     assert ready() == ["train", "val", "test"] and data.train_set is train_set
     assert len(data_module(20).scoring_dataloader().dataset) == 20
+
+
+def test_the_order_of_training_follows_seed_everything_or_a_seed_of_its_own():
+    def order(seed_of_run, **settings):
+        seed_everything(seed_of_run, verbose=False)
+        data = data_module(20, batch_size=4, **settings)
+        data.setup("fit")
+        torch.manual_seed(99)  # what comes later does not matter
+        return [batch["index"].tolist() for batch in data.train_dataloader()]
+
+    assert order(1) == order(1) != order(2)
+    assert order(1, seed=5) == order(2, seed=5) != order(1)
+    assert order(1, packed_tokens=200) == order(1, packed_tokens=200) != order(2, packed_tokens=200)
 
 
 def test_validation_is_a_part_of_the_training_records_chosen_by_a_seed():
