@@ -177,7 +177,7 @@ def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
 
 def _make(fit: Fit, board: Path) -> None:
     """Make a fit, and write down that it is finished, with its numbers, or that it diverged."""
-    words = [*fit.words, f"--retention.frozen_folder={board / 'frozen'}"]  # changes no number
+    words = [fit.words[0], f"--retention.frozen_folder={board / 'frozen'}", *fit.words[1:]]  # changes no number
     try:
         directory = run_directory(run(words).trainer)
         metrics = read_metrics(directory / "metrics.json") if directory else {}

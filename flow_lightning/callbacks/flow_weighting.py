@@ -242,7 +242,7 @@ class FlowWeightingCallback(RunCallback):
             )
         if self.per == "token":
             return TokenLosses()
-        if self.weighting in OUT_OF_FOLD and contract.token_losses is not None:
+        if self.weighting in OUT_OF_FOLD and None not in (contract.token_losses, contract.sample_losses):
             return MatchedLosses(self.sample_losses)
         if self.sample_losses is None and contract.sample_losses is None:
             return StepLosses(self.loss, self.loader)

@@ -15,35 +15,49 @@ _STEPS = 50
 
 
 def swap_prompts(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a batch in which each response follows the prompt of the next row, the last that of the first.
+    """Return a batch in which each response follows the prompt of the next row that has another one.
 
-    A prompt is what stands before the first supervised token. Where prompt and response would take more tokens than a
-    row has, the prompt loses its beginning. A row whose response would follow no token has no supervised ones.
+    The first row is next to the last. A prompt is what stands before the first supervised token, without padding. Where
+    prompt and response would take more tokens than a row has, the prompt loses its beginning. A row for which there is
+    no other prompt, or no room for one, has no supervised tokens.
 
     Args:
-        batch: `input_ids` and `labels` `[B, T]`, padded on the right, as `InstructionDataModule` has them.
+        batch: `input_ids` and `labels` `[B, T]`, as `InstructionDataModule` has them, perhaps with `attention_mask`.
 
     Returns:
-        `input_ids` and `labels`, `[B, T]`.
+        The same, `[B, T]` each, padded on the right.
+
+    Raises:
+        ValueError: If rows hold several samples, joined with `position_ids`.
 
     >>> ids = torch.tensor([[1, 2, 7], [3, 8, 9]])
     >>> swap_prompts({"input_ids": ids, "labels": torch.tensor([[-100, -100, 7], [-100, 8, 9]])})["input_ids"]
     tensor([[3, 7, 0],
             [2, 8, 9]])
     """
-    ids, labels = batch["input_ids"], batch["labels"]
-    supervised = labels != IGNORED
+    if "position_ids" in batch:
+        raise ValueError("The samples of a row are joined, so prompts cannot be swapped. Score batches with padding.")
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch.get("attention_mask")
+    supervised, width = labels != IGNORED, ids.shape[1]
     starts = supervised.int().argmax(1).tolist()
-    ends = (supervised * torch.arange(1, ids.shape[1] + 1, device=ids.device)).amax(1).tolist()
-    new_ids, new_labels = torch.zeros_like(ids), torch.full_like(labels, IGNORED)
+    ends = (supervised * torch.arange(1, width + 1, device=ids.device)).amax(1).tolist()
+    prompts = [row[:start] for row, start in zip(ids, starts)]
+    if mask is not None:
+        prompts = [prompt[own[: len(prompt)].bool()] for prompt, own in zip(prompts, mask)]
+    swapped = {"input_ids": torch.zeros_like(ids), "labels": torch.full_like(labels, IGNORED)}
+    swapped |= {} if mask is None else {"attention_mask": torch.zeros_like(mask)}
     for row, (start, end) in enumerate(zip(starts, ends)):
-        other, size = (row + 1) % len(ids), end - start
-        prompt = ids[other, max(0, starts[other] - (ids.shape[1] - size)) : starts[other]]
-        if other != row and len(prompt) > 0:
-            stop = len(prompt) + size
-            new_ids[row, :stop] = torch.cat([prompt, ids[row, start:end]])
-            new_labels[row, len(prompt) : stop] = labels[row, start:end]
-    return {"input_ids": new_ids, "labels": new_labels}
+        most = width - (end - start)
+        others = (prompts[(row + step) % len(ids)] for step in range(1, len(ids)))
+        prompt = next((each for each in others if not torch.equal(each, prompts[row])), ids[row, :0])
+        prompt = prompt[max(0, len(prompt) - most) :]
+        if len(prompt):
+            stop = len(prompt) + end - start
+            swapped["input_ids"][row, :stop] = torch.cat([prompt, ids[row, start:end]])
+            swapped["labels"][row, len(prompt) : stop] = labels[row, start:end]
+            if mask is not None:
+                swapped["attention_mask"][row, :stop] = 1
+    return swapped
 
 
 def belongs(gains: Tensor) -> Tensor:
@@ -66,7 +80,7 @@ def belongs(gains: Tensor) -> Tensor:
     if share in (0.0, 1.0):
         return torch.full_like(gains, 1 - share, dtype=torch.float32)
     wrong = share * _normal(known, 0.0, float(negative.square().mean().sqrt()))
-    right = (known > known.median()).double()
+    right = (known >= known.median()).double()
     for _ in range(_STEPS):
         mean = float((right * known).sum() / right.sum())
         spread = float(((right * (known - mean).square()).sum() / right.sum()).sqrt())

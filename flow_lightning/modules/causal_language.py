@@ -105,6 +105,8 @@ class CausalLanguageModule(WeightedLossModule):
         if isinstance(model, str):
             self.model, own = load_language_model(model, getattr(torch, dtype), attention, quantize)
             tokenizer = tokenizer or own
+        elif quantize is not None:
+            raise ValueError("quantize is for a model that is loaded by name. Give a quantized model without it.")
         if getattr(self.model, "is_quantized", False):
             if tune == "full":
                 raise ValueError("The model's layers are quantized, so they cannot be trained. Set tune to 'lora'.")
@@ -175,7 +177,7 @@ class CausalLanguageModule(WeightedLossModule):
 
     def training_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Compute the terms of the objective: the token losses, `[K]`, with the z-loss."""
-        return self.token_losses(batch, self.z_loss)
+        return self.token_losses(batch, self.z_loss) if self.z_loss else self.token_losses(batch)
 
     def training_weights(self, batch: dict[str, Tensor]) -> Tensor | None:
         """Look up the weight of each supervised token, `[K]`: its own, or that of its sequence."""

@@ -102,7 +102,7 @@ def write_text_issues(
             "like_sample": [other if near else None for other, near in zip(twin.tolist(), is_twin)],
             "likeness": [like if near else None for like, near in zip(found["text/likeness"].tolist(), is_twin)],
             **({} if sources is None else {"source": sources}),
-            "answer": [words["answers"].get(str(index)) for index in indices],
+            "answer": [" ".join(words["answers"].get(str(index), "").split()) for index in indices],
             "fingerprint": [words["fingerprint"]] * len(twin),
         },
     )

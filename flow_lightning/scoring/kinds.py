@@ -112,22 +112,24 @@ class MatchedLosses(SampleLosses):
         losses, others = by_index(blocks, n)
         check_losses(losses)
         gains = torch.where(others > 0, others - losses, torch.nan)  # 0: there was no other prompt
+        known, negative = int(gains.isfinite().sum()), int((gains < 0).sum())
+        if not known:
+            raise ValueError(
+                "No batch of scoring has two samples with different prompts, so no response can be read after another "
+                "prompt. Raise batch_size or tokens_per_batch, or use weighting='flow'."
+            )
         right = belongs(gains)
-        if (gains < 0).sum() > _CANNOT_TELL * gains.isfinite().sum():
+        if negative > _CANNOT_TELL * known:
             rank_zero_warn(
-                f"{int((gains < 0).sum()):,} of {n:,} responses are likelier after other prompts, so this model "
-                "cannot tell which belong to their prompts. All are taken to belong: weights are those of FLOW alone."
+                f"{negative:,} of {known:,} responses are likelier after other prompts, so this model cannot tell "
+                "which belong to their prompts. All are taken to belong: weights are those of FLOW alone."
             )
             right = torch.ones(n)
         issues = right < 0.5
-        rank_zero_info(f"{int(issues.sum()):,} of {n:,} responses look as if they belong to other prompts.")
-        return {
-            "losses": losses,
-            "in_sample": losses.clone(),
-            "other_losses": others,
-            "right": right,
-            "issues": issues.byte(),
-        }
+        unknown = f" {n - known:,} had no other prompt in their batch." if known < n else ""
+        rank_zero_info(f"{int(issues.sum()):,} of {n:,} responses look as if they belong to other prompts.{unknown}")
+        beside = {"in_sample": losses.clone(), "other_losses": others, "right": right, "issues": issues.byte()}
+        return {"losses": losses, **beside}
 
 
 class TokenLosses(Kind):

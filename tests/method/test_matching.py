@@ -54,6 +54,18 @@ def test_where_there_is_no_other_prompt_nothing_is_supervised():
     assert rows_of(swap_prompts(two)) == [([], []), ([], [])]  # no room before the first, no prompt for the second
 
 
+def test_equal_prompts_are_passed_over_and_padding_on_the_left_is_left_out():
+    ids = torch.tensor([[5, 1, 7, 0], [5, 1, 8, 9], [0, 0, 2, 3]])
+    labels = torch.tensor([[IGNORED, IGNORED, 7, IGNORED], [IGNORED, IGNORED, 8, 9], [IGNORED, IGNORED, IGNORED, 3]])
+    assert rows_of(swap_prompts({"input_ids": ids[:2], "labels": labels[:2]})) == [([], []), ([], [])]
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]])
+    swapped = swap_prompts({"input_ids": ids, "labels": labels, "attention_mask": mask})
+    assert rows_of(swapped) == [([2], [7]), ([2], [8, 9]), ([5, 1], [3])]
+    assert swapped["attention_mask"].sum(1).tolist() == [2, 3, 3]
+    with pytest.raises(ValueError, match="joined"):
+        swap_prompts({"input_ids": ids, "labels": labels, "position_ids": ids})
+
+
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_probabilities_are_those_of_bayes_where_gains_are_normal(share):
     draw = np.random.default_rng(0)
@@ -76,6 +88,7 @@ def test_of_clean_data_all_belong_and_what_is_not_known_has_the_share_of_the_oth
     mixed = torch.cat([torch.tensor([-0.1, 0.1, torch.nan]), gains])
     assert belongs(mixed)[2] == pytest.approx(1 - 2 / 502) and belongs(mixed)[0] < 0.01
     assert torch.equal(belongs(-gains), torch.zeros(500))
+    assert belongs(torch.tensor([-0.1, 1, 1, 1, 1])).round().tolist() == [0, 1, 1, 1, 1]
 
 
 class Reader(fl.CausalLanguageModule):
@@ -131,3 +144,11 @@ def test_a_model_that_does_not_read_prompts_is_not_believed(tmp_path):
         fit(flow, module=language_module(), data=language_data(tmp_path, 30))
     fit(plain, module=language_module(), data=language_data(tmp_path, 30))
     assert torch.equal(flow.weights.weights, plain.weights.weights)
+
+
+def test_where_no_batch_has_two_prompts_that_is_an_error(tmp_path):
+    data = language_data(tmp_path, 5, tokens_per_batch=1)  # one sample in each batch
+    with pytest.raises(
+        ValueError, match=r"No batch of scoring has two samples with different prompts.*weighting='flow'"
+    ):
+        fit(fl.FlowWeightingCallback(weighting="flow_posterior"), module=language_module(), data=data)

@@ -250,6 +250,7 @@ def test_selective_token_masking_trains(tmp_path):
     [
         (lambda: language_module(tune="some"), "'full', 'lora' or 'head'"),
         (lambda: language_module(reduction="sampling"), "'batch' or 'weights'"),
+        (lambda: language_module(quantize="4bit"), "quantize is for a model that is loaded by name"),
         (lambda: language_module(z_loss=-1.0), r"z_loss is -1\.0\. Use a number from 0"),
         (lambda: language_module(tune="lora", lora_targets=["no_such"]), "Set lora_targets to some of"),
         (lambda: fl.CausalLanguageModule("no/such-model"), "hf download"),

@@ -61,7 +61,7 @@ def test_the_table_of_issues_has_a_row_for_each_text():
         "text/twin": torch.tensor([-1, -1, 1]),
         "text/likeness": torch.tensor([0.0, 0.0, 0.97]),
     }
-    words = {"answers": {"0": 'He said "and', "2": "=two"}, "fingerprint": "tokens-1"}
+    words = {"answers": {"0": 'He\r\nsaid "and', "2": "=two\r"}, "fingerprint": "tokens-1"}
     write_text_issues(Path("issues.csv"), found, words, torch.tensor([0.5, 1.0, 2.0]), ["web", "book", "web"])
     with open("issues.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

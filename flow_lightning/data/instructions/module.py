@@ -3,7 +3,9 @@
 In: names of data, and how to tokenise them. Out: loaders of tokens and labels. Next: `modules/causal_language.py`.
 """
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ class InstructionDataModule(LightningDataModule):
         limit_test: Number of test records to use, from the first. None for all.
         tokens_per_batch: Most tokens, padding included, of a batch in scoring and evaluation.
         tokenizer: A tokenizer of transformers. By default that of the module being trained.
-        seed: Seed of the training order. By default that of `seed_everything`.
+        seed: Seed of the training order. By default that of `seed_everything`, or 0 without one.
         validation_fraction: Share of the training records to hold out for validation, in [0, 1). 0 means no validation.
         split_seed: Seed that chooses the records held out.
         padding_free: Whether to join the samples of a training batch into one row without padding. Losses, weights and
@@ -92,10 +94,12 @@ class InstructionDataModule(LightningDataModule):
         packed_tokens: int | None = None,
         label_noise: LabelNoise | None = None,
         source_field: str | None = None,
-        edits: str | None = None,
-        drop_issues: str | None = None,
+        edits: str | Path | None = None,
+        drop_issues: str | Path | None = None,
     ) -> None:
         super().__init__()
+        # Checkpoints hold the arguments, and weights_only=True loads no Path.
+        edits, drop_issues = (None if each is None else str(each) for each in (edits, drop_issues))
         self.save_hyperparameters(ignore=["tokenizer", "label_noise"])
         self.prepare_data_per_node = False  # rank 0 sends its tokens to the other nodes as well
         self.train, self.test = train, test
@@ -112,7 +116,6 @@ class InstructionDataModule(LightningDataModule):
         self.val_set: Any = None
         self.test_set: Any = None
         self._prepared: dict[str, InstructionDataset] = {}
-        self._order: int | None = None  # the seed of the training order, once it is known
 
     def prepare_data(self) -> None:
         """Read and tokenise what the trainer is about to use. In a fit callbacks may ask for the test set as well."""
@@ -126,14 +129,12 @@ class InstructionDataModule(LightningDataModule):
             take = partial(self._take, name)
             dataset = take() if self.trainer is None else from_rank_zero(self.trainer, take)
             setattr(self, f"{name}_set", IndexedDataset(dataset))
-        if self._order is None:
-            seed = torch.initial_seed() % 2**31 if self.seed is None else self.seed
-            self._order = seed if self.trainer is None else self.trainer.strategy.broadcast(seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training samples, shuffled: packed, or with samples of similar length in a batch."""
         self.setup("fit")
-        seed, (rank, world) = self._order or 0, data_rank(self.trainer) if self.trainer else (0, 1)
+        rank, world = data_rank(self.trainer) if self.trainer else (0, 1)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         lengths, batching = self.train_set.dataset.lengths, {"collate_fn": join}
         if self.packed_tokens is not None:
             packed = PackedBatches(lengths, self.packed_tokens, world, rank, seed)
