@@ -38,8 +38,8 @@ options that matter most:
 
 for compare, or in a YAML file for --board FILE; a board that was killed makes what is missing:
   --methods "[standard, flow]"    --seeds "[1, 2, 3]"    --rates "[0.001, 0.002, 0.004]"
-  --optimizers "[sgd, adamw]"     --noise "[0, 0.3]", shares of wrong labels  --output FOLDER
-  --jobs NUMBER of processes, one per GPU             --part 0/4
+  --optimizers "[sgd, adamw, adamw8bit]"              --noise "[0, 0.3]", shares of wrong labels
+  --output FOLDER                 --jobs NUMBER of processes, one per GPU             --part 0/4
 
 configurations:
   {configurations}

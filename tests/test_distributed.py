@@ -58,7 +58,7 @@ def pictures(callback, **settings):
 
 def language(callback, tune="full", devices=1, **settings):
     module = language_module(tune=tune, learning_rate=1e-3, schedule="constant", warmup=0.0)
-    data = language_data(Path.cwd(), 11, batch_size=4 // devices, tokens_per_batch=150)
+    data = language_data(Path.cwd(), 11, batch_size=4 // devices, tokens_per_batch=150, seed=0)
     fit(callback, module=module, data=data, max_steps=2, devices=devices, **settings)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flow_lightning.__main__ import COMMANDS, help_text, main
-from flow_lightning.cli import FlowCLI, FlowParser
+from flow_lightning.cli import _PARSER_NAMES, FlowCLI, FlowParser
 from flow_lightning.compare import board_parser
 from flow_lightning.configurations import shipped
 from tests.test_cli import error_of
@@ -39,8 +39,9 @@ def test_every_option_of_the_help_exists(capsys):
     assert end.value.code == 0
     every = capsys.readouterr().out
     of_boards = {action.dest for action in board_parser()._actions}
-    for option in set(re.findall(r"--([a-z_.]+)", help_text())) - of_boards - {"help-all", "help"}:
-        assert option in FlowParser.keys or f"--{option}" in every or option in ("method", "model.help"), option
+    for option in set(re.findall(r"--([a-z_.-]+)", help_text())) - of_boards - {"help-all", "help"}:
+        name = _PARSER_NAMES.get(f"--{option}", f"--{option}").removeprefix("--")
+        assert name in FlowParser.keys or f"--{name}" in every or name in ("method", "model.help"), option
 
 
 @pytest.mark.parametrize(

