@@ -152,3 +152,20 @@ def test_where_no_batch_has_two_prompts_that_is_an_error(tmp_path):
         ValueError, match=r"No batch of scoring has two samples with different prompts.*weighting='flow'"
     ):
         fit(fl.FlowWeightingCallback(weighting="flow_posterior"), module=language_module(), data=data)
+
+
+def test_a_resumed_fit_still_lists_the_misplaced_responses(tmp_path):
+    source = write_jsonl(tmp_path / "train.jsonl", records())
+    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
+
+    def fitted(epochs, **options):
+        data = fl.InstructionDataModule(source, label_noise=LabelNoise(0.3), **settings)
+        module = Reader(language_module().model, TOKENIZER, learning_rate=1e-3)
+        callbacks = fl.FlowWeightingCallback(weighting="flow_posterior"), fl.ReportCallback()
+        return fit(*callbacks, module=module, data=data, max_epochs=epochs, limit_train_batches=1, **options)[1]
+
+    fitted(1).save_checkpoint("x.ckpt", weights_only=False)
+    table = Path("run/text_issues.csv").read_text()
+    Path("run/text_issues.csv").unlink()
+    fitted(2, ckpt_path="x.ckpt")
+    assert "label_score" in table and Path("run/text_issues.csv").read_text() == table

@@ -68,13 +68,18 @@ def test_chunks_give_the_gradients_of_whole_logits(tmp_path, chunk_tokens):
         assert (gradient - parameter.grad).norm() <= 1e-5 * parameter.grad.norm()
 
 
-def test_gemmas_bounded_logits(tmp_path):
+def tiny_gemma(softcap, spread):
+    """Return a tiny random Gemma 2, whose head is tied and whose logits are bounded."""
     config = Gemma2Config(
         vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=1.0,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=softcap, initializer_range=spread,
     )  # fmt: skip
     torch.manual_seed(0)
-    module, batch = fl.CausalLanguageModule(Gemma2ForCausalLM(config), TOKENIZER).eval(), batch_of(tmp_path)
+    return Gemma2ForCausalLM(config)
+
+
+def test_gemmas_bounded_logits(tmp_path):
+    module, batch = fl.CausalLanguageModule(tiny_gemma(0.5, 1.0), TOKENIZER).eval(), batch_of(tmp_path)
     module.setup("fit")
     assert not module.whole_logits
     expected = torch.cat(own_losses(module.causal_lm, batch))
@@ -82,12 +87,7 @@ def test_gemmas_bounded_logits(tmp_path):
 
 
 def test_the_z_loss_of_a_tied_bounded_head_is_that_of_float64_and_only_trained_on(tmp_path):
-    config = Gemma2Config(
-        vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=3.0, initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, batch = Gemma2ForCausalLM(config).eval(), batch_of(tmp_path)
+    model, batch = tiny_gemma(3.0, 0.5).eval(), batch_of(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     exact = deepcopy(model).double()
     module = fl.CausalLanguageModule(model, TOKENIZER, z_loss=0.1, chunk_tokens=7).eval()
