@@ -51,10 +51,25 @@ class FlowParser(LightningArgumentParser):
 class FlowCLI(LightningCLI):
     """LightningCLI with the retention report, methods, and a learning rate for each method."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the commands, with the arguments that come from the configuration."""
-        return LightningCLI.subcommands() | {"score": {"model", "datamodule"}}
+    def __init__(self, words: list[str]) -> None:
+        """Parse and run a command line, whose first word is the command."""
+        self.command = words[0]
+        super().__init__(
+            WeightedLossModule,
+            LightningDataModule,
+            trainer_class=FlowTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # the module has arguments for both
+            save_config_kwargs={"overwrite": True},
+            parser_class=FlowParser,
+            args=[_renamed(word) for word in words],
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the given command alone, with what the configuration gives it: to build all parsers takes long."""
+        commands = LightningCLI.subcommands() | {"score": {"model", "datamodule"}}
+        return {self.command: commands[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `method`, `learning_rate` and `retention`."""
@@ -142,17 +157,7 @@ def run(words: list[str]) -> FlowCLI:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own code
     ):
         warnings.filterwarnings("ignore", message=message)
-    return FlowCLI(
-        WeightedLossModule,
-        LightningDataModule,
-        trainer_class=FlowTrainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,  # the module has arguments for both
-        save_config_kwargs={"overwrite": True},
-        parser_class=FlowParser,
-        args=[_renamed(word) for word in words],
-    )
+    return FlowCLI(words)
 
 
 def _renamed(word: str) -> str:

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.cli import LightningCLI
 
 from flow_lightning.__main__ import COMMANDS, help_text, main
-from flow_lightning.cli import _PARSER_NAMES, FlowCLI, FlowParser
+from flow_lightning.cli import _PARSER_NAMES, FlowParser
 from flow_lightning.compare import board_parser
 from flow_lightning.configurations import shipped
 from tests.test_cli import error_of
@@ -27,7 +28,8 @@ def test_help_answers_at_once_with_commands_configurations_and_methods(words):
     assert time.perf_counter() - started < 3 and printed == help_text()
     assert all(name.removeprefix("methods/").removeprefix("optimizers/") in printed for name in shipped())
     assert all(f"\n  {name} " in printed for name in COMMANDS) and set(COMMANDS) == {
-        *FlowCLI.subcommands(),
+        *LightningCLI.subcommands(),
+        "score",
         "compare",
         "report",
     }

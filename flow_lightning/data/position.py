@@ -3,19 +3,18 @@
 In: seed, epoch, the position in a checkpoint. Out: the batches from there on. Next: `resume.py`.
 """
 
-import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Sampler
 
 from flow_lightning.data.tracking import Recorder, can_be_followed
+from flow_lightning.scoring.fingerprint import seed_generators
 
 
 class Start(NamedTuple):
@@ -99,14 +98,14 @@ class LoaderPosition:
         for number in count():
             if number == skipped and skipped:
                 self._check(checksum, batches)
-            _seed(hash((self.seed, epoch, number)))  # of a sampler that draws batch by batch
+            seed_generators(hash((self.seed, epoch, number)))  # of a sampler that draws batch by batch
             indices = next(iterator, None)
             if indices is None:
                 return
             checksum = zlib.crc32(repr(list(indices)).encode(), checksum)
             if number >= skipped:
                 self._checksums[number + 1] = checksum
-                _seed(hash((self.seed, epoch, number, self.rank)))  # of the transforms in this process
+                seed_generators(hash((self.seed, epoch, number, self.rank)))  # of the transforms in this process
                 yield indices
 
     def _prepare(self, batches: Any, epoch: int) -> None:
@@ -148,9 +147,3 @@ def _parts(sampler: Any) -> Iterator[Any]:
             yield part
         elif isinstance(part, Sampler) or hasattr(part, "_sampler"):  # what Lightning's distributed sampler wraps
             yield from _parts(part)
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed % 2**63)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

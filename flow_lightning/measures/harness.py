@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -154,7 +155,7 @@ def _find_tasks(names: Iterable[str], include_path: str | None) -> Any:
         manager = managers.TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
             return manager
-    manager = managers.TaskManager(include_path=include_path)
+    manager = managers.TaskManager(include_path=include_path) if include_path else _own_index()
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks)
@@ -163,6 +164,12 @@ def _find_tasks(names: Iterable[str], include_path: str | None) -> Any:
                 "`lm_eval ls tasks`, or set tasks_path to the folder of its YAML file."
             )
     return manager
+
+
+@lru_cache
+def _own_index() -> Any:
+    """Return the harness's index of its own tasks, read once: it takes seconds."""
+    return _import_harness("lm_eval.tasks").TaskManager()
 
 
 def _harness_model(trainer: Trainer, module: LightningModule, batch_size: int) -> Any:

@@ -85,10 +85,10 @@ def inspect_dataset(dataset: Any) -> tuple[str, bool]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the generators of python, numpy and torch."""
+    """Seed the generators of Python, numpy and, on the CPU, torch: those of data; devices take far longer to seed."""
     random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)
 
 
 def sample_fingerprint(sample: Any) -> str:

@@ -142,6 +142,7 @@ class StepLosses(SampleLosses):
         def drawn_alike(*items: Any) -> Tensor:
             with isolate_rng():
                 seed_generators(seed)
+                torch.manual_seed(seed)
                 return losses(*items)[:half]
 
         whole, other = drawn_alike(*chosen), drawn_alike(*first, *rest[1:], rest[0])
