@@ -1,5 +1,6 @@
 """Fixtures: small, quick, without network."""
 
+import gc
 import os
 from typing import Any
 
@@ -7,6 +8,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that was imported out of garbage collection, which walked through it all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(autouse=True)

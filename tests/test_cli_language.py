@@ -12,7 +12,7 @@ from yaml import safe_load
 import flow_lightning as fl
 from flow_lightning.__main__ import main
 from flow_lightning.report.metrics import read_metrics
-from tests.hub import SOLUTION, write_hub
+from tests.hub import SOLUTION, index_of_hub, write_hub
 from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "language"
@@ -107,8 +107,9 @@ def test_the_papers_tasks_go_on_top_of_a_configuration(config, capsys):
 
 
 def test_one_command_fits_and_makes_the_papers_table_from_local_files(monkeypatch):
-    """All tasks are those of the harness itself. The model's first answer in two is replaced by the right one."""
+    """All tasks are the harness's own. The model's first answer in two is replaced by the right one."""
     write_hub()
+    monkeypatch.setattr("flow_lightning.measures.harness._own_index", index_of_hub)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("cache").absolute())
     model = tiny_model(len(TOKENIZER))

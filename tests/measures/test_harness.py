@@ -135,7 +135,7 @@ def test_groups_with_a_task_twice_or_without_one_are_refused(tasks, message):
 def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
     """The harness's own tasks are many files: a stand-in for its index."""
     index = SimpleNamespace(all_tasks=("hellaswag", "piqa"))
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **settings: index)
+    monkeypatch.setattr("flow_lightning.measures.harness._own_index", lambda: index)
     with pytest.raises(ValueError, match=r"no task 'helaswag'; similar ones are \['hellaswag'\]"):
         measured(HarnessTasks(["helaswag"]))
 
