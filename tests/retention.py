@@ -41,7 +41,7 @@ class SizeOfHead(Measure):
         Metric("retention/before/size", "size of the head before training", "number"),
         Metric("retention/after/size", "size of the head", "number", "down"),
     )
-    panels = (Panel("size of the head", "number", "down", {"size": "retention/after/size"}),)
+    panels = (Panel("size of the head", "number", "down", "retention/after/size"),)
 
     def __init__(self):
         self.measured = []

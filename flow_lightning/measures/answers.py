@@ -39,7 +39,7 @@ class Answers(TargetMeasure):
         Metric("target/exact_match", "right final answers", "fraction", "up"),
         TargetMeasure.samples,
     )
-    panels = (Panel("right final answers", "fraction", "up", {"target": "target/exact_match"}),)
+    panels = (Panel("right final answers", "fraction", "up", "target/exact_match"),)
 
     def __init__(self, *, max_new_tokens: int = 256, batch_size: int = 8) -> None:
         check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)

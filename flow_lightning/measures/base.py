@@ -23,18 +23,13 @@ class Metric(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """What pictures show of a measure: a panel in that of a run, groups of bars in that of a comparison."""
+    """What the picture of a run shows of a measure."""
 
     title: str  #: what is shown: "target accuracy"; `unit` and `better` are as in `Metric`
     unit: str
     better: str
-    groups: Mapping[str, str]  #: label of each group of bars in a comparison to its key; the first is the main result
-    after: Mapping[str, str] = {}  #: label of each bar after training to its key, for a run; by default the main result
-
-    @property
-    def main(self) -> str:
-        """The key of the main result."""
-        return next(iter(self.groups.values()))
+    main: str  #: the key of the main result
+    after: Mapping[str, str] = {}  #: label of each bar after training to its key; by default the main result
 
     @property
     def part(self) -> str:

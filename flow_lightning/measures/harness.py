@@ -56,7 +56,7 @@ class HarnessTasks(Measure):
         Metric("retention/after/group/*", "*", "fraction", "up"),
         Metric("retention/after/task/*", "task *", "fraction", "up"),
     )
-    panels = (Panel("accuracy on general tasks", "fraction", "up", {"general\ntasks": "retention/after/accuracy"}),)
+    panels = (Panel("accuracy on general tasks", "fraction", "up", "retention/after/accuracy"),)
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class TargetTasks(HarnessTasks):
         Metric("target/group/*", "*", "fraction", "up"),
         Metric("target/task/*", "task *", "fraction", "up"),
     )
-    panels = (Panel("accuracy on the target's tasks", "fraction", "up", {"target": "target/accuracy"}),)
+    panels = (Panel("accuracy on the target's tasks", "fraction", "up", "target/accuracy"),)
 
 
 def _grouped(tasks: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:

@@ -38,7 +38,7 @@ class TargetAccuracy(TargetMeasure):
             "target accuracy",
             "fraction",
             "up",
-            groups={"target": "target/top1", "target,\nhardest": "target/hard_top1"},
+            "target/top1",
             after={"after": "target/top1", "after,\nhardest": "target/hard_top1"},
         ),
     )
@@ -115,7 +115,7 @@ class PretrainedImages(Measure):
             title,
             "fraction",
             "up",
-            groups={"pre-trained\ntask": key},
+            key,
             after={"after,\nBatchNorm\nas trained": key, "after,\noriginal\nBatchNorm": f"{key}_original_bn"},
         )
         for title, key in (("pre-trained task", "retention/after/top1"), ("agreement", "retention/after/agreement"))

@@ -28,7 +28,7 @@ class TargetLoss(TargetMeasure):
         Metric("target/loss", "target loss", "nats", "down"),
         TargetMeasure.samples,
     )
-    panels = (Panel("target loss", "nats", "down", {"target loss": "target/loss"}),)
+    panels = (Panel("target loss", "nats", "down", "target/loss"),)
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """Find the test set."""
@@ -58,7 +58,7 @@ class GeneralText(Measure):
         Metric("retention/after/perplexity", "perplexity of general text", "number", "down"),
         Metric("retention/tokens", "predicted tokens of general text", "tokens"),
     )
-    panels = (Panel("perplexity of general text", "number", "down", {"general text": "retention/after/perplexity"}),)
+    panels = (Panel("perplexity of general text", "number", "down", "retention/after/perplexity"),)
     loader: DataLoader[Any]
 
     def __init__(

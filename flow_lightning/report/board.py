@@ -1,6 +1,6 @@
 """What a board of fits shows: a row for each model, the frontier of each method, and how methods compare.
 
-In: the numbers of all fits. Out: `comparison.md` and `.png`, or `frontier.png`, `board.csv`, `board.md`; a table.
+In: the numbers of all fits. Out: `comparison.md`, `frontier.png`, `board.csv`, `board.md`, `report.html`; a table.
 Next: `frontier.py`.
 """
 
@@ -44,20 +44,21 @@ def report(
         folder: Where the files go.
     """
     from flow_lightning.report.frontier_picture import plot_frontier  # matplotlib is slow to import
-    from flow_lightning.report.pictures import plot_comparison
+    from flow_lightning.report.page.render import write_page
 
     count = max(len(column) for column in runs.values())
     spread = f", mean ± standard deviation of {count} seeds" if count > 1 else ""
     rows = [row for setting, metrics in zip(settings, found) for row in _rows(setting, metrics)]
     is_one = all(len({setting[name] for setting in settings}) == 1 for name in ("rate", "noise"))
     if is_one:
-        plot_comparison(runs, folder / "comparison.png")
         write_bytes(folder / "comparison.md", results_markdown(runs).encode())
         table = metrics_table(runs, f"What each method learned and what it kept{spread}")
-        print_table(table, f"Runs, comparison.json, .md and .png: {folder.absolute()}")
+        print_table(table, "")
     if not rows:
+        files = ["comparison.md"] * is_one + [write_page(folder).name]
+        rank_zero_info(f"comparison.json, {', '.join(files)}: {folder.absolute()}")
         if not is_one:
-            rank_zero_info(f"{folder / 'comparison.json'} has all numbers. For the frontier add -c curve.")
+            rank_zero_info("For the frontier add -c curve.")
         return
     write_bytes(folder / "board.csv", _csv(rows).encode())
     panels: dict[str, list[Point]] = {}
@@ -69,7 +70,7 @@ def report(
     if len({setting["rate"] for setting in settings}) > 1:
         for title, comparison in compared.items():
             print_table(_table(comparison, title), "")
-    files = ["comparison.json", *["comparison.png"] * is_one, "board.csv", "board.md", "frontier.png"]
+    files = ["comparison.json", "board.csv", "board.md", "frontier.png", write_page(folder).name]
     for number, (title, points) in enumerate(panels.items(), start=1):
         is_last = number == len(panels)
         print_table(_table_of_ends(points, title), f"{', '.join(files)}: {folder.absolute()}" if is_last else "")

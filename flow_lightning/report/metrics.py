@@ -23,7 +23,6 @@ _AVERAGES = (
     Metric("average", "average of target and pre-trained task", "fraction", "up"),
     Metric("average_original_bn", "average, original BatchNorm", "fraction", "up"),
 )
-_AVERAGE = Panel("average", "fraction", "up", {"average": "average"})
 _OTHERS = (
     Metric("edits/dropped", "training samples dropped by hand", "samples"),
     Metric("edits/relabelled", "training samples relabelled by hand", "samples"),
@@ -79,7 +78,7 @@ def declared_by(measures: Iterable[Measure | type[Measure]] = ()) -> Declared:
     )
     metrics = {metric.key: metric for metric in (*results, *_AVERAGES, *_BUDGET, *_OTHERS, *sizes, *_TIMES)}
     panels = {panel.title: panel for measure in of_all for panel in measure.panels}
-    return Declared(tuple(metrics.values()), (*panels.values(), _AVERAGE))
+    return Declared(tuple(metrics.values()), tuple(panels.values()))
 
 
 #: What this library's own measures, FLOW and the probe declare.

@@ -1,11 +1,10 @@
-"""The pictures of a run and of a comparison, as PNG. No pyplot: no window, no global state.
+"""The pictures of a run, as PNG. No pyplot: no window, no global state.
 
-In: weights, or the content of `metrics.json`. Out: PNG files. Next: `compare.py`.
+In: weights, or the content of `metrics.json`. Out: PNG files. Next: `frontier_picture.py`.
 Colours are those of Okabe and Ito, which people with any colour vision can tell apart.
 """
 
 import io
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,23 +14,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Patch
 from torch import Tensor
 
 from flow_lightning.files import write_bytes
 from flow_lightning.measures import Panel
 from flow_lightning.method.flow import effective_sample_size
-from flow_lightning.report.metrics import DECLARED, Declared, main_panel
+from flow_lightning.report.metrics import DECLARED, Declared
 
 GREY, ORANGE, BLUE, GREEN, RED, SKY = "#8a8a8a", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9"
 COLOURS = (RED, BLUE, GREEN, ORANGE, "#CC79A7", SKY, "#000000")
 MARKERS = "osD^vPX"
 #: What the parts of the keys are called in a picture, and the colours of their bars.
 _PARTS = {"target": ("Learned", BLUE, SKY), "retention": ("Kept", GREEN, ORANGE)}
-#: Inches of a bar in a comparison, so that the number on it fits.
-_BAR = 0.36
-
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @contextmanager
@@ -167,83 +161,6 @@ def plot_path(points: Sequence[Mapping[str, float]], alpha: float, keep: float, 
         left.legend(frameon=False, loc="lower left")
 
 
-def plot_comparison(runs: Runs, path: str | Path, declared: Declared = DECLARED) -> None:
-    """Draw methods against each other: runs in the plane of learned and kept, and means as bars.
-
-    A small marker is a run; if a method has several, the large one is their mean with the standard deviation (n - 1)
-    as whiskers. Losses and perplexities have bars of their own. `runs` has the metrics of runs by name of the method.
-    """
-    every = [run for column in runs.values() for run in column]
-    learned, kept = (main_panel(part, every, declared) for part in ("target", "retention"))
-    plane = (learned, kept) if learned and kept and any(_points(every, learned, kept)) else None
-    mains = [panel for panel in declared.panels if any(run.get(panel.main) is not None for run in every)]
-    numbers = [panel for panel in mains if not panel.is_percent]
-    groups: dict[str, list[str]] = {}  # of bars in percent: label to keys, of which a run has one
-    for label, key in (item for panel in declared.panels if panel.is_percent for item in panel.groups.items()):
-        if any(run.get(key) is not None for run in every):
-            groups.setdefault(label, []).append(key)
-    percent = bool(groups or not numbers)
-    widths = [4.1] * bool(plane) + [max(3.0, 1 + _BAR * len(runs) * len(groups))] * percent
-    widths += [max(2.0, 1 + _BAR * len(runs))] * len(numbers)
-    legend = [Patch(color=COLOURS[order % len(COLOURS)], label=name) for order, name in enumerate(runs)]
-    with picture(path, widths, 4.2) as (figure, axes):
-        figure.legend(handles=legend, loc="outside lower center", ncols=min(len(runs), 5), frameon=False)
-        if plane:
-            _draw_plane(next(axes), runs, *plane)
-        if percent:
-            several = any(len(column) > 1 for column in runs.values())
-            title = "Mean ± standard deviation of the runs" if several else "One run per method"
-            place = next(axes)
-            _draw_means(place, runs, list(groups.values()), 100, "{:.1f}")
-            place.set_xticks(range(len(groups)), list(groups))
-            place.set(ylim=(0, 110), ylabel="%", title=title)
-        for panel in numbers:
-            place = next(axes)
-            _draw_means(place, runs, [[panel.main]], 1, "{:.3g}")
-            place.margins(y=0.12)
-            place.set(xticks=[], ylim=(0, None), ylabel=_label(panel))
-
-
-def _draw_plane(axes: Axes, runs: Runs, learned: Panel, kept: Panel) -> None:
-    for order, column in enumerate(runs.values()):
-        colour, marker = COLOURS[order % len(COLOURS)], MARKERS[order % len(MARKERS)]
-        points = _points(column, learned, kept)
-        if len(points) > 1:
-            axes.plot(*zip(*points), marker, color=colour, markersize=5, alpha=0.45, markeredgewidth=0)
-        if points:
-            (x, dx), (y, dy) = (_mean_and_spread(values) for values in zip(*points))
-            axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, markersize=9, capsize=3, markeredgecolor="white")
-    levels = [run[kept.before] for column in runs.values() for run in column if run.get(kept.before) is not None]
-    if levels:
-        level = _scaled(statistics.fmean(levels), kept)
-        axes.axhline(level, color=GREY, linestyle="--", linewidth=1, zorder=0)
-        where = axes.get_yaxis_transform()
-        axes.annotate("pre-trained", (0.01, level), (0, -3), where, "offset points", va="top", color=GREY)
-    axes.margins(0.15)
-    labels = {"xlabel": f"learned: {_label(learned)}", "ylabel": f"kept: {_label(kept)}"}
-    axes.set(title="Each run: up and right is better", **labels)
-    if kept.is_percent:
-        axes.set_ylim(top=min(axes.get_ylim()[1], 103))
-    axes.xaxis.set_inverted(learned.better == "down")
-    axes.yaxis.set_inverted(kept.better == "down")
-    axes.grid(alpha=0.25)
-
-
-def _draw_means(axes: Axes, runs: Runs, groups: Sequence[Sequence[str]], scale: float, pattern: str) -> None:
-    """Draw a group of bars for each group of keys, and in it the mean of each method's runs."""
-    width = 0.82 / len(runs)
-    for order, column in enumerate(runs.values()):
-        for group, keys in enumerate(groups):
-            values = [scale * run[key] for run in column for key in keys if run.get(key) is not None]
-            mean, spread = _mean_and_spread(values)
-            place = group + (order - (len(runs) - 1) / 2) * width
-            axes.bar(place, mean, width * 0.94, color=COLOURS[order % len(COLOURS)])
-            if spread:
-                axes.errorbar(place, mean, spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-            top, label = (mean + spread, pattern.format(mean)) if values else (0, "–")
-            axes.annotate(label, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-
-
 def _scaled(value: float | None, panel: Panel) -> float:
     return np.nan if value is None else 100 * value if panel.is_percent else value
 
@@ -253,15 +170,3 @@ def _label(panel: Panel) -> str:
         return f"{panel.title} (%)"
     unit = ", nats per token" if panel.unit == "nats" else ""
     return f"{panel.title}{unit}\n({'lower' if panel.better == 'down' else 'higher'} is better)"
-
-
-def _points(column: Sequence[Mapping[str, Any]], learned: Panel, kept: Panel) -> list[tuple[float, float]]:
-    """Return what was learned and what was kept, fractions in percent, for the runs that have both."""
-    pairs = [(run.get(learned.main), run.get(kept.main)) for run in column]
-    return [(_scaled(x, learned), _scaled(y, kept)) for x, y in pairs if x is not None and y is not None]
-
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    if not values:
-        return np.nan, 0.0
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

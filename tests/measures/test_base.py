@@ -11,7 +11,7 @@ def test_a_measure_declares_what_its_pictures_show(measure):
     assert len(keys) == len(measure.metrics)
     for panel in measure.panels:
         assert panel.part == measure.part and panel.before in keys
-        for key in (*panel.groups.values(), *panel.bars_after.values()):
+        for key in (panel.main, *panel.bars_after.values()):
             assert (keys[key].unit, keys[key].better) == (panel.unit, panel.better)
 
 

@@ -1,4 +1,5 @@
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,14 @@ def fits() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return settings, found
 
 
+def draw(runs: dict[str, Any], settings: Any, found: Any, folder: Path) -> None:
+    (folder / "comparison.json").write_text(json.dumps(runs))
+    report(runs, settings, found, folder)
+
+
 def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any, rendered: None) -> None:
     settings, found = fits()
-    report({"standard": found[:2], "flow": found[2:4]}, settings, found, tmp_path)
+    draw({"standard": found[:2], "flow": found[2:4]}, settings, found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "board.csv").open()))
     assert tuple(rows[0]) == COLUMNS and len(rows) == 8 * 3
     assert rows[1] == {
@@ -40,7 +46,7 @@ def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any,
     assert standard.split(" | ")[2] == "61.5" and flow.split(" | ")[2] == "64.5"
     assert "+3.0 (+3.0 to +3.0)" in flow
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "comparison.png").exists(), "several rates: bars would say nothing"
+    assert not (tmp_path / "comparison.md").exists(), "several rates: its columns would say nothing"
     assert "Target under a budget" in capsys.readouterr().out
 
 
@@ -48,8 +54,8 @@ def test_fits_without_a_path_have_the_plain_comparison_alone(tmp_path: Path, ren
     settings, found = fits()
     plain = [{"target/top1": 0.7, "retention/after/top1": 0.4} for _ in found]
     one_rate = [setting | {"rate": None} for setting in settings]
-    report({"standard": plain[:4], "flow": plain[4:]}, one_rate, plain, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.md", "comparison.png"]
+    draw({"standard": plain[:4], "flow": plain[4:]}, one_rate, plain, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.md", "report.html"]
     assert "| flow | 70.0 ± 0.0 % | 40.0 ± 0.0 % |" in (tmp_path / "comparison.md").read_text()
 
 
@@ -60,9 +66,9 @@ def test_shares_of_wrong_labels_have_panels_and_rows_of_their_own(
     monkeypatch.setattr("flow_lightning.report.frontier_picture.plot_frontier", lambda p, *_: panels.append(p))
     settings, found = fits()
     noisy = [setting | {"noise": 0.3 * (setting["rate"] > 0.002), "rate": None} for setting in settings]
-    report({"standard": found[:4], "flow": found[4:]}, noisy, found, tmp_path)
+    draw({"standard": found[:4], "flow": found[4:]}, noisy, found, tmp_path)
     assert {title: len(points) for title, points in panels[0].items()} == {"Clean labels": 12, "30 % wrong labels": 12}
-    assert not (tmp_path / "comparison.png").exists(), "its columns would mix clean and wrong labels"
+    assert not (tmp_path / "comparison.md").exists(), "its columns would mix clean and wrong labels"
     text = (tmp_path / "board.md").read_text()
     assert text.startswith("**Clean labels**\n\n| ") and "\n\n**30 % wrong labels**\n\n| " in text
     lines = capsys.readouterr().out.splitlines()
@@ -77,4 +83,4 @@ def test_shares_of_wrong_labels_have_panels_and_rows_of_their_own(
         ["standard", "0.5", "61.5", "98.5", "74.0", "90.0"],
         ["flow", "0.5", "64.5", "98.5", "77.0", "90.0"],
     ]
-    assert lines[-1] == f"comparison.json, board.csv, board.md, frontier.png: {tmp_path}"
+    assert lines[-1] == f"comparison.json, board.csv, board.md, frontier.png, report.html: {tmp_path}"

@@ -10,7 +10,6 @@ from matplotlib.text import Text
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import declared_by
 from flow_lightning.report.pictures import (
-    plot_comparison,
     plot_path,
     plot_retention,
     plot_weights,
@@ -100,41 +99,8 @@ def test_a_language_run_shows_the_course_of_each_thing_that_it_kept(drawn):
     assert line.get_ydata().tolist() == [18, 19, 20]
 
 
-@pytest.mark.parametrize(
-    "runs",
-    [
-        {"plain": [RUN, RUN | {"target/top1": 0.7}, RUN], "flow": [RUN]},
-        {"plain": [UNLABELLED], "flow": [UNLABELLED, UNLABELLED]},
-        {"plain": [{"target/top1": 0.5}], "diverged": [RUN | {"retention/after/top1": None, "average": None}]},
-        {str(i): [RUN] for i in range(9)},
-        {"plain": [TEXT], "diverged": [LOSS_ONLY | {"target/loss": None, "retention/after/perplexity": None}]},
-        {"plain": [{"target/loss": 0.3}]},
-        {"plain": [{}]},
-    ],
-)
-def test_comparison_picture(runs):
-    plot_comparison(runs, "comparison.png")
-    assert is_picture("comparison.png")
-
-
-def test_a_comparison_shows_means_in_percent_and_other_units_apart(drawn):
-    plot_comparison({"plain": [TEXT], "flow": [TEXT, TEXT | {"target/exact_match": 0.5}]}, "comparison.png")
-    assert is_picture("comparison.png")
-    plane, percent, loss, perplexity = drawn[0].axes
-    assert plane.get_xlabel() == "learned: right final answers (%)"
-    assert plane.get_ylabel() == "kept: accuracy on general tasks (%)"
-    assert [label.get_text() for label in percent.get_xticklabels()] == ["target", "general\ntasks", "average"]
-    assert heights(percent) == [40, 45, 42.5, 45, 45, 42.5]
-    assert heights(loss) == [0.3, 0.3] and heights(perplexity) == [21, 21]
-    assert not plane.xaxis_inverted() and not plane.yaxis_inverted()
-    plot_comparison({"plain": [LOSS_ONLY], "flow": [LOSS_ONLY | {"target/loss": 0.2}]}, "comparison.png")
-    plane = drawn[1].axes[0]  # where less is better the axis is reversed
-    assert plane.xaxis_inverted() and plane.yaxis_inverted()
-
-
 def test_a_measure_of_ones_own_is_drawn(drawn):
     run, declared = {"target/top1": 0.5, "retention/after/size": 3.0}, declared_by([SizeOfHead()])
     plot_retention(run, "retention.png", declared)
-    plot_comparison({"plain": [run]}, "comparison.png", declared)
     assert titles(drawn[0])[1] == "Kept: size of the head" and heights(drawn[0].axes[1]) == [3]
-    assert drawn[1].axes[0].get_ylabel() == "kept: size of the head\n(lower is better)"
+    assert drawn[0].axes[1].get_ylabel() == "size of the head\n(lower is better)"

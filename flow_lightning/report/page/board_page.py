@@ -79,11 +79,7 @@ def _frontier(folder: Path, runs: Runs, every: Sequence[Metrics]) -> Section:
         for name, column in runs.items():
             pairs = [(run.get(kept.main), run.get(learned.main), number) for number, run in enumerate(column, 1)]
             groups[name] = [(x * k, y * t, f"{name}, run {n}") for k, t, n in pairs if k is not None and t is not None]
-        better = "" if learned.better == "up" else " (lower is better)"
-        labels = (
-            f"kept: {kept.title}{' (%)' * kept.is_percent}",
-            f"learned: {learned.title}{' (%)' * learned.is_percent}{better}",
-        )
+        labels = charts.axis_label("kept", kept), charts.axis_label("learned", learned)
     marks = {
         name: [(k, t, f"{what}: learned {t:.4g}, kept {k:.4g}") for k, t, what in points]
         for name, points in groups.items()

@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from flow_lightning.measures import Panel
 from flow_lightning.report.pictures import BLUE, COLOURS, GREY, MARKERS, RED
 
 #: Size of a chart in CSS pixels: the width of a phone, less its margins. SVG is drawn at 72 units an inch, one a pixel.
@@ -39,6 +40,7 @@ _STYLE: Any = {
 MOST_CLASSES, _LETTERS, _STOPS = 16, 16, 40
 #: C1 controls, marks that change the direction of writing, halves of a surrogate pair, and non-characters.
 _UNSEEN = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_LOWER = " (lower is better)"
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 
 Array = NDArray[np.float64]
@@ -214,6 +216,11 @@ def lines(caption: str, x_label: str, y_label: str, curves: Mapping[str, Sequenc
     return drawn
 
 
+def axis_label(what: str, panel: Panel) -> str:
+    """Name the main result of a measure, and say if lower is better."""
+    return f"{what}: {panel.title}{' (%)' * panel.is_percent}{_LOWER * (panel.better == 'down')}"
+
+
 def plane(
     caption: str,
     groups: Mapping[str, Sequence[tuple[float, float, str]]],
@@ -221,7 +228,7 @@ def plane(
     y_label: str,
     line: bool = False,
 ) -> Chart:
-    """Draw models by method, `(x, y, hover)`; perhaps joined by a line. Up is better."""
+    """Draw models by method, `(x, y, hover)`; perhaps joined by a line. Up and right is better."""
     with chart(caption, 290) as drawn:
         for order, (name, points) in enumerate(groups.items()):
             colour, marker = COLOURS[(order + 1) % 6], MARKERS[order % len(MARKERS)]
@@ -233,7 +240,8 @@ def plane(
                 drawn.hover(mark, text)
         drawn.axes.set(xlabel=x_label, ylabel=y_label)
         drawn.axes.margins(0.1)
-        drawn.axes.yaxis.set_inverted("lower is better" in y_label)
+        for axis, label in ((drawn.axes.xaxis, x_label), (drawn.axes.yaxis, y_label)):
+            axis.set_inverted(_LOWER in label)
         if len(groups) > 1:
             drawn.legend()
     return drawn

@@ -49,3 +49,15 @@ def test_runs_that_diverged_are_counted_and_a_board_without_numbers_has_no_chart
     write_fit(folder, "flow", 1, {"diverged": "NaN"})
     sections, _ = board_sections(folder)
     assert "1 of them diverged" in sections[0].text[1] and "nothing to draw" in sections[1].text[0]
+
+
+@pytest.mark.usefixtures("rendered")
+def test_up_and_right_is_better_also_where_lower_numbers_are():
+    folder, run = Path("board"), {"target/loss": 0.3, "retention/after/perplexity": 21.0}
+    better = {"target/loss": 0.2, "retention/after/perplexity": 20.0}
+    folder.mkdir()
+    (folder / "comparison.json").write_text(json.dumps({"plain": [run], "flow": [better]}))
+    (chart,) = board_sections(folder)[0][1].charts
+    assert chart.axes.get_xlabel() == "kept: perplexity of general text (lower is better)"
+    assert chart.axes.get_ylabel() == "learned: target loss (lower is better)"
+    assert chart.axes.xaxis_inverted() and chart.axes.yaxis_inverted()
