@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from flow_lightning.cli import run
-from flow_lightning.configurations import OptionError, find_part
+from flow_lightning.configurations import OptionError, Parser, find_part
 from flow_lightning.files import write_bytes
 from flow_lightning.report.board import report
 from flow_lightning.report.metrics import Metrics, finite, read_metrics
@@ -79,7 +79,7 @@ def compare(words: Sequence[str]) -> None:
 
 def board_parser() -> argparse.ArgumentParser:
     """Return the parser of a board's own options."""
-    parser = argparse.ArgumentParser("flow-lightning compare", allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser = Parser(allow_abbrev=False, add_help=False)
     parser.add_argument("--board", type=Path)
     parser.add_argument("--methods", type=_listed, default=["standard", "flow"])
     parser.add_argument("--optimizers", type=_listed, default=[None])
@@ -95,13 +95,6 @@ def board_parser() -> argparse.ArgumentParser:
 def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Take the options of a board, from a YAML file if one is given, and leave those of the fits."""
     parser = board_parser()
-    try:
-        return _read(parser, words)
-    except argparse.ArgumentError as error:
-        raise OptionError(str(error)) from error
-
-
-def _read(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     board, rest = parser.parse_known_args(words)
     known = {action.dest for action in parser._actions} - {"board"}
     for source, settings in _settings(board.board, rest):
@@ -109,7 +102,8 @@ def _read(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argpar
             raise OptionError(f"{source} has {sorted(unknown)}, but a board has {', '.join(sorted(known))}.")
         parser.set_defaults(**{name: str(value) for name, value in settings.items()})
     board, rest = parser.parse_known_args(words)
-    if wrong := [each for each in board.noise if each is not None and not _is_share(each)]:
+    shares = [share for share in board.noise if share is not None]
+    if wrong := [share for share in shares if not isinstance(share, int | float) or not 0 <= share < 1]:
         raise OptionError(f"--noise has {wrong[0]!r}; expected shares of wrong labels from 0 to below 1: [0, 0.3].")
     if board.rates != [None] and len(set(board.rates)) < 2:
         raise OptionError(f"--rates is {board.rates}: a board needs at least two, such as [0.001, 0.002, 0.004].")
@@ -132,18 +126,11 @@ def _listed(text: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1
-
-
 def _warn_if_small(options: argparse.Namespace) -> None:
     """Say what a board of rates lacks for a fair comparison, in the first of its parts or processes alone."""
     rates, seeds = len(set(options.rates)), len(set(options.seeds))
-    if (
-        options.rates != [None]
-        and (options.jobs, options.part[0]) == (1, 0)
-        and (rates < _FAIR_RATES or seeds < _FAIR_SEEDS)
-    ):
+    is_first = (options.jobs, options.part[0]) == (1, 0)
+    if options.rates != [None] and is_first and (rates < _FAIR_RATES or seeds < _FAIR_SEEDS):
         rank_zero_warn(
             f"This board has {rates} rates and {seeds} seeds. To compare methods fairly give at least {_FAIR_RATES} "
             f"rates, each about twice the one before, and {_FAIR_SEEDS} seeds: intervals over fewer seeds mean little."
@@ -198,10 +185,9 @@ def _finished(fit: Fit) -> Metrics | None:
 def _share_out(words: Sequence[str], jobs: int) -> None:
     """Run parts of the board in processes of their own, each with a device of its own where there are several."""
     devices = torch.cuda.device_count()
-    own = [*words, "--jobs=1"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "flow_lightning", *own, f"--part={number}/{jobs}"],
+            [sys.executable, "-m", "flow_lightning", *words, "--jobs=1", f"--part={number}/{jobs}"],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(number % devices)} if devices else {}),
         )
         for number in range(jobs)

@@ -8,7 +8,7 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import yaml
 
@@ -19,6 +19,14 @@ FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.p
 
 class OptionError(argparse.ArgumentTypeError):
     """An option that the command line cannot take; its message is all that the user needs."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `OptionError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and how the command is used if that is known."""
+        raise OptionError(f"{message}. Expected: {self.usage}" if self.usage else message)
 
 
 def shipped() -> dict[str, Path]:
@@ -73,13 +81,10 @@ def with_files(arguments: Sequence[str]) -> list[str]:
         >>> [Path(word).name for word in with_files(["fit", "--method", "flow", "-c", "cifar10"])]
         ['fit', 'cifar10.yaml', 'flow.yaml']
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", dest="files", default=[], type=_file_or_yaml)
     parser.add_argument("--method", action="append", dest="files", type=lambda name: (True, find_part("method", name)))
-    try:
-        parsed, words = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise OptionError(str(error)) from error
+    parsed, words = parser.parse_known_args(arguments)
     files: list[tuple[bool, Path | str]] = parsed.files
     if sum(is_method for is_method, _ in files) > 1:
         raise OptionError("There are two methods. Give one --method.")

@@ -68,7 +68,8 @@ class HarnessTasks(Measure):
         run_unsafe_code: bool = False,
     ) -> None:
         check_at_least(1, limit=limit, batch_size=batch_size)
-        self.groups = {name: [split_task(task) for task in of] for name, of in _grouped(tasks).items()}
+        grouped = tasks if isinstance(tasks, dict) else {"": tasks}  # those of a list are one group without a name
+        self.groups = {name: [split_task(task) for task in of] for name, of in grouped.items()}
         listed = [task for group in self.groups.values() for task in group]
         self.shots = dict(listed)
         if len(self.shots) < len(listed):
@@ -126,11 +127,6 @@ class TargetTasks(HarnessTasks):
         Metric("target/task/*", "task *", "fraction", "up"),
     )
     panels = (Panel("accuracy on the target's tasks", "fraction", "up", "target/accuracy"),)
-
-
-def _grouped(tasks: list[str] | dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return tasks by group; those of a list are one group without a name."""
-    return tasks if isinstance(tasks, dict) else {"": tasks}
 
 
 def split_task(entry: str) -> tuple[str, int | None]:

@@ -6,7 +6,6 @@ Next: `pictures.py`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +76,8 @@ def target_at(points: Sequence[Point], keep: float) -> float:
     Returns:
         A fraction; NaN if no point keeps that much.
     """
-    return _value_of_best(points, lambda p: p.chosen_by[1] >= keep, lambda p: p.chosen_by[0], lambda p: p.target)
+    allowed = [point for point in points if point.chosen_by[1] >= keep]
+    return max(allowed, key=lambda point: point.chosen_by[0]).target if allowed else float("nan")
 
 
 def retention_at(points: Sequence[Point], target: float) -> float:
@@ -90,7 +90,8 @@ def retention_at(points: Sequence[Point], target: float) -> float:
     Returns:
         A share; NaN if no point reaches the target.
     """
-    return _value_of_best(points, lambda p: p.chosen_by[0] >= target, lambda p: p.chosen_by[1], lambda p: p.retention)
+    allowed = [point for point in points if point.chosen_by[0] >= target]
+    return max(allowed, key=lambda point: point.chosen_by[1]).retention if allowed else float("nan")
 
 
 def area_between(ours: Curve, theirs: Curve) -> float:
@@ -159,21 +160,18 @@ def compare_methods(points: Sequence[Point], baseline: str) -> dict[str, dict[st
     seeds = sorted({point.seed for point in points})
     of = {(m, s): [p for p in points if (p.method, p.seed) == (m, s)] for m in methods for s in seeds}
     goals = {seed: _goals([p for p in points if p.seed == seed]) for seed in seeds}
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Interval]] = {}
     for method in methods:
-        mine = [of[method, seed] for seed in seeds if of[method, seed] and of[baseline, seed]]
-        base = [of[baseline, seed] for seed in seeds if of[method, seed] and of[baseline, seed]]
-        numbers: dict[str, Any] = {}
+        pairs = [(of[method, seed], of[baseline, seed]) for seed in seeds if of[method, seed] and of[baseline, seed]]
+        numbers = result[method] = {}
         for keep in (0.95, 0.98, 0.99):
-            ours, theirs = ([target_at(each, keep) for each in group] for group in (mine, base))
-            numbers[f"target@{keep}"] = bootstrap(ours)
+            numbers[f"target@{keep}"] = bootstrap([target_at(a, keep) for a, _ in pairs])
             if method != baseline:
-                numbers[f"gain@{keep}"] = bootstrap([a - b for a, b in zip(ours, theirs)])
+                numbers[f"gain@{keep}"] = bootstrap([target_at(a, keep) - target_at(b, keep) for a, b in pairs])
         for share in (0.9, 0.95, 0.99):
-            numbers[f"retention@{share}"] = bootstrap([retention_at(p, goals[p[0].seed](share)) for p in mine])
+            numbers[f"retention@{share}"] = bootstrap([retention_at(a, goals[a[0].seed](share)) for a, _ in pairs])
         if method != baseline:
-            numbers["area"] = bootstrap([area_between(frontier(a), frontier(b)) for a, b in zip(mine, base)])
-        result[method] = numbers
+            numbers["area"] = bootstrap([area_between(frontier(a), frontier(b)) for a, b in pairs])
     return result
 
 
@@ -182,16 +180,6 @@ def _goals(points: Sequence[Point]) -> Callable[[float], float]:
     targets = [point.chosen_by[0] for point in points]
     safest = max(points, key=lambda point: (point.chosen_by[1], -point.alpha)).chosen_by[0]
     return lambda share: safest + share * (max(targets) - safest)
-
-
-def _value_of_best(
-    points: Sequence[Point],
-    is_allowed: Callable[[Point], bool],
-    by: Callable[[Point], float],
-    value: Callable[[Point], float],
-) -> float:
-    allowed = [point for point in points if is_allowed(point)]
-    return value(max(allowed, key=by)) if allowed else float("nan")
 
 
 def _turns_up(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:

@@ -34,7 +34,7 @@ def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budge
         path: The PNG.
         budgets: Retentions to mark.
     """
-    methods = list(dict.fromkeys(point.method for points in panels.values() for point in points))
+    methods, budgets = list(dict.fromkeys(p.method for points in panels.values() for p in points)), sorted({*budgets})
     with picture(path, [6.5] if len(panels) == 1 else [4.4] * len(panels), 4.6) as (figure, every):
         places = [next(every) for _ in panels]
         for place, (title, points) in zip(places, panels.items()):
@@ -46,11 +46,11 @@ def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budge
         limits = _limits([line.get_xydata() for place in places for line in place.lines if line.get_linestyle() == "-"])
         for place in places:
             place.set(**limits)
-            for budget in sorted(set(budgets)):
+            for budget in budgets:
                 place.axvline(100 * budget, color=GREY, linestyle="--", linewidth=1, zorder=0)
         places[0].set_ylabel("target accuracy (%)")
-        shares = ", ".join(f"{100 * budget:g}" for budget in sorted(set(budgets)))
-        label = f"budget{'s' if len(set(budgets)) > 1 else ''} of {shares} %"
+        shares = ", ".join(f"{100 * budget:g}" for budget in budgets)
+        label = f"budget{'s' if len(budgets) > 1 else ''} of {shares} %"
         places[0].plot([], [], color=GREY, linestyle="--", linewidth=1, label=label)
         if any(point.is_chosen for points in panels.values() for point in points):
             places[0].plot([], [], "o", **_RING, label="chosen within the budget")
@@ -78,10 +78,8 @@ def _draw_method(axes: Axes, points: Sequence[Point], colour: str, marker: str) 
         order = np.argsort([point.alpha for point in points])
         axes.plot(x[order], y[order], color=colour, linewidth=1.8, marker=marker, label=points[0].method)
         return
-    by_seed: Mapping[int, list[Point]] = {point.seed: [] for point in points}
-    for point in points:
-        by_seed[point.seed].append(point)
-    curves = [frontier(of_seed) for of_seed in by_seed.values()]
+    seeds = dict.fromkeys(point.seed for point in points)
+    curves = [frontier([point for point in points if point.seed == seed]) for seed in seeds]
     low, high = max(curve[0].min() for curve in curves), min(curve[0].max() for curve in curves)
     if len(curves) == 1 or not low < high:
         low, high = min(curve[0].min() for curve in curves), max(curve[0].max() for curve in curves)

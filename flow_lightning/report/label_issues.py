@@ -37,21 +37,12 @@ def write_label_issues(path: Path, probe: Probe, class_names: Sequence[str] | No
         probe: What `LinearProbeCallback(folds=...)` fits.
         class_names: By index.
     """
-    columns = issue_columns(probe, class_names)
-    if path.suffix == ".parquet":
-        write_parquet(path, columns)
-        return
-    write_csv(path, columns)
-
-
-def issue_columns(probe: Probe, class_names: Sequence[str] | None = None) -> dict[str, list[Any]]:
-    """Return the columns of the table by name, in their order, each with a value for every sample."""
     given, predicted = probe.targets.tolist(), probe.predicted.tolist()
     fingerprint = data_fingerprint("labels", given)
     if class_names:
         names = {index: str(name) for index, name in enumerate(class_names)}
         given, predicted = ([names.get(label, str(label)) for label in labels] for labels in (given, predicted))
-    return {
+    columns: dict[str, list[Any]] = {
         "index": list(range(len(given))),
         "is_label_issue": probe.issues.tolist(),
         "label_score": probe.right.tolist(),
@@ -60,3 +51,4 @@ def issue_columns(probe: Probe, class_names: Sequence[str] | None = None) -> dic
         "probability": probe.confidences.tolist(),
         "fingerprint": [fingerprint] * len(given),
     }
+    (write_parquet if path.suffix == ".parquet" else write_csv)(path, columns)

@@ -3,7 +3,7 @@
 In: loggers of a trainer, and a file or values. Out: calls of those that take them. Next: none; `callbacks/` call this.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,9 @@ def log_weights(loggers: Iterable[Any], scored: Any, picture: Path | None) -> No
     """Give the distribution of losses and weights to loggers that draw histograms, the picture to those of images."""
     losses, weights = some_values(scored)
     for tag, values in (("flow/weights", weights), ("flow/losses", losses.clamp_min(1e-8).log10())):
-        given = {"tag": tag, "values": values.cpu(), "global_step": 0}
         for logger in loggers:
-            histogram: Any = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-            if _takes(histogram, given):
-                histogram(**given)
+            given = {"tag": tag, "values": values.cpu(), "global_step": 0}
+            _call_first((getattr(logger, "experiment", None), "add_histogram", given))
     if picture is not None:
         log_picture(loggers, "flow/weights", picture)
 
@@ -59,16 +57,11 @@ def log_page(loggers: Iterable[Any], path: Path) -> None:
 
 def _call_first(*ways: tuple[Any, str, dict[str, Any]]) -> None:
     """Call the first method that exists and takes its arguments; each way is its owner, its name and the arguments."""
-    calls = ((getattr(owner, method, None), given) for owner, method, given in ways)
-    call, given = next(((call, given) for call, given in calls if _takes(call, given)), (None, {}))
-    if call is not None:
+    for owner, method, given in ways:
+        call: Any = getattr(owner, method, None)
+        try:
+            signature(call).bind(**given)
+        except (TypeError, ValueError):  # no function, other arguments, or no signature
+            continue
         call(**given)
-
-
-def _takes(call: Any, given: Mapping[str, Any]) -> bool:
-    """Tell whether something is a function that takes these arguments."""
-    try:
-        signature(call).bind(**given)
-    except (TypeError, ValueError):  # no function, other arguments, or no signature
-        return False
-    return True
+        return

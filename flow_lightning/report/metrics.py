@@ -155,13 +155,20 @@ def metrics_table(
     table = Table("", title=title or None)
     for name in columns:
         table.add_column(name, justify="right")
-    runs = [[column] if isinstance(column, Mapping) else list(column) for column in columns.values()]
-    for metric in metric_rows({key for column in runs for run in column for key in run}, declared):
-        values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs]
-        if any(values):
-            unit = {"seconds": " (s)", "nats": " (nats)"}.get(metric.unit, "")
-            table.add_row(metric.name + unit, *(format_value(metric, column) for column in values))
+    runs = [[column] if isinstance(column, Mapping) else column for column in columns.values()]
+    for metric, cells in filled_rows(runs, declared):
+        table.add_row(metric.name + {"seconds": " (s)", "nats": " (nats)"}.get(metric.unit, ""), *cells)
     return table
+
+
+def filled_rows(
+    columns: Sequence[Sequence[Mapping[str, Any]]], declared: Declared = DECLARED
+) -> Iterator[tuple[Metric, list[str]]]:
+    """Yield each declared metric that some run has, with its cell for each column of runs."""
+    for metric in metric_rows({key for column in columns for run in column for key in run}, declared):
+        values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in columns]
+        if any(values):
+            yield metric, [format_value(metric, column) for column in values]
 
 
 def results_markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], declared: Declared = DECLARED) -> str:

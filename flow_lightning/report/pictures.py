@@ -54,9 +54,9 @@ def plot_weights(scored: Any, path: str | Path) -> None:
         _draw_weights(next(axes), weights.cpu())
 
 
-def some_values(scored: Any, most: int = 1_000_000) -> tuple[Tensor, Tensor]:
-    """Return losses and weights for a picture, evenly spaced ones if there are very many."""
-    step = -(-scored.losses.numel() // most)
+def some_values(scored: Any) -> tuple[Tensor, Tensor]:
+    """Return losses and weights for a picture, evenly spaced ones if there are more than a million."""
+    step = -(-scored.losses.numel() // 1_000_000)
     return scored.losses[::step].detach().float(), scored.weights[::step].detach().float()
 
 

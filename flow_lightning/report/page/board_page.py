@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flow_lightning.report.metrics import Metrics, format_value, main_panel, metric_rows, read_metrics
+from flow_lightning.report.metrics import Metrics, filled_rows, main_panel, read_metrics
 from flow_lightning.report.page import charts
 from flow_lightning.report.page.section import Section, Table
 
@@ -46,11 +46,7 @@ def _sections(folder: Path, runs: Runs) -> Iterator[Section]:
         text.append(f"{diverged} of them diverged, without numbers.")
     yield Section("In short", text)
     yield _frontier(folder, runs, every)
-    rows = []
-    for metric in metric_rows({key for run in every for key in run}):
-        values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in runs.values()]
-        if any(values):
-            rows.append([metric.name, *(format_value(metric, column) for column in values)])
+    rows = [[metric.name, *cells] for metric, cells in filled_rows(list(runs.values()))]
     yield Section("All numbers", tables=[Table("Mean ± standard deviation of the runs", ["", *runs], rows)])
 
 
@@ -80,11 +76,9 @@ def _frontier(folder: Path, runs: Runs, every: Sequence[Metrics]) -> Section:
             pairs = [(run.get(kept.main), run.get(learned.main), number) for number, run in enumerate(column, 1)]
             groups[name] = [(x * k, y * t, f"{name}, run {n}") for k, t, n in pairs if k is not None and t is not None]
         labels = charts.axis_label("kept", kept), charts.axis_label("learned", learned)
-    marks = {
-        name: [(k, t, f"{what}: learned {t:.4g}, kept {k:.4g}") for k, t, what in points]
-        for name, points in groups.items()
-    }
-    section.charts = [charts.plane("Each mark is a model; hover for its name", marks, *labels)]
+    for name, points in groups.items():
+        groups[name] = [(k, t, f"{what}: learned {t:.4g}, kept {k:.4g}") for k, t, what in points]
+    section.charts = [charts.plane("Each mark is a model; hover for its name", groups, *labels)]
     return section
 
 

@@ -3,21 +3,22 @@
 In: a run's directory or a board's folder. Out: `report.html`. Next: `page.html`, the template.
 """
 
-import argparse
 import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from flow_lightning.configurations import OptionError
+from flow_lightning.configurations import OptionError, Parser
 from flow_lightning.files import write_bytes
 from flow_lightning.report.page import charts
 from flow_lightning.report.page.board_page import board_sections, configuration, is_board
 from flow_lightning.report.page.files import read_run
 from flow_lightning.report.page.run_page import sections
+
+_HERE = Path(__file__).parent
 
 
 def write_page(folder: Path, output: Path | None = None) -> Path:
@@ -46,16 +47,15 @@ def page(folder: Path) -> str:
             raise OptionError(f"{folder} holds neither a run nor a board. {hint}")
         parts, missing, words, kind = list(sections(run)), run.missing, run.configuration, "run"
     environment = Environment(
-        loader=PackageLoader("flow_lightning.report.page", "."),
+        loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["visible"] = charts.visible
-    source = environment.loader.get_source(environment, "page.js")[0]  # type: ignore[union-attr]
+    source, style = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-    style = environment.loader.get_source(environment, "page.css")[0]  # type: ignore[union-attr]
     return environment.get_template("page.html").render(
         title=_title(folder), kind=kind, place=str(folder), sections=parts, missing=missing, configuration=words,
         script=Markup(source), script_hash=digest, style=Markup(style),
@@ -69,18 +69,11 @@ def _title(folder: Path) -> str:
 
 def command(words: Sequence[str]) -> None:
     """Run `flow-lightning report DIRECTORY [--output FILE]`."""
-    parser = argparse.ArgumentParser(
-        "flow-lightning report", exit_on_error=False, description="Draw the page of a run or a board."
-    )
-    parser.add_argument("directory", type=Path, help="A run's directory, or a board's folder.")
-    parser.add_argument("--output", type=Path, help="The HTML file; by default report.html in that folder.")
-    try:
-        options, unknown = parser.parse_known_args(list(words))
-    except argparse.ArgumentError as error:
-        raise OptionError(f"{error}. Expected: flow-lightning report DIRECTORY") from error
+    parser = Parser(usage="flow-lightning report DIRECTORY [--output FILE]", add_help=False)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--output", type=Path)
+    options, unknown = parser.parse_known_args(words)
     if unknown:
-        raise OptionError(
-            f"report does not know {unknown[0]}. Expected: flow-lightning report DIRECTORY [--output FILE]"
-        )
+        parser.error(f"report does not know {unknown[0]}")
     path = write_page(options.directory, options.output)
     print(f"Report: {path.absolute()}")

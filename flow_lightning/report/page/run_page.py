@@ -6,7 +6,7 @@ In: `RunFiles`. Out: sections. Next: `sample_sections.py`.
 import math
 from collections.abc import Iterator
 
-from flow_lightning.report.metrics import DECLARED, Metrics, format_value, main_panel, metric_rows
+from flow_lightning.report.metrics import DECLARED, Metrics, filled_rows, main_panel
 from flow_lightning.report.page import charts
 from flow_lightning.report.page.answer_section import answer_section
 from flow_lightning.report.page.files import RunFiles
@@ -27,10 +27,7 @@ def sections(run: RunFiles) -> Iterator[Section]:
     if changed.tables or not run.holds_texts:
         yield changed
     yield _curves(run)
-    known = {key for key, value in run.metrics.items() if isinstance(value, int | float)}
-    shown = [metric for metric in metric_rows(known) if metric.key in known]
-    if shown:
-        rows = [[metric.name, format_value(metric, [run.metrics[metric.key]])] for metric in shown]
+    if rows := [[metric.name, *cells] for metric, cells in filled_rows([[run.metrics]])]:
         yield Section("All numbers", tables=[Table("metrics.json", ["", "value"], rows)])
 
 

@@ -14,10 +14,9 @@ from flow_lightning.method.weights import TokenWeights
 from flow_lightning.report.page import charts
 from flow_lightning.report.page.files import RunFiles, sample_means
 from flow_lightning.report.page.section import Section, Table
+from flow_lightning.report.pictures import some_values
 
 _MOST_ROWS = 2000
-#: Losses and weights that a histogram is made of.
-_MOST_VALUES = 1_000_000
 #: A class that gets less than this part of its share of the weight counts as starved.
 _STARVED = 0.5
 
@@ -35,10 +34,10 @@ def weight_section(run: RunFiles) -> Section:
         f"τ is {weights.temperature:.4g}. The effective sample size is {effective:,.0f} of {len(shares):,} {unit} "
         f"({part:.0%})."
     ]
-    some = slice(None, None, -(-len(shares) // _MOST_VALUES))
+    some_losses, some_shares = (each.double().numpy() for each in some_values(weights))
     section.charts = [
-        charts.losses(weights.losses[some].double().numpy(), weights.temperature, unit),
-        charts.weights(shares[some].double().numpy(), part, unit),
+        charts.losses(some_losses, weights.temperature, unit),
+        charts.weights(some_shares, part, unit),
     ]
     if run.labels is None and not run.holds_texts:
         section.text.append("Without labels nothing can be said by class.")
@@ -90,7 +89,7 @@ def sample_section(run: RunFiles) -> Section:
         lists = ["suspected"] * (index in issues)
         lists += ["hardest" if ranks[index] < len(order) / 2 else "easiest"] if index in ranks else []
         section.cards.append(_card(run, index, numbers) | {"lists": lists})
-    section.text = _words_on_texts(run) if _is_sorted_by_loss(run) else _words_on_labels(run, len(suspects))
+    section.text = _words(run, len(suspects))
     wanted = list(dict.fromkeys([*suspects, *order]))[:_MOST_ROWS]
     rows = [_columns(run, index, numbers) for index in wanted]
     first = "" if _is_sorted_by_loss(run) else "suspected label errors, then "
@@ -105,7 +104,10 @@ def _is_sorted_by_loss(run: RunFiles) -> bool:
     return run.holds_texts and not run.issues
 
 
-def _words_on_labels(run: RunFiles, suspects: int) -> list[str]:
+def _words(run: RunFiles, suspects: int) -> list[str]:
+    if _is_sorted_by_loss(run):
+        shades = " The darker a token of it, the more weight it has." if isinstance(run.weights, TokenWeights) else ""
+        return [f"Each card has the end of the prompt, in grey, and the answer.{shades}"]
     words = [
         f"{suspects:,} label errors are suspected."
         if run.issues
@@ -117,13 +119,9 @@ def _words_on_labels(run: RunFiles, suspects: int) -> list[str]:
             "The option --drop-issues label_issues.csv leaves them out of the next fit. To decide on each, add a "
             "column action with drop, keep or the right label: --relabel takes that file."
         )
-    unsorted = "The run lists no labels, so samples cannot be sorted by class."
-    return words if run.labels is not None else [*words, unsorted]
-
-
-def _words_on_texts(run: RunFiles) -> list[str]:
-    shades = " The darker a token of it, the more weight it has." if isinstance(run.weights, TokenWeights) else ""
-    return [f"Each card has the end of the prompt, in grey, and the answer.{shades}"]
+    if run.labels is None:
+        words.append("The run lists no labels, so samples cannot be sorted by class.")
+    return words
 
 
 def _columns(run: RunFiles, index: int, numbers: tuple[Tensor, ...]) -> dict[str, str]:
