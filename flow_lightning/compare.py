@@ -34,14 +34,12 @@ class Fit(NamedTuple):
 
     Attributes:
         name: Of its column: the method, and what is varied beside it.
-        seed: None for that of the configuration.
         folder: Where it writes; `finished.json` there holds its command and its numbers.
         words: Its command.
-        settings: Method, optimizer, rate and share of wrong labels.
+        settings: Method, optimizer, rate, share of wrong labels, seed and folder, as the board has them.
     """
 
     name: str
-    seed: int | None
     folder: Path
     words: list[str]
     settings: dict[str, Any]
@@ -156,10 +154,9 @@ def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
         words = ["fit", *shared, f"--config={find_part('method', method)}"]
         words += [f"--config={find_part('optimizer', optimizer)}"] if optimizer else []
         words += [f"--trainer.default_root_dir={folder}"]
-        words += [] if rate is None else [f"--learning_rate={rate}"]
-        words += [] if noise is None else [f"--data.label_noise.rate={noise}"]
-        words += [] if seed is None else [f"--seed_everything={seed}"]
-        yield Fit(name, seed, folder, words, varied | {"noise": noise})
+        options_of_fit = {"learning_rate": rate, "data.label_noise.rate": noise, "seed_everything": seed}
+        words += [f"--{option}={value}" for option, value in options_of_fit.items() if value is not None]
+        yield Fit(name, folder, words, varied | {"noise": noise, "seed": seed or 0, "folder": str(folder)})
 
 
 def _make(fit: Fit, board: Path) -> None:
@@ -209,4 +206,4 @@ def _report(fits: Sequence[Fit], found: Sequence[Metrics], folder: Path) -> None
     for fit, metrics in zip(fits, found):
         runs[fit.name].append({} if "diverged" in metrics else metrics)
     _write(folder / "comparison.json", runs)
-    report(runs, [fit.settings | {"seed": fit.seed or 0, "folder": str(fit.folder)} for fit in fits], found, folder)
+    report(runs, [fit.settings for fit in fits], found, folder)

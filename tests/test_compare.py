@@ -22,7 +22,7 @@ def compare(*options) -> dict:
     return json.loads(Path("runs/x/comparison.json").read_text())
 
 
-def test_compare_puts_methods_and_seeds_side_by_side(capsys, rendered):
+def test_compare_puts_methods_and_seeds_side_by_side(capsys):
     runs = compare("--methods=[flow, standard]", "--seeds=[1,2]")
     assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
     assert "4 runs of 2 methods: flow, standard" in Path("runs/x/report.html").read_text()
@@ -43,11 +43,14 @@ def test_compare_goes_on_after_a_run_that_diverged_and_fails_at_the_end(capsys):
     assert "target accuracy" in capsys.readouterr().out
 
 
-def test_without_seeds_each_method_runs_once_at_the_seed_of_the_configuration():
+def test_what_a_board_varies_reaches_the_fit_and_without_seeds_that_of_the_configuration_holds():
     Path("mine.yaml").write_text("method: mine\nlearning_rate: 0.125\n")
-    assert list(compare("--methods=mine.yaml")) == ["mine"]
-    (config,) = Path("runs/x/mine/default").rglob("config.yaml")
-    assert "seed_everything: 1\n" in config.read_text() and "learning_rate: 0.125\n" in config.read_text()
+    Path("own.yaml").write_text("board: {noise: [0.5], methods: mine.yaml, optimizers: adamw}\n")
+    assert list(compare("-c=own.yaml", "--trainer.max_steps=1")) == ["mine adamw noise 0.5"]
+    (config,) = Path("runs/x/mine-adamw-noise-0.5/default").rglob("config.yaml")
+    text = config.read_text()
+    assert "seed_everything: 1\n" in text and "learning_rate: 0.125\n" in text and "torch.optim.AdamW" in text
+    assert "rate: 0.5\n" in text.partition("label_noise:")[2]
 
 
 @pytest.mark.parametrize(
@@ -67,37 +70,37 @@ def test_a_wrong_option_is_named_before_any_run(options, message, capsys):
     assert not Path("runs").exists()
 
 
+class Made(list):
+    """Fits that take no time: their commands, in the order in which they were made; killed before `killed_at`."""
+
+    killed_at = None
+
+    def run(self, words):
+        if len(self) == self.killed_at:
+            raise KeyboardInterrupt
+        self.append(words)
+        options = dict(word.split("=", 1) for word in words[1:])
+        folder, rate = Path(options["--trainer.default_root_dir"]), float(options.get("--learning_rate", 0.1))
+        write_metrics(folder / "metrics.json", {"target/top1": rate, "retention/after/top1": 0.5})
+        return SimpleNamespace(trainer=folder)
+
+
 @pytest.fixture
 def made(monkeypatch):
-    """Fits that take no time: their commands, in the order in which they were made."""
-    words_of_fits = []
-
-    def fake_run(words):
-        folder = next(word.partition("=")[2] for word in words if word.startswith("--trainer.default_root_dir"))
-        if len(words_of_fits) == made_at_most[0]:
-            raise KeyboardInterrupt
-        words_of_fits.append(words)
-        rate = float(next((w.partition("=")[2] for w in words if w.startswith("--learning_rate")), 0.1))
-        write_metrics(Path(folder) / "metrics.json", {"target/top1": rate, "retention/after/top1": 0.5})
-        return SimpleNamespace(trainer=Path(folder))
-
-    made_at_most = [100]
-    monkeypatch.setattr("flow_lightning.compare.run", fake_run)
+    made = Made()
+    monkeypatch.setattr("flow_lightning.compare.run", made.run)
     monkeypatch.setattr("flow_lightning.compare.run_directory", lambda folder: folder)
-    words_of_fits.append(made_at_most)
-    yield words_of_fits
-    words_of_fits.clear()
+    return made
 
 
 BOARD = ["--methods=[flow, standard]", "--rates=[0.001, 0.004]", "--optimizers=[sgd, adamw]", "--seeds=[1, 2]"]
 
 
 def test_a_board_that_was_killed_makes_what_is_missing_and_what_changed(made):
-    limit = made.pop()
-    limit[0] = 5
+    made.killed_at = 5
     with pytest.raises(KeyboardInterrupt):
         compare(*BOARD)
-    limit[0] = 100
+    made.killed_at = None
     runs = compare(*BOARD)
     assert len(made) == 2 * 2 * 2 * 2 and len({tuple(words) for words in made}) == 16
     assert sorted(runs) == sorted(
@@ -111,7 +114,6 @@ def test_a_board_that_was_killed_makes_what_is_missing_and_what_changed(made):
 
 
 def test_parts_of_a_board_add_up_and_the_last_one_reports(made, caplog):
-    made.pop()
     main(["compare", *QUICK, *BOARD, "--output=runs/x", "--part=0/2"])
     assert len(made) == 8 and not Path("runs/x/comparison.json").exists()
     runs = compare(*BOARD, "--part=1/2")
@@ -119,7 +121,6 @@ def test_parts_of_a_board_add_up_and_the_last_one_reports(made, caplog):
 
 
 def test_a_board_can_come_from_a_file(made):
-    made.pop()
     Path("board.yaml").write_text("methods: [flow]\nrates: [0.5, 0.25]\nseeds: 3\n")
     assert set(compare("--board=board.yaml")) == {"flow 0.5", "flow 0.25"}
     assert set(compare("--board=board.yaml", "--methods=standard")) == {"standard 0.5", "standard 0.25"}
@@ -140,7 +141,6 @@ def test_a_wrong_board_is_an_error_before_any_fit(content, message, capsys):
 
 
 def test_shares_of_wrong_labels_come_from_a_configuration_and_the_command_line_wins(made):
-    made.pop()
     Path("mine.yaml").write_text("board: {noise: [0, 0.3], methods: flow}\n")
     assert set(compare("-c=mine.yaml")) == {"flow noise 0", "flow noise 0.3"}
     assert [word for words in made for word in words if "noise.rate" in word] == [
@@ -152,21 +152,7 @@ def test_shares_of_wrong_labels_come_from_a_configuration_and_the_command_line_w
     assert set(compare("-c=mine.yaml", "--board=board.yaml")) == {"flow noise 0.1"}
 
 
-def test_wrong_labels_reach_the_fit_of_a_configuration_with_a_board():
-    Path("mine.yaml").write_text("board: {noise: [0.5], methods: standard}\n")
-    assert list(compare("-c=mine.yaml")) == ["standard noise 0.5"]
-    (config,) = Path("runs/x/standard-noise-0.5/default").rglob("config.yaml")
-    assert "rate: 0.5\n" in config.read_text().partition("label_noise:")[2]
-
-
-def test_optimizers_reach_the_module():
-    compare("--methods=standard", "--optimizers=adamw", "--trainer.max_steps=1")
-    (config,) = Path("runs/x/standard-adamw/default").rglob("config.yaml")
-    assert "torch.optim.AdamW" in config.read_text()
-
-
 def test_jobs_share_a_board_and_its_devices(made, monkeypatch):
-    made.pop()
     devices = []
 
     class Process:
@@ -193,23 +179,16 @@ def test_a_process_of_a_board_that_failed_is_told(made, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rates", "seeds", "is_small"),
+    ("rates", "seeds", "numbers"),
     [
-        ([1, 2, 3, 4], [1, 2, 3], True),
-        ([1, 2, 3, 4, 5], [1, 2], True),
-        ([1, 2, 3, 4, 4], [1, 2, 3], True),
-        ([1, 2, 3, 4, 5], [1, 2, 3], False),
+        ("[1, 2, 3, 4]", "[1, 2, 3]", ["4 rates and 3 seeds"]),
+        ("[1, 2, 3, 4, 5]", "[1, 2]", ["5 rates and 2 seeds"]),
+        ("[1, 2, 3, 4, 4]", "[1, 2, 3]", ["4 rates and 3 seeds"]),
+        ("[1, 2, 3, 4, 5]", "[1, 2, 3]", []),
+        ("null", "null", []),  # methods side by side at one rate are no board of rates
     ],
 )
-def test_a_board_with_few_rates_or_seeds_says_what_a_fair_one_needs(made, recwarn, rates, seeds, is_small):
-    made.pop()
+def test_a_board_with_few_rates_or_seeds_says_what_a_fair_one_needs(made, recwarn, rates, seeds, numbers):
     compare("--methods=[flow]", f"--rates={rates}", f"--seeds={seeds}")
     said = [str(w.message) for w in recwarn if "at least 5 rates" in str(w.message)]
-    assert len(said) == is_small
-    assert all(f"{len(set(rates))} rates and {len(seeds)} seeds" in message for message in said)
-
-
-def test_methods_side_by_side_at_one_rate_are_no_board_of_rates(made, recwarn):
-    made.pop()
-    compare("--methods=[flow]")
-    assert not [w for w in recwarn if "at least 5 rates" in str(w.message)]
+    assert [message.partition("has ")[2].partition(". ")[0] for message in said] == numbers

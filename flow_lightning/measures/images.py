@@ -20,6 +20,10 @@ from flow_lightning.scoring.evaluation import batch_norms, evaluation
 from flow_lightning.scoring.samples import cut_batches
 from flow_lightning.scoring.score import BatchFunction, score_dataset
 
+#: Labels of bars in the picture of a run, with the keys of those of the target.
+_TARGET_BARS = {"after": "target/top1", "after,\nhardest": "target/hard_top1"}
+_KINDS_OF_BATCH_NORM = ("after,\nBatchNorm\nas trained", "after,\noriginal\nBatchNorm")
+
 
 class TargetAccuracy(TargetMeasure):
     """Top-1 accuracy on the test set, and on its samples that were hardest before training.
@@ -33,16 +37,7 @@ class TargetAccuracy(TargetMeasure):
         Metric("target/hard_top1", "target accuracy on the samples hardest before training", "fraction", "up"),
         TargetMeasure.samples,
     )
-    panels = (
-        Panel(
-            "target accuracy",
-            "fraction",
-            "up",
-            "target/top1",
-            after={"after": "target/top1", "after,\nhardest": "target/hard_top1"},
-        ),
-    )
-
+    panels = (Panel("target accuracy", "fraction", "up", "target/top1", _TARGET_BARS),)
     carried = ("hard", "answers")
 
     def __init__(self, *, hard_fraction: float = 0.1) -> None:
@@ -111,13 +106,7 @@ class PretrainedImages(Measure):
         Metric("retention/samples", "images of the pre-trained task", "samples"),
     )
     panels = tuple(
-        Panel(
-            title,
-            "fraction",
-            "up",
-            key,
-            after={"after,\nBatchNorm\nas trained": key, "after,\noriginal\nBatchNorm": f"{key}_original_bn"},
-        )
+        Panel(title, "fraction", "up", key, dict(zip(_KINDS_OF_BATCH_NORM, (key, f"{key}_original_bn"))))
         for title, key in (("pre-trained task", "retention/after/top1"), ("agreement", "retention/after/agreement"))
     )
     carried = ("reference", "answers")

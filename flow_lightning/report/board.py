@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flow_lightning.files import write_bytes
 from flow_lightning.report.frontier import Interval, Point, compare_methods
-from flow_lightning.report.metrics import metrics_table, print_table, results_markdown
+from flow_lightning.report.metrics import markdown_table, metrics_table, print_table, results_markdown
 
 Settings = Mapping[str, Any]
 #: Columns of `board.csv`.
@@ -52,8 +52,7 @@ def report(
     is_one = all(len({setting[name] for setting in settings}) == 1 for name in ("rate", "noise"))
     if is_one:
         write_bytes(folder / "comparison.md", results_markdown(runs).encode())
-        table = metrics_table(runs, f"What each method learned and what it kept{spread}")
-        print_table(table, "")
+        print_table(metrics_table(runs, f"What each method learned and what it kept{spread}"), "")
     if not rows:
         files = ["comparison.md"] * is_one + [write_page(folder).name]
         rank_zero_info(f"comparison.json, {', '.join(files)}: {folder.absolute()}")
@@ -126,7 +125,6 @@ def _cells(numbers: Mapping[str, Interval]) -> list[str]:
 
 
 _HEADER = [
-    "",
     *(f"target at {share.partition('@')[2]}" for share in _SHARES[:3]),
     *(f"kept at {share.partition('@')[2]}" for share in _SHARES[3:]),
     "gain at 0.98",
@@ -162,14 +160,12 @@ def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Tabl
     table.add_column("")
     for method in comparison:
         table.add_column(method, justify="right")
-    for name, *cells in zip(_HEADER[1:], *map(_cells, comparison.values())):
+    for name, *cells in zip(_HEADER, *map(_cells, comparison.values())):
         table.add_row(name, *cells)
     return table
 
 
 def _markdown(title: str, comparison: Mapping[str, Mapping[str, Interval]]) -> str:
     """Write a Markdown table, with its title; differences are to the first method, with 95 % intervals over seeds."""
-    lines = [_HEADER, ["---", *["---:"] * (len(_HEADER) - 1)]]
-    lines += [[method, *_cells(numbers)] for method, numbers in comparison.items()]
-    heading = f"**{title}**\n\n" if title else ""
-    return heading + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = markdown_table(_HEADER, [[method, *_cells(numbers)] for method, numbers in comparison.items()])
+    return f"**{title}**\n\n{table}" if title else table

@@ -122,13 +122,12 @@ def area_between(ours: Curve, theirs: Curve) -> float:
     return float(((gaps[1:] + gaps[:-1]) / 2 * np.diff(targets)).sum() / (high - low))
 
 
-def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) -> Interval:
+def bootstrap(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Return the mean of paired differences, and its percentile bootstrap interval.
 
     Args:
         values: One difference for each seed; NaN are left out.
         confidence: Of the interval.
-        seed: Of the resampling.
 
     Returns:
         Mean, lower and upper end; NaN for each without a value. With three values the interval is hardly narrower than
@@ -138,7 +137,7 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, seed: int = 0) 
     known = known[~np.isnan(known)]
     if len(known) == 0:
         return (float("nan"),) * 3
-    drawn = np.random.default_rng(seed).choice(known, size=(_RESAMPLES, len(known))).mean(axis=1)
+    drawn = np.random.default_rng(0).choice(known, size=(_RESAMPLES, len(known))).mean(axis=1)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(known.mean()), float(low), float(high)
 

@@ -3,7 +3,7 @@
 In: points. Out: a PNG. Next: `compare.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from flow_lightning.report.frontier import Point, bootstrap, frontier
 from flow_lightning.report.pictures import COLOURS, GREY, MARKERS, picture
 
-_BUDGETS = (0.95, 0.98, 0.99)
 _RING: dict[str, Any] = {
     "markersize": 14,
     "markerfacecolor": "none",
@@ -22,7 +21,7 @@ _RING: dict[str, Any] = {
 }
 
 
-def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budgets: Sequence[float] = _BUDGETS) -> None:
+def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budgets: Iterable[float]) -> None:
     """Draw models as dots, each method's frontier as a line, the mean over seeds, and budgets as dashed lines.
 
     Models far below all frontiers are outside of the picture. With several seeds the line is the mean of their

@@ -166,12 +166,23 @@ def filled_rows(
 ) -> Iterator[tuple[Metric, list[str]]]:
     """Yield each declared metric that some run has, with its cell for each column of runs."""
     for metric in metric_rows({key for column in columns for run in column for key in run}, declared):
-        values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for column in columns]
-        if any(values):
-            yield metric, [format_value(metric, column) for column in values]
+        cells = [_cell(metric, column) for column in columns]
+        if set(cells) != {format_value(metric, [])}:
+            yield metric, cells
 
 
-def results_markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], declared: Declared = DECLARED) -> str:
+def _cell(metric: Metric, runs: Iterable[Mapping[str, Any]]) -> str:
+    return format_value(metric, [run[metric.key] for run in runs if run.get(metric.key) is not None])
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Write a Markdown table; the first column, which has no name, is on the left, the others on the right."""
+    head = [f" {name} |" for name in header]
+    lines = ["| |" + "".join(head), "|---|" + "---:|" * len(head)]
+    return "\n".join([*lines, *("|" + "".join(f" {cell} |" for cell in row) for row in rows), ""])
+
+
+def results_markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Write the Markdown table of a comparison: a row for each method, columns for what it learned and kept.
 
     The first row is the model before training. Of tasks in groups only the groups and their mean are shown.
@@ -184,15 +195,11 @@ def results_markdown(runs: Mapping[str, Sequence[Mapping[str, Any]]], declared: 
     <BLANKLINE>
     """
     before = [_as_after(run) for column in runs.values() for run in column]
-    rows = {"before training": [run | averages(run, declared) for run in before], **runs}
+    rows = {"before training": [run | averages(run) for run in before], **runs}
     keys = {key for column in runs.values() for run in column for key in run}
-    columns = [metric for metric in metric_rows(keys, declared) if metric.key in keys and _is_result(metric, keys)]
-    lines = [["", *(metric.name.replace("|", "\\|") for metric in columns)]]
-    for name, column in rows.items():
-        values = [[run[metric.key] for run in column if run.get(metric.key) is not None] for metric in columns]
-        lines.append([name, *map(format_value, columns, values)])
-    head, *body = ["| " + " | ".join(line) + " |\n" for line in lines]
-    return "".join([head.replace("|  |", "| |", 1), f"|---|{'---:|' * len(columns)}\n", *body])
+    columns = [metric for metric in metric_rows(keys) if metric.key in keys and _is_result(metric, keys)]
+    cells = [[name, *(_cell(metric, column) for metric in columns)] for name, column in rows.items()]
+    return markdown_table([metric.name.replace("|", "\\|") for metric in columns], cells)
 
 
 def _as_after(run: Mapping[str, Any]) -> Metrics:

@@ -2,15 +2,15 @@
 
     python -m tests.benchmarks.decoded --images FOLDER [--size 224 --transforms resize_flip --rounds 5]
 
-The folder holds `train/<class>` and `test/<class>`, or images alone. One process reads and transforms; nothing trains.
-Files are in the system's cache, and times are those of the processor.
+One process reads and transforms; nothing trains. Files are in the system's cache, and times are those of the processor.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+from jsonargparse import auto_cli
 
 from flow_lightning import ImageDataModule
 from tests.benchmarks.measure import in_turn, spread
@@ -28,16 +28,11 @@ def as_classes(images: Path, folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--transforms", default="resize_flip")
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+def main(images: Path, size: int = 224, transforms: str = "resize_flip", rounds: int = 5) -> None:
+    """Time both in turns; `images` holds `train/<class>` and `test/<class>`, or images alone."""
     with tempfile.TemporaryDirectory() as folder:
-        root, file = as_classes(arguments.images, Path(folder)), Path(folder) / "images.npy"
-        settings = {"image_size": arguments.size, "transforms": arguments.transforms, "mean": HALF, "std": HALF}
+        root, file = as_classes(images, Path(folder)), Path(folder) / "images.npy"
+        settings = {"image_size": size, "transforms": transforms, "mean": HALF, "std": HALF}
         settings |= {"num_workers": 0, "validation_fraction": 0, "batch_size": 64}
         modules, setups = {}, []
         for name, decoded in (("files", None), ("decoded", file), ("again", file)):
@@ -46,17 +41,17 @@ def main() -> None:
             modules[name].setup()
             setups.append(time.perf_counter() - started)
         speeds: dict[str, list[float]] = {"files": [], "decoded": []}
-        for order in in_turn("files", "decoded", arguments.rounds):
+        for order in in_turn("files", "decoded", rounds):
             for name in order:
                 started = time.process_time()
                 count = sum(len(batch["index"]) for batch in modules[name].train_dataloader())
                 speeds[name].append(count / (time.process_time() - started))
         ratios = [fast / slow for fast, slow in zip(speeds["decoded"], speeds["files"])]
-        print(f"{count} training images at {arguments.size} pixels")
+        print(f"{count} training images at {size} pixels")
         print(f"images per second: {median(speeds['files']):.0f} from files, {median(speeds['decoded']):.0f} decoded")
-        print(f"ratio: {spread(ratios)}, {arguments.rounds} rounds; {file.stat().st_size / 1e6:.0f} MB")
+        print(f"ratio: {spread(ratios)}, {rounds} rounds; {file.stat().st_size / 1e6:.0f} MB")
         print("setup: {:.2f} s from files, {:.2f} s with decoding, {:.2f} s with the file there".format(*setups))
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)

@@ -19,10 +19,12 @@ import flow_lightning as fl
 from tests.benchmarks.measure import apart, in_turn, measured, spread
 
 
-def plain_loss(model: Any, batch: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
-    """Compute the mean loss per supervised token from full logits."""
+def mean_loss(name: str, module: Any, batch: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
+    """Compute the mean loss per supervised token: ours, or plain from full logits."""
+    if name == "ours":
+        return module.token_losses(batch).mean()
     mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
+    logits = module.causal_lm(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
 
 
@@ -40,10 +42,7 @@ def epoch(name: str, seed: int, source: str, model: str, samples: int) -> float:
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-5, weight_decay=0.0)
     started, terms = time.perf_counter(), []
     for batch in grouped if name == "ours" else shuffled:
-        plain = name == "plain"
-        loss = (
-            plain_loss(module.causal_lm, batch, lengths[batch["index"]]) if plain else module.token_losses(batch).mean()
-        )
+        loss = mean_loss(name, module, batch, lengths[batch["index"]])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,10 +74,7 @@ def step(name: str, vocabulary: int, width: int, layers: int, tokens: int, tune:
     batch = {"input_ids": ids, "labels": ids, "index": torch.arange(1)}
 
     def backward() -> float:
-        plain = name == "plain"
-        loss = (
-            plain_loss(module.causal_lm, batch, torch.tensor([tokens])) if plain else module.token_losses(batch).mean()
-        )
+        loss = mean_loss(name, module, batch, torch.tensor([tokens]))
         loss.backward()
         return loss.item()
 

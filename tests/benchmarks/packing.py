@@ -1,6 +1,6 @@
 """How full batches are: the tokens of all samples over the batches' budget, for packing and for simpler ways.
 
-    python -m tests.benchmarks.packing [--data gsm8k/train.jsonl] [--budgets 1024 2048 4096]
+    python -m tests.benchmarks.packing [--data gsm8k/train.jsonl] [--budgets "[1024, 2048, 4096]"]
     python -m tests.benchmarks.packing --data gsm8k/train.jsonl --steps 6
 
 Lengths are those of the data, with the Alpaca prompt and a BPE vocabulary of 8,000 trained on it, and of a log-normal
@@ -10,14 +10,15 @@ With `--steps`: tokens of samples per second in training steps, all ways in turn
 8.5 million parameters. Each step has about 2,048 tokens.
 """
 
-import argparse
 import time
+import timeit
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import auto_cli
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -147,32 +148,24 @@ def time_steps(file: Path, steps: int) -> None:
         print(f"| {name} | {spread(speeds, 0)} | {spread(ratios)} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument("--steps", type=int, help="time so many training steps instead")
-    arguments = parser.parse_args()
-    if arguments.steps is not None:
-        time_steps(arguments.data, arguments.steps)
+def main(data: Path | None = None, budgets: list[int] = [1024, 2048, 4096], steps: int | None = None) -> None:  # noqa: B006
+    """Print how full batches are, or with `steps` time so many training steps instead."""
+    if steps is not None:
+        time_steps(data, steps)
         return
     sources = {"log-normal": log_normal()}
-    if arguments.data is not None:
-        sources = {arguments.data.parent.name: lengths_of(arguments.data)} | sources
+    if data is not None:
+        sources = {data.parent.name: lengths_of(data)} | sources
     for name, lengths in sources.items():
         print(f"\n{name}: {len(lengths)} samples, mean {lengths.float().mean():.0f}, most {lengths.max()}\n")
-        print("| share of the budget filled |", *(f"{budget:,} |" for budget in arguments.budgets))
-        print("|---|", *("---:|" for _ in arguments.budgets), sep="")
+        print("| share of the budget filled |", *(f"{budget:,} |" for budget in budgets))
+        print("|---|", *("---:|" for _ in budgets), sep="")
         for way, count in WAYS.items():
-            shares = [lengths.sum().item() / (count(lengths, budget) * budget) for budget in arguments.budgets]
+            shares = [lengths.sum().item() / (count(lengths, budget) * budget) for budget in budgets]
             print(f"| {way} |", *(f"{share:.2%} |" for share in shares), flush=True)
-        seconds = []
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            best_fit_batches(lengths, arguments.budgets[-1])
-            seconds.append(time.perf_counter() - started)
+        seconds = timeit.repeat(lambda: best_fit_batches(lengths, budgets[-1]), number=1, repeat=ROUNDS)  # noqa: B023
         print(f"\nPacking takes {spread(seconds, 3)} s.")
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)

@@ -1,16 +1,15 @@
-"""Size, time and memory of the page of 50,000 samples: python tests/benchmarks/report.py [SAMPLES] [CLASSES].
+"""Size, time and memory of the page of 50,000 samples, and of the look at as many texts.
 
-With `texts [SAMPLES]`: time and memory of the look at texts of 200 tokens.
+python tests/benchmarks/report.py page [--samples 50000 --classes 10]
+python tests/benchmarks/report.py texts [--samples 50000]
 """
 
-import resource
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import auto_cli
 
 from flow_lightning.callbacks.report import choose
 from flow_lightning.method.weights import SampleWeights
@@ -18,6 +17,9 @@ from flow_lightning.report.metrics import write_metrics
 from flow_lightning.report.page.evidence import Evidence, describe
 from flow_lightning.report.page.render import write_page
 from flow_lightning.report.texts import look_at_texts
+from tests.benchmarks.measure import measured, memory
+
+_MIB = 2**20 / 1e6  #: in MB
 
 
 def make(folder: Path, n: int, classes: int) -> None:
@@ -59,26 +61,24 @@ class Texts:
         return {"input_ids": self.tokens[index].long(), "prompt_length": 60}
 
 
-def memory() -> float:
-    """Return the most memory so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def page(samples: int = 50_000, classes: int = 10) -> None:
+    """Print size, time and memory of the page of a run with random pictures."""
+    with tempfile.TemporaryDirectory() as name:
+        make(Path(name), samples, classes)
+        path, seconds, _ = measured(write_page, Path(name))
+        size, most = path.stat().st_size / 2**20, memory("VmHWM") / _MIB
+        print(f"{samples} samples, {classes} classes: {size:.2f} MiB, {seconds:.1f} s, {most:.0f} MiB at most")
+
+
+def texts(samples: int = 50_000) -> None:
+    """Print time and memory of the look at texts of 200 tokens."""
+    from tests.language import tiny_tokenizer  # transformers takes memory, which is not the page's
+
+    tokenizer = tiny_tokenizer()
+    (found, _), seconds, above = measured(look_at_texts, Texts(samples, len(tokenizer)), tokenizer)
+    alike = int((found["text/twin"] >= 0).sum())
+    print(f"{samples} texts, {alike} like an earlier one: {seconds:.1f} s, {above / _MIB:.0f} MiB above the imports")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["texts"]:
-        from tests.language import tiny_tokenizer
-
-        tokenizer, samples = tiny_tokenizer(), int((sys.argv[2:] or ["50000"])[0])
-        texts, before, started = Texts(samples, len(tokenizer)), memory(), time.perf_counter()
-        found, _ = look_at_texts(texts, tokenizer)
-        alike = int((found["text/twin"] >= 0).sum())
-        seconds, above = time.perf_counter() - started, memory() - before
-        print(f"{samples} texts, {alike} like an earlier one: {seconds:.1f} s, {above:.0f} MiB above the imports")
-        sys.exit()
-    samples, classes = (int(word) for word in [*sys.argv[1:], *("50000", "10")[len(sys.argv) - 1 :]])
-    with tempfile.TemporaryDirectory() as name:
-        make(Path(name), samples, classes)
-        started = time.perf_counter()
-        size = write_page(Path(name)).stat().st_size
-        seconds, most = time.perf_counter() - started, memory()
-        print(f"{samples} samples, {classes} classes: {size / 2**20:.2f} MiB, {seconds:.1f} s, {most:.0f} MiB at most")
+    auto_cli([page, texts], as_positional=False)

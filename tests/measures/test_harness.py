@@ -119,19 +119,6 @@ def test_groups_have_the_mean_of_their_tasks_and_equal_shares_in_the_accuracy(fo
         assert measured(kind(tasks)) == [{f"{part}/tasks": ["a", "b", "tiny"], **expected}]
 
 
-@pytest.mark.parametrize(
-    ("tasks", "message"),
-    [
-        ({"a": ["x"], "b": ["x:5"]}, "names one more than once"),
-        ({"a": ["x"], "b": []}, r"at least one in each group"),
-        ([], r"tasks is \[\]; expected at least one task"),
-    ],
-)
-def test_groups_with_a_task_twice_or_without_one_are_refused(tasks, message):
-    with pytest.raises(ValueError, match=message):
-        HarnessTasks(tasks)
-
-
 def test_an_unknown_task_is_named_with_similar_ones(monkeypatch):
     """The harness's own tasks are many files: a stand-in for its index."""
     index = SimpleNamespace(all_tasks=("hellaswag", "piqa"))

@@ -47,7 +47,7 @@ def test_each_panel_has_the_whole_path_of_each_fit_on_the_same_axes(tmp_path: Pa
 
 def test_several_fits_of_a_method_have_one_frontier(tmp_path: Path, figures: list[Figure]) -> None:
     other = [Point("flow", 2, 0.1, p.alpha, p.target, p.retention, p.chosen_by) for p in path_of("flow", 0)]
-    plot_frontier({"": path_of("flow", 0) + other}, tmp_path / "x.png")
+    plot_frontier({"": path_of("flow", 0) + other}, tmp_path / "x.png", [0.98])
     (axes,) = figures[0].axes
     ((*_,),) = lines_of(axes, "flow")
     (line,) = (line for line in axes.lines if line.get_label() == "flow")

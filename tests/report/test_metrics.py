@@ -61,27 +61,18 @@ def test_table_has_a_row_for_each_finite_number_and_for_each_task_after_their_me
     assert rows == ["target accuracy", "mean accuracy of the tasks", "task arc", "task mmlu"] and "KL" not in text
 
 
-def test_table_is_at_most_80_columns_wide_and_no_number_is_lost(capsys):
-    runs = {name: [RUN, RUN | {"target/top1": 0.85}] for name in ("standard", "small_step", "flow_of_tokens")}
-    m.print_table(metrics_table(runs, "A title"), f"/a/{'long/' * 30}path")
-    *table, last = capsys.readouterr().out.splitlines()
-    assert max(map(len, table)) <= 80 and last.endswith("/path")
-    assert sum(line.count("82.5 ± 3.5 %") for line in table) == 3
-
-
 @pytest.mark.parametrize("methods", [1, 3, 4, 9])
 @pytest.mark.parametrize("length", [4, 13, 60])
 def test_no_number_is_broken_however_many_and_long_the_names_are(methods, length, capsys):
     values = [[0.5 + column / 100, 0.52 + column / 100] for column in range(methods)]
     names = [f"{column}{'n' * length}" for column in range(methods)]
     runs = {name: [{"target/top1": value} for value in both] for name, both in zip(names, values)}
-    m.print_table(metrics_table(runs, "A title"), "last")
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80 and text.count("A title") == 1 and text.endswith("last\n")
+    m.print_table(metrics_table(runs, "A title"), f"/a/{'long/' * 30}path")
+    text, _, last = capsys.readouterr().out.partition("/a/")
+    assert max(map(len, text.splitlines())) <= 80 and text.count("A title") == 1 and last.endswith("/path\n")
     for low, high in values:
         assert text.count(f"{50 * (low + high):.1f} ± {100 * (high - low) / 2**0.5:.1f} %") == 1
-    letters = re.sub(r"[^\dn]", "", text)
-    assert letters.count("n") >= methods * length, "a name is folded, not cut"
+    assert text.count("n") >= methods * length, "a name is folded, not cut"
 
 
 def test_columns_without_room_stand_below_with_the_names_of_the_rows(capsys):

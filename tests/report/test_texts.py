@@ -13,7 +13,6 @@ from sklearn.metrics.pairwise import cosine_similarity
 from flow_lightning.report.texts import (
     answer_start,
     has_tokens,
-    is_unended,
     look_at_texts,
     repeats_prompt,
     twins,
@@ -21,6 +20,7 @@ from flow_lightning.report.texts import (
 )
 from tests.language import tiny_tokenizer
 
+#: Answers, and whether they have several words and end without a mark or a number.
 ANSWERS = {
     "It is seven, for three and four make seven in all.": False,
     "It is seven, for three and four make seven in": True,
@@ -29,11 +29,6 @@ ANSWERS = {
     "First add three and four, and then we get 7": False,
     "": False,
 }
-
-
-@pytest.mark.parametrize(("answer", "unended"), ANSWERS.items())
-def test_an_answer_of_several_words_ends_with_a_mark_or_a_number(answer, unended):
-    assert is_unended(answer) == unended
 
 
 def test_samples_are_found_with_the_beginning_of_their_answer():

@@ -54,16 +54,8 @@ class Evidence:
 
     @classmethod
     def load(cls, folder: Path) -> "Evidence":
-        """Read the file; without one nothing was gathered. A ValueError names a damaged one."""
-        file = folder / EVIDENCE_FILE
-        if not file.exists():
-            return cls()
-        try:
-            tensors, metadata = load_tensors(file, _FORMAT)
-        except ValueError as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}). Delete it; the page then shows what is left."
-            ) from error
+        """Read the file; a ValueError says what is wrong with a damaged one."""
+        tensors, metadata = load_tensors(folder / EVIDENCE_FILE, _FORMAT)
         return cls(tensors, **json.loads(metadata["json"]))
 
 

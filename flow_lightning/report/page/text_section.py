@@ -21,8 +21,8 @@ def text_section(run: RunFiles) -> Section | None:
     if not found:
         return None
     unended, repeats, twin = found["text/unended"].bool(), found["text/repeats"].bool(), found["text/twin"]
-    means = None if run.weights is None else sample_means(run.weights)
-    losses = None if means is None or len(means[0]) != len(twin) else means[0]
+    means = None if run.weights is None or len(run.weights) != len(twin) else sample_means(run.weights)
+    losses = None if means is None else means[0]
     section = Section("Texts")
     section.text = [
         f"Of {len(twin):,} texts like an earlier one: {int((twin >= 0).sum()):,}; whose answer ends in the middle of a "
@@ -30,10 +30,10 @@ def text_section(run: RunFiles) -> Section | None:
         "All are in text_issues.csv. The option --drop-issues text_issues.csv leaves them out of the next fit. Add a "
         "column action with keep or drop to decide on each.",
     ]
-    if losses is not None:
-        section.tables.append(_by_length(losses, found["text/length"]))
-    if means is not None and losses is not None and "text/source" in found:
-        _by_source(section, run, *means)
+    if means is not None:
+        section.tables.append(_by_length(means[0], found["text/length"]))
+        if "text/source" in found:
+            _by_source(section, run, *means)
     misplaced = is_misplaced(found)
     if "text/right" in found:
         section.text.insert(1, f"Answers that look as if they belong to another prompt: {int(misplaced.sum()):,}.")

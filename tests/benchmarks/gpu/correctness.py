@@ -8,9 +8,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import flow_lightning as fl
+from tests.benchmarks.gpu.language import model_of
 from tests.benchmarks.gpu.rows import Row, row, skipped
 
 #: How each precision runs: type of autocast, precision of float32 products, and how far losses, weights and gradients
@@ -28,8 +29,7 @@ _SCALE = 2.0**12
 def correctness(device: str, tiny: bool) -> list[Row]:
     """Compare, for each precision, and compiled, with the model's own logits in float64."""
     sizes = (32, 64, 2, 2, 1, 300) if tiny else (512, 1024, 4, 8, 4, 32000)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    model = LlamaForCausalLM(LlamaConfig(**dict(zip((*names, "vocab_size"), sizes, strict=True))))
+    model = model_of(sizes, tied=False)
     ids = torch.randint(sizes[-1], (4, 16) if tiny else (4, 256))
     expected = _in_float64(model, ids)
     rows: list[Row] = []

@@ -16,10 +16,10 @@ _TINY = (32, 64, 2, 2, 1, 300)
 GEOMETRIES = {"135M": (576, 1536, 30, 9, 3, 49152), "1B": (2048, 8192, 16, 32, 8, 128256)}
 
 
-def model_of(sizes: tuple[int, ...]) -> LlamaForCausalLM:
-    """Make a Llama with tied embeddings and random parameters."""
+def model_of(sizes: tuple[int, ...], tied: bool = True) -> LlamaForCausalLM:
+    """Make a Llama with random parameters, and with tied embeddings or not."""
     named = dict(zip((*_NAMES, "vocab_size"), sizes, strict=True))
-    return LlamaForCausalLM(LlamaConfig(**named, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**named, tie_word_embeddings=tied))
 
 
 def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
