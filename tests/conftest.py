@@ -32,6 +32,8 @@ def pictures_are_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytes
     def savefig(figure: Figure, file: Any, format: str = "png", **_: Any) -> None:
         if format == "png":
             Image.new("RGB", (1, 1)).save(file, "PNG")
+        else:
+            file.write(b"<svg/>")
 
     if "rendered" not in request.fixturenames:
         monkeypatch.setattr(Figure, "savefig", savefig)

@@ -100,8 +100,6 @@ def chart(caption: str, height: float = _HEIGHT) -> Iterator[Chart]:
 
 def _markup(svg: bytes, drawn: Chart) -> Markup:
     """Make SVG part of a page: label, hovers, and none of what is for a file of its own."""
-    if not svg:
-        return Markup()
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)
     root = ElementTree.fromstring(svg)
