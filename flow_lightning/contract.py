@@ -87,7 +87,8 @@ def module_contract(module: LightningModule) -> ModuleContract:
 
 def data_contract(trainer: Trainer) -> DataContract:
     """View the data module of a fit through its contract, or the module if there is no data module."""
-    return cast(DataContract, _View(data_owner(trainer), DataContract))
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    return cast(DataContract, _View(trainer.lightning_module if datamodule is None else datamodule, DataContract))
 
 
 def image_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
@@ -95,9 +96,3 @@ def image_settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     data = data_contract(trainer)
     given = {"mean": data.mean, "std": data.std, "interpolation": data.interpolation}
     return (module_contract(module).data_config or {}) | {name: value for name, value in given.items() if value}
-
-
-def data_owner(trainer: Trainer) -> Any:
-    """Return the data module of a fit, or the module if there is none."""
-    datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    return trainer.lightning_module if datamodule is None else datamodule

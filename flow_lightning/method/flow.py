@@ -49,7 +49,7 @@ def temperature(losses: Tensor, quantile: float = 0.5) -> float:
     return tau
 
 
-def mixture_temperature(losses: Tensor, steps: int = 200) -> float:
+def mixture_temperature(losses: Tensor) -> float:
     """Compute the temperature as the median loss of the part of the samples that looks clean.
 
     Two normal distributions are fitted to the losses by expectation and maximisation. A sample counts as clean if it
@@ -57,7 +57,6 @@ def mixture_temperature(losses: Tensor, steps: int = 200) -> float:
 
     Args:
         losses: Losses of the frozen pre-trained model, `[n]`.
-        steps: At most so many rounds.
 
     Raises:
         ValueError: As in `temperature`.
@@ -71,7 +70,7 @@ def mixture_temperature(losses: Tensor, steps: int = 200) -> float:
     floor = 1e-6 * x.var(unbiased=False) + 1e-12
     variance, share = x.var(unbiased=False).expand(2) + floor, torch.full((2,), 0.5, dtype=torch.float64)
     clean = torch.zeros(len(x), dtype=torch.bool)
-    for _ in range(steps):
+    for _ in range(200):
         joint = share.log() - 0.5 * variance.log() - 0.5 * (x - mean).square() / variance
         part, before = joint.softmax(1), clean
         total = part.sum(0).clamp_min(1e-12)
@@ -118,9 +117,9 @@ def constant(losses: Tensor, value: float) -> Tensor:
     return torch.full_like(losses.detach().float(), value)
 
 
+Rule = Callable[[Tensor, float], Tensor]
 #: Rules by name, from losses and temperature (for `threshold`: the bound) to weights. A rule of your own goes in here.
-WEIGHTINGS: dict[str, Callable[[Tensor, float], Tensor]] = {"flow": flow_weights, "threshold": keep_below}
-WEIGHTINGS["mean"] = constant
+WEIGHTINGS: dict[str, Rule] = {"flow": flow_weights, "threshold": keep_below, "mean": constant}
 #: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
 OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right", "flow_posterior": "in_sample"}
 #: Rules that ask whether a label is right: a probe that was not fitted on it, or a language model with two prompts.
@@ -138,22 +137,13 @@ def parameter_of(
     return float(flow_weights(losses, tau).double().mean()) if weighting == "mean" else tau
 
 
-def losses_for(weighting: str, losses: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-    """Return the losses that a rule takes, `[n]`: for `flow_posterior` those of the probe in sample.
-
-    Out of fold, hard samples have larger losses, so they would lose more weight. Where a probe has none in sample,
-    `weights_by` refuses.
-    """
-    return beside.get("in_sample", losses) if weighting == "flow_posterior" else losses
-
-
 def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping[str, Tensor]) -> Tensor:
     """Compute weights by the rule of a name, `[n]` float32, from losses and what a probe gives `beside` them.
 
     `excess` is `exp(-max(0, l - H) / tau)`, H the model's own entropy on the sample: what it expects to be unsure of
     is not made to weigh less. `drop` is 0 for samples whose label is an issue, see `label_issues`, and 1 for all
     others. `posterior` is the probability that a label is right, see `right_labels`; tau plays no part in it.
-    `flow_posterior` is that times FLOW's weight.
+    `flow_posterior` is that times FLOW's weight, of the losses in sample.
 
     Raises:
         ValueError: If there is no such rule, or it needs a probe that there is not.
@@ -179,7 +169,7 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
     return flow_weights((losses - beside["entropies"].to(losses)).clamp_min(0), parameter)
 
 
-def weighting_rule(name: str) -> Callable[[Tensor, float], Tensor]:
+def weighting_rule(name: str) -> Rule:
     """Return the weighting rule of a name; a ValueError if there is none."""
     if name not in WEIGHTINGS:
         raise ValueError(

@@ -4,8 +4,7 @@ In: a call of a torch loss, made anywhere. Out: the same reduction over weighted
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,18 +111,14 @@ class Interception(TorchFunctionMode):
         weighted = self._weigh(func.__name__, losses, counts, first, target)
         return _reduce(weighted, counts, reduction, arguments).to(elements.dtype)
 
-    def weigh(self, losses: Tensor) -> Tensor:
-        """Weigh losses `[B]` that were not computed by a loss of torch."""
-        return self._weigh("sample_losses", losses, torch.ones_like(losses), losses, None)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave all losses as they are for a while."""
-        before, self.is_paused = self.is_paused, True
+    def weigh(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Weigh losses `[B]` that a function computes, and leave those alone of which it makes them."""
+        self.is_paused = True
         try:
-            yield
+            losses = compute()
         finally:
-            self.is_paused = before
+            self.is_paused = False
+        return self._weigh("sample_losses", losses, torch.ones_like(losses), losses, None)
 
     def _weigh(self, name: str, losses: Tensor, counts: Tensor, first: Any, target: Any) -> Tensor:
         self.weighed += 1
@@ -137,9 +132,8 @@ class Interception(TorchFunctionMode):
             losses = torch.where(uniform(numbers, seed=0) < 0.5, losses, -losses)
         if self.weights is None:
             return losses.clone()  # the caller may change them in place
-        weights = self.weights.to(losses.device)
-        weights = weights if rows == 1 else weights.repeat_interleave(rows)
-        return losses * (weights if losses.ndim == 1 else weights.view(-1, *[1] * (losses.ndim - 1)))
+        weights = self.weights.to(losses.device).repeat_interleave(rows)
+        return losses * weights.view(-1, *[1] * (losses.ndim - 1))
 
 
 def sample_losses(loss: Tensor, interception: Interception) -> Tensor:

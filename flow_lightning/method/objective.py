@@ -57,13 +57,7 @@ def weighted_loss(losses: Tensor, weights: Tensor | None = None, reduction: Redu
 
 
 def denominator(losses: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor | float:
-    """Return what `weighted_loss` divides by: the number of terms, or the sum of their weights.
-
-    Args:
-        losses: `[K]`.
-        weights: `[K]`, or None for the plain mean.
-        reduction: As in `weighted_loss`.
-    """
+    """Return what `weighted_loss`, with the same arguments, divides by: the number of terms, or their weights' sum."""
     return weights.sum() if weights is not None and reduction == "weights" else float(losses.numel())
 
 

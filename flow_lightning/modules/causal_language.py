@@ -197,8 +197,7 @@ class CausalLanguageModule(WeightedLossModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
-        rates = (self.learning_rate, self.schedule, self.warmup, self.layer_decay)
-        return configure_optimizers(self, self.optimizer, *rates)
+        return configure_optimizers(self)
 
     def setup(self, stage: str) -> None:
         """Check that the losses equal the model's own, and that the precision suits the machine."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from flow_lightning.distributed import fill, shard
+from flow_lightning.distributed import put, shard
 from flow_lightning.method.losses import cross_entropy
 from flow_lightning.method.objective import Reduction
 from flow_lightning.modules.base import WeightedLossModule
@@ -132,8 +132,7 @@ class ImageClassificationModule(WeightedLossModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build optimizer and schedule from the arguments."""
-        rates = (self.learning_rate, self.schedule, self.warmup, self.layer_decay)
-        return configure_optimizers(self, self.optimizer, *rates)
+        return configure_optimizers(self)
 
     def configure_model(self) -> None:
         """Shard the network under ModelParallelStrategy, so that it may be larger than one device."""
@@ -176,12 +175,12 @@ class ImageClassificationModule(WeightedLossModule):
         trained_batch_norm = {key: value.clone() for key, value in layers.state_dict().items()}
         self.model.set_submodule(name, deepcopy(self._pretrained[0]).to(trained.weight))
         if original_batch_norm:
-            _fill(layers, self._pretrained[1])
+            put(layers, self._pretrained[1])
         try:
             yield
         finally:
             self.model.set_submodule(name, trained)
-            _fill(layers, trained_batch_norm)
+            put(layers, trained_batch_norm)
 
     def _measure(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
         logits, targets = self(batch["image"]).float(), batch["target"]
@@ -215,9 +214,3 @@ def _build(name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: d
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     name: str = next(name for name, submodule in model.named_modules() if submodule is wanted)
     return name
-
-
-def _fill(layers: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put a state into layers, which may be in shards: `load_state_dict` cannot do that with whole values."""
-    for name, value in layers.state_dict().items():
-        fill(value, state[name])

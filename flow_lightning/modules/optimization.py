@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import Parameter
@@ -51,31 +50,25 @@ def optimizer_factory(optimizer: OptimizerFactory | Mapping[str, Any]) -> Optimi
     return partial(kind, **optimizer.get("init_args", {}))
 
 
-def configure_optimizers(
-    module: LightningModule,
-    optimizer: OptimizerFactory,
-    learning_rate: float,
-    schedule: Schedule,
-    warmup: float,
-    layer_decay: float = 1.0,
-) -> OptimizerLRScheduler:
+def configure_optimizers(module: Any) -> OptimizerLRScheduler:
     """Build the optimizer over all trainable parameters, and the schedule, which moves at every step.
 
-    The optimizer's class and settings go into `module.hparams`, so that checkpoints keep them. For `layer_decay` see
-    `decay_by_depth`.
+    The module has `optimizer`, which makes it, `learning_rate`, `schedule`, `warmup` and `layer_decay`. The optimizer's
+    class and settings go into `module.hparams`, so that checkpoints keep them.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    built = optimizer(list(trained.values()))
+    built: Optimizer = module.optimizer(list(trained.values()))
     module.hparams["optimizer"] = optimizer_settings(built)
     for group in built.param_groups:
         old = group["lr"]  # torchao's optimizers want a tensor
-        group["lr"] = torch.full_like(old, learning_rate) if isinstance(old, Tensor) else learning_rate
-    if layer_decay != 1:
-        decay_by_depth(built, trained, layer_decay)
-    if schedule == "constant" and warmup == 0:
+        group["lr"] = torch.full_like(old, module.learning_rate) if isinstance(old, Tensor) else module.learning_rate
+    if module.layer_decay != 1:
+        decay_by_depth(built, trained, module.layer_decay)
+    is_constant = module.schedule == "constant"
+    if is_constant and module.warmup == 0:
         return built
     total = int(module.trainer.estimated_stepping_batches)
-    rising = round(warmup * total)
+    rising: int = round(module.warmup * total)
 
     # A function, not an object: LambdaLR puts objects into checkpoints. A run that is resumed for more epochs would
     # find its old, finished schedule there.
@@ -83,7 +76,7 @@ def configure_optimizers(
         if step < rising:
             return (step + 1) / rising
         done = min((step - rising) / max(1, total - rising), 1.0)
-        return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0 if is_constant else 0.5 * (1 + math.cos(math.pi * done))
 
     scheduler: Any = {"scheduler": LambdaLR(built, part_of_peak), "interval": "step"}
     return {"optimizer": built, "lr_scheduler": scheduler}

@@ -40,7 +40,7 @@ def join_fingerprints(fingerprints: Mapping[str, str], exclude: tuple[str, ...] 
     Returns:
         32 hexadecimal digits; nothing if there are no hashes.
     """
-    kept = {name: value for name, value in fingerprints.items() if not name.startswith(exclude or ("\0",))}
+    kept = {name: value for name, value in fingerprints.items() if not name.startswith(exclude)}
     return sample_fingerprint(kept) if kept else ""
 
 

@@ -75,7 +75,8 @@ class Frozen:
             data: What is known of the samples, if that is not all of them.
             new: Prefixes of parameters that have no part in it.
         """
-        batches, run = cut_batches(loader), partial(self._blocks, loader, of_batch, says)
+        batches = cut_batches(loader)
+        run = partial(score_blocks, self.trainer, self.module, loader, function=of_batch, description=says)
         with evaluation(self.module):
             samples, is_random = inspect_dataset(loader.dataset if data is None else data)
         model = join_fingerprints(model_fingerprints(self.module.state_dict()), new)
@@ -110,9 +111,6 @@ class Frozen:
         if found:
             rank_zero_warn(f"{file} is not used: {found}. It is made anew.")
         return None
-
-    def _blocks(self, loader: DataLoader[Any], of_batch: Any, says: str, batches: Any) -> Iterator[Block]:
-        return score_blocks(self.trainer, self.module, loader, batches, of_batch, says)
 
 
 class _Unlabelled:

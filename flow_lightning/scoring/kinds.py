@@ -219,14 +219,8 @@ class ProbeFeatures(Kind):
         features, targets = found
         steps = self.rounds * (len(STRENGTHS) + self.folds + 1)
         with tqdm(total=steps, desc=f"{self.description}: solving", unit="fit", leave=False, disable=quiet) as bar:
-            settings: Any = {
-                "device": device,
-                "weights": self.sample_weights,
-                "on_step": bar.update,
-                "rounds": self.rounds,
-                "classes": self.sample_classes,
-            }
-            probe = fit_probe(features, targets, self.classes, self.folds, **settings)
+            given: Any = {"weights": self.sample_weights, "classes": self.sample_classes, "rounds": self.rounds}
+            probe = fit_probe(features, targets, self.classes, self.folds, device=device, on_step=bar.update, **given)
         if self.arrays is not None and probe.probabilities is not None:
             for name, values in {"pred_probs": probe.probabilities, "features": features}.items():
                 save_array(self.arrays / f"{name}.npy", values)

@@ -5,7 +5,7 @@ In: Trainer, module and batch. Out: the loss of the batch, and what was seen on 
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -45,7 +45,8 @@ def unnoticed(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[A
     Raises:
         RuntimeError: If a step changed parameters.
     """
-    put_back = _remember(module, set())
+    put_back: dict[int, Callable[[], None]] = {}
+    _remember(module, put_back)
     before = model_fingerprints(dict(module.named_parameters()))
     loggers, should_stop = trainer.loggers, trainer.should_stop
     manual: list[Tensor] = []
@@ -64,7 +65,8 @@ def unnoticed(trainer: Trainer, module: LightningModule) -> Iterator[Callable[[A
         yield loss_of
     finally:
         trainer.loggers, trainer.should_stop = loggers, should_stop
-        put_back()
+        for restore in put_back.values():
+            restore()
     after = model_fingerprints(dict(module.named_parameters()))
     if changed := [name for name in before if before[name] != after.get(name)]:
         raise RuntimeError(
@@ -128,40 +130,42 @@ class _Idle:
         return getattr(self._real, name)
 
 
-def _remember(value: Any, seen: set[int]) -> Callable[[], None]:
-    """Return a function that puts back what a value holds now, where that has changed."""
-    if id(value) in seen or isinstance(value, torch.nn.Parameter):
-        return _nothing
-    seen.add(id(value))
+def _remember(value: Any, put_back: dict[int, Callable[[], None]]) -> None:
+    """Add functions, by id, that put back what a value and all in it hold now, where that has changed."""
+    if id(value) in put_back or isinstance(value, torch.nn.Parameter):
+        return
+    put_back[id(value)], parts = _nothing, []
     if isinstance(value, Tensor | np.ndarray):
-        return _remember_numbers(value)
-    if isinstance(value, torch.nn.Module):
-        return _all(_remember(vars(part), seen) for part in value.modules())
-    if isinstance(value, tuple):
-        return _all(_remember(item, seen) for item in value)
-    if not isinstance(value, MutableMapping | MutableSequence | MutableSet):
-        return _remember(vars(value), seen) if _is_record(value) else _nothing
+        put_back[id(value)] = _remember_numbers(value)
+    elif isinstance(value, torch.nn.Module):
+        parts = [vars(part) for part in value.modules()]
+    elif isinstance(value, MutableMapping | MutableSequence | MutableSet):
+        put_back[id(value)] = _remember_items(value)
+        parts = list(value.values() if isinstance(value, MutableMapping) else value)
+    elif isinstance(value, tuple):
+        parts = list(value)
+    elif _is_record(value):
+        parts = [vars(value)]
+    for part in parts:
+        _remember(part, put_back)
+
+
+def _remember_items(value: Any) -> Callable[[], None]:
     before = _items(value)
-    inner = _all(_remember(item, seen) for item in (value.values() if isinstance(value, MutableMapping) else before))
 
     def restore() -> None:
         now = _items(value)
-        if len(now) != len(before) or not all(map(_is_same, now, before)):
-            value.clear()
+        if len(now) == len(before) and all(map(_is_same, now, before)):
+            return
+        value.clear()
+        if isinstance(value, MutableMapping):
+            MutableMapping.update(value, before)  # that of a Counter adds
+        else:
+            add = value.append if isinstance(value, MutableSequence) else value.add
             for item in before:
-                _put(item, value)
-        inner()
+                add(item)
 
     return restore
-
-
-def _put(item: Any, into: Any) -> None:
-    if isinstance(into, MutableMapping):
-        into[item[0]] = item[1]  # the `update` of a Counter adds
-    elif isinstance(into, MutableSequence):
-        into.append(item)
-    else:
-        into.add(item)
 
 
 def _remember_numbers(value: Any) -> Callable[[], None]:
@@ -176,16 +180,6 @@ def _remember_numbers(value: Any) -> Callable[[], None]:
             value.copy_(copy)
 
     return restore
-
-
-def _all(functions: Iterable[Callable[[], None]]) -> Callable[[], None]:
-    kept = list(functions)
-
-    def call() -> None:
-        for each in kept:
-            each()
-
-    return call
 
 
 def _items(value: Any) -> list[Any]:

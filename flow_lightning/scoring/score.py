@@ -85,10 +85,10 @@ def score_blocks(
     mine, before = batches[done + rank :: world], len(batches[:done:world])
     # In shards, a model runs on all ranks or on none: a rank without a batch runs one for nothing.
     spare = trainer.strategy.restore_checkpoint_after_setup and len(mine) < len(batches[done::world])
-    run = partial(_run, trainer, module, loader, function)
+    read = partial(_batch_values, trainer, module, loader, function)
     show = trainer.is_global_zero and trainer.progress_bar_callback is not None and len(mine) > 0
     with progress(before + len(mine), description, show, before) as bar, evaluation(module), evaluation_stage(trainer):
-        values = run(mine, batches[:1] if spare else (), bar.update)
+        values = _run(trainer, read, mine, batches[:1] if spare else (), bar.update)
         size = 1  # batches of each rank in a block; rank 0 sets it by its clock
         while done < len(batches):
             started = time.perf_counter()
@@ -101,13 +101,7 @@ def score_blocks(
 
 
 def _run(
-    trainer: Trainer,
-    module: LightningModule,
-    loader: DataLoader[Any],
-    function: BatchFunction,
-    mine: Sequence[Sequence[int]],
-    spare: Sequence[Sequence[int]],
-    on_batch: Callable[[], Any],
+    trainer: Trainer, read: Callable[..., Any], mine: Sequence[Any], spare: Sequence[Any], on_batch: Callable[[], Any]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield index and values of this rank's batches; run spare ones without a word.
 
@@ -117,7 +111,7 @@ def _run(
     wanted, done, parts = [*mine, *spare], 0, 1
     while done < len(wanted):
         try:
-            for values in _batch_values(trainer, module, loader, function, wanted[done:], parts):
+            for values in read([_cut(batch, parts) for batch in wanted[done:]]):
                 done += 1
                 if done <= len(mine):
                     on_batch()
@@ -153,15 +147,9 @@ def _go_on_with_half(trainer: Trainer, size: int, error: RuntimeError) -> None:
 
 
 def _batch_values(
-    trainer: Trainer,
-    module: LightningModule,
-    loader: DataLoader[Any],
-    function: BatchFunction,
-    batches: Sequence[Sequence[int]],
-    parts: int,
+    trainer: Trainer, module: LightningModule, loader: DataLoader[Any], function: BatchFunction, cuts: list[Any]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield index and values of batches that are scored in some parts each, in the Trainer's precision."""
-    cuts = [_cut(batch, parts) for batch in batches]
+    """Yield index and values of batches, each cut into pieces that are scored in turn, in the Trainer's precision."""
     pieces = [piece for cut in cuts for piece in cut]
     read = iter(zip(pieces, on_device(trainer, module, loader_like(loader, pieces))))
     for cut in cuts:
@@ -173,7 +161,7 @@ def _batch_values(
                     values.append(_score_batch(batch, expected, function))
             finally:
                 del vars(module)["batch_samples"]
-        yield values[0] if len(values) == 1 else tuple(map(torch.cat, zip(*values)))
+        yield tuple(map(torch.cat, zip(*values)))
 
 
 def _cut(batch: Sequence[int], parts: int) -> list[Sequence[int]]:

@@ -5,7 +5,7 @@ In: module and batch. Out: losses of samples, or features and targets for a prob
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from flow_lightning.data.indexing import part_of
 from flow_lightning.lightning_internals import isolate_rng, training_source
-from flow_lightning.method.interception import Interception, Term, describe, sample_losses
+from flow_lightning.method.interception import Interception, Term, sample_losses
 from flow_lightning.scoring.evaluation import batch_norms, evaluation, evaluation_stage
 from flow_lightning.scoring.fingerprint import seed_generators
 from flow_lightning.scoring.kinds import ProbeFeatures, SampleLosses
@@ -248,7 +248,6 @@ class StepFeatures(ProbeFeatures):
     def __init__(self, folds: int = 0, memory_budget: float = 4.0, description: str = "Linear probe") -> None:
         super().__init__(0, folds, memory_budget, description)
         self._losses = StepLosses("cross_entropy")
-        self._inputs: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
     def context(self, trainer: Trainer, module: LightningModule) -> Any:
         """See `StepLosses.context`."""
@@ -288,22 +287,21 @@ class StepFeatures(ProbeFeatures):
         self, module: LightningModule, batch: Any, size: int
     ) -> tuple[tuple[nn.Linear, Tensor, Tensor] | None, Any]:
         """Run a step, and return the linear layer behind its cross-entropy with its input, and the call."""
-        self._inputs.clear()
-        linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-        hooks = [part.register_forward_hook(self._note) for part in linears]
-        try:
+        seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+        def note(linear: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append((linear, inputs[0].detach(), output.detach()))
+
+        with ExitStack() as hooks:
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    hooks.enter_context(part.register_forward_hook(note))
             _, interception = self._losses.step(module, batch, size)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for term in interception.terms:
-            for linear, features, output in reversed(self._inputs):
+            for linear, features, output in reversed(seen):
                 if features.shape[:-1].numel() == size and _makes(output, term):
                     return (linear, features.flatten(0, -2), output), term
-        return None, describe(interception)
-
-    def _note(self, linear: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._inputs.append((linear, inputs[0].detach(), output.detach()))
+        return None, None
 
 
 def _makes(output: Tensor, term: Term) -> bool:

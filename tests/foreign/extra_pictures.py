@@ -19,7 +19,6 @@ from tests.foreign.project import (
     QUIET,
     SIZE,
     Project,
-    Samples,
     Task,
     fit_elsewhere,
     loader,
@@ -171,7 +170,7 @@ def anomaly_loader() -> Any:
     from anomalib.data.dataclasses.torch import ImageBatch, ImageItem
 
     g = Generator().manual_seed(2)
-    items = Samples([ImageItem(image=image(g)[0]) for _ in range(10)])
+    items: Any = [ImageItem(image=image(g)[0]) for _ in range(10)]
     return DataLoader(items, SIZE, sampler=order(10), collate_fn=ImageBatch.collate)
 
 

@@ -1,7 +1,7 @@
 """One project that is not ours: how it trains, what its losses are by hand, and how far FLOW is from that."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 
@@ -128,14 +128,8 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max())
 
 
-QUIET: dict[str, Any] = {
-    "max_epochs": 2,
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
+_OFF = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+QUIET: dict[str, Any] = {"max_epochs": 2, "accelerator": "cpu", **dict.fromkeys(_OFF, False)}
 
 
 def fit(module: LightningModule, loader: Any, callbacks: list[Callback]) -> None:
@@ -175,25 +169,12 @@ def mean_of_all(parts: Parts) -> Callable[[Any, Any, Tensor], Tensor]:
     return weighted
 
 
-class Samples(Dataset[Any]):
-    """A list as a data set."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.items[index]
-
-
 def loader(make: Callable[[torch.Generator], Any], n: int = 10, **arguments: Any) -> Callable[[], DataLoader[Any]]:
     """Return what makes a shuffled loader of `n` random samples, each made by `make(generator)`."""
 
     def load() -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(2)
-        items = Samples([make(generator) for _ in range(n)])
+        items: Any = [make(generator) for _ in range(n)]
         return DataLoader(items, SIZE, sampler=order(n), generator=generator, **arguments)
 
     return load

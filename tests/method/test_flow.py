@@ -5,12 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flow_lightning.method.flow import (
-    effective_sample_size,
-    flow_weights,
-    mixture_temperature,
-    temperature,
-)
+from flow_lightning.method.flow import flow_weights, mixture_temperature, temperature
 from flow_lightning.method.weights import SampleWeights
 
 LOSSES = st.lists(st.floats(2**-10, 1e4, width=32), min_size=1, max_size=50)
@@ -36,11 +31,6 @@ def test_weights_are_float32_whatever_the_losses_are(dtype):
     weights = flow_weights(losses, 1.0)
     assert weights.dtype == torch.float32
     np.testing.assert_allclose(weights.numpy(), np.exp([-0.5, -1.0, -2.0]), rtol=1e-6)
-
-
-def test_effective_sample_size_is_kishs():
-    w = np.random.default_rng(0).random(100)
-    assert effective_sample_size(torch.from_numpy(w)) == pytest.approx(w.sum() ** 2 / (w**2).sum())
 
 
 @pytest.mark.parametrize(

@@ -110,21 +110,22 @@ def records():
     return [{"query": text, "response": text} for text in texts]
 
 
+def fit_with_misplaced_responses(folder, weighting, weights_file=None, **settings):
+    """Fit a step of each epoch with 30 % of the responses at other prompts; return the weights and the Trainer."""
+    source = write_jsonl(folder / "train.jsonl", records())
+    given = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
+    flow = fl.FlowWeightingCallback(weighting=weighting, weights_file=weights_file)
+    module = Reader(language_module().model, TOKENIZER, learning_rate=1e-3)
+    data = fl.InstructionDataModule(source, label_noise=LabelNoise(0.3), **given)
+    _, trainer = fit(flow, fl.ReportCallback(), module=module, data=data, limit_train_batches=1, **settings)
+    return flow.weights, trainer
+
+
 @pytest.mark.parametrize("weighting", ["posterior", "flow_posterior", "drop"])
-def test_misplaced_responses_lose_their_weight_are_listed_and_the_file_is_used_again(weighting, tmp_path, caplog):
-    given = records()
+def test_misplaced_responses_lose_their_weight_are_listed_and_the_file_is_used_again(weighting, tmp_path):
+    given, file = records(), tmp_path / "weights.safetensors"
     wrong = [a != b for a, b in zip(given, with_wrong_responses(given, "response", LabelNoise(0.3)))]
-    source = write_jsonl(tmp_path / "train.jsonl", given)
-    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
-
-    def fitted():
-        data = fl.InstructionDataModule(source, label_noise=LabelNoise(0.3), **settings)
-        flow = fl.FlowWeightingCallback(weighting=weighting, weights_file=tmp_path / "weights.safetensors")
-        module = Reader(language_module().model, TOKENIZER, learning_rate=1e-3)
-        fit(flow, fl.ReportCallback(), module=module, data=data, max_epochs=1, limit_train_batches=1)
-        return flow.weights
-
-    weights = fitted()
+    weights, _ = fit_with_misplaced_responses(tmp_path, weighting, file)
     plain = weights.from_losses(weights.losses).weights
     right = (weights.weights / (plain if weighting == "flow_posterior" else 1)).numpy()
     assert sum(wrong) == 30 and roc_auc_score(wrong, -right) > 0.95
@@ -134,7 +135,8 @@ def test_misplaced_responses_lose_their_weight_are_listed_and_the_file_is_used_a
     scores = np.array([float(row[2]) for row in table[1:]])
     assert ((scores < 0.5) <= np.array([row[1] == "True" for row in table[1:]])).all()
     assert "Answers that look as if they belong to another prompt" in Path("run/report.html").read_text()
-    torch.testing.assert_close(fitted().weights, weights.weights)
+    again, _ = fit_with_misplaced_responses(tmp_path, weighting, file)
+    torch.testing.assert_close(again.weights, weights.weights)
     assert json.loads(Path("run/metrics.json").read_text())["flow/mean_weight"] < 0.85
 
 
@@ -155,17 +157,9 @@ def test_where_no_batch_has_two_prompts_that_is_an_error(tmp_path):
 
 
 def test_a_resumed_fit_still_lists_the_misplaced_responses(tmp_path):
-    source = write_jsonl(tmp_path / "train.jsonl", records())
-    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
-
-    def fitted(epochs, **options):
-        data = fl.InstructionDataModule(source, label_noise=LabelNoise(0.3), **settings)
-        module = Reader(language_module().model, TOKENIZER, learning_rate=1e-3)
-        callbacks = fl.FlowWeightingCallback(weighting="flow_posterior"), fl.ReportCallback()
-        return fit(*callbacks, module=module, data=data, max_epochs=epochs, limit_train_batches=1, **options)[1]
-
-    fitted(1).save_checkpoint("x.ckpt", weights_only=False)
+    _, trainer = fit_with_misplaced_responses(tmp_path, "flow_posterior")
+    trainer.save_checkpoint("x.ckpt", weights_only=False)
     table = Path("run/text_issues.csv").read_text()
     Path("run/text_issues.csv").unlink()
-    fitted(2, ckpt_path="x.ckpt")
+    fit_with_misplaced_responses(tmp_path, "flow_posterior", max_epochs=2, ckpt_path="x.ckpt")
     assert "label_score" in table and Path("run/text_issues.csv").read_text() == table

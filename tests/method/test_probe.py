@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from flow_lightning.method import probe as probing
 from flow_lightning.method.label_errors import right_labels, stratified_parts
-from flow_lightning.method.probe import fit_probe, head_losses
+from flow_lightning.method.probe import fit_probe
 from flow_lightning.method.ridge import ridge_probabilities
 
 
@@ -98,13 +98,6 @@ def test_parts_are_equal_in_size_and_classes():
         assert targets[parts == part].bincount().tolist() == [8, 4, 2]
 
 
-def test_head_losses_match_torch():
-    features, targets = clusters(20)
-    head = probing.LinearHead(torch.randn(3, 12), torch.randn(3))
-    expected = torch.nn.functional.cross_entropy(features @ head.weight.T + head.bias, targets, reduction="none")
-    torch.testing.assert_close(head_losses(head, features, targets), expected)
-
-
 def test_constant_features_do_no_harm():
     probe = fit_probe(torch.ones(10, 4), torch.arange(10) % 2, 2, strengths=[0.1])
     np.testing.assert_allclose(probe.losses.numpy(), np.log(2), rtol=1e-4)
@@ -143,18 +136,6 @@ def test_probabilities_of_classes_count_as_a_sample_of_each_class_would():
     expected = sklearn_probabilities(each, labels, 0.03, features, weights=classes.flatten())
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
     assert torch.equal(probe.targets, targets)
-
-
-def test_samples_of_weight_zero_do_not_count():
-    """Half of the labels are wrong, and their weights are 0: the head is that of the other half alone."""
-    features, targets = clusters(n=300)
-    sound = torch.arange(300) % 2 == 0
-    wrong = torch.where(sound, targets, (targets + 1) % 3)
-    heads = [fit_probe(features, wrong, 3, strengths=[0.1], weights=w).head for w in (sound.float(), None)]
-    weighted, unweighted = ((head(features).argmax(1) == targets).float().mean() for head in heads)
-    assert weighted > unweighted + 0.05
-    alone = sklearn_probabilities(features[sound], targets[sound], 0.1, features).argmax(1)
-    assert (heads[0](features).argmax(1).numpy() == alone).mean() > 0.97  # scales of the features differ a little
 
 
 @pytest.mark.parametrize("folds", [0, 3])

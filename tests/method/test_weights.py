@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from flow_lightning.files import save_tensors
 from flow_lightning.method.flow import WEIGHTINGS, keep_below
-from flow_lightning.method.weights import SampleWeights, TokenWeights, token_positions
+from flow_lightning.method.weights import SampleWeights, TokenWeights
 
 OFFSETS = torch.tensor([0, 3, 3, 4, 9])
 
@@ -27,21 +27,12 @@ def test_temperature_and_weights_are_numpys():
     np.testing.assert_allclose(weights.weights.numpy(), np.exp(-losses().numpy() / tau), atol=1e-3)
 
 
-@pytest.mark.parametrize("index", [[0], [3, 0], [1], [2, 1, 3], [1, 1], []])
+@pytest.mark.parametrize("index", [[0], [3, 0, 3], [1], [2, 1, 3], [1, 1], []])
 def test_of_joins_the_tokens_of_the_samples(index):
     weights = TokenWeights.from_losses(losses(), OFFSETS)
     parts = [weights.weights[OFFSETS[i] : OFFSETS[i + 1]] for i in index]
     expected = torch.cat(parts) if parts else torch.zeros(0)
     torch.testing.assert_close(weights.of(torch.tensor(index, dtype=torch.long)), expected)
-
-
-def test_positions_of_any_samples():
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.randint(0, 5, (50,), generator=generator)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    index = torch.randint(0, 50, (200,), generator=generator)
-    expected = [p for i in index.tolist() for p in range(int(offsets[i]), int(offsets[i + 1]))]
-    assert token_positions(offsets, index).tolist() == expected
 
 
 def test_half_precision_where_it_moves_no_weight_by_more_than_a_thousandth():
@@ -64,11 +55,6 @@ def test_full_precision_where_half_would_move_a_weight(values, chosen):
     threshold = chosen.get("weighting") == "threshold"
     exact = keep_below(values, 2.5) if threshold else torch.exp(-values / stored.temperature)
     assert (stored.weights - exact).abs().max() <= 1e-3
-
-
-def test_a_threshold_takes_the_place_of_the_exponential():
-    weights = TokenWeights.from_losses(losses(), OFFSETS, temperature=2.0, weighting="threshold")
-    assert weights.weights.tolist() == [float(loss < 2.0) for loss in losses().tolist()]
 
 
 def test_a_rule_of_ones_own(monkeypatch):

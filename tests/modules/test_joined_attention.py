@@ -24,12 +24,6 @@ def windowed():
     return Gemma3ForCausalLM(config)
 
 
-def learned_positions():
-    torch.manual_seed(0)
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": len(TOKENIZER), "initializer_range": 0.2}
-    return GPT2LMHeadModel(GPT2Config(**size))
-
-
 @pytest.fixture
 def lengths(monkeypatch):
     """The tokens of each call of torch's attention."""
@@ -60,7 +54,8 @@ def test_a_joined_row_has_the_outputs_and_gradients_of_sdpa_from_each_sample_alo
 
 
 def test_padded_rows_and_models_that_pass_no_positions_go_the_way_of_sdpa(lengths):
-    model, other = tiny_model(len(TOKENIZER)).eval(), learned_positions().eval()
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": len(TOKENIZER), "initializer_range": 0.2}
+    model, other = tiny_model(len(TOKENIZER)).eval(), GPT2LMHeadModel(GPT2Config(**size)).eval()
     for each, inputs in ((model, {}), (other, {"position_ids": POSITIONS})):
         expected = each(IDS, **inputs, use_cache=False).logits
         attend_by_sample(each)

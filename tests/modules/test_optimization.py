@@ -69,20 +69,9 @@ def test_each_block_has_its_own_rate_and_the_groups_of_the_optimizer_keep_their_
         assert found[id(parameter)] == pytest.approx((0.1 * 0.5**blocks, 0.1 * (parameter.ndim > 1))), name
 
 
-def test_a_step_of_each_block_is_the_plain_one_times_its_factor_and_the_schedule_keeps_it():
-    moved = []
-    for decay in (1.0, 0.5):
-        module = tiny_module("test_vit.r160_in1k", model_kwargs={"img_size": 32}, layer_decay=decay, learning_rate=0.1)
-        start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-        module.optimizer = optim.SGD
-        trainer = make_trainer(max_steps=1)
-        torch.manual_seed(0)
-        trainer.fit(module, datamodule=PictureData())
-        moved.append({name: parameter.detach() - start[name] for name, parameter in module.named_parameters()})
-    for name, change in moved[0].items():
-        (blocks,) = [blocks for part, blocks in VIT.items() if f"{part}." in f"{name}."]
-        torch.testing.assert_close(moved[1][name], change * 0.5**blocks, rtol=1e-3, atol=1e-7)
-    trainer = make_trainer(max_epochs=2)
+def test_the_schedule_keeps_the_rates_of_the_blocks():
+    module = tiny_module("test_vit.r160_in1k", model_kwargs={"img_size": 32}, layer_decay=0.5, learning_rate=0.1)
+    trainer = make_trainer(max_steps=2)
     trainer.fit(module, datamodule=PictureData())
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {0.0}  # at the end of the cosine
     assert {group["initial_lr"] for group in trainer.optimizers[0].param_groups} == {0.1 * 0.5**k for k in range(10)}

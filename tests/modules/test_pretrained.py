@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
-from flow_lightning.modules.pretrained import add_lora, packaged_weights
+from flow_lightning.modules.pretrained import packaged_weights
 from tests.examples import fit, make_trainer
 from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
@@ -106,7 +106,6 @@ def test_the_scale_of_rank_stabilised_lora_is_alpha_over_the_root_of_the_rank():
     ("options", "message"),
     [
         ({"init_lora_weights": "pissa"}, r"change the pre-trained model itself \(model\.layers\.0"),
-        ({"init_lora_weights": "olora"}, r"change the pre-trained model itself"),
         ({"modules_to_save": ["lm_head"]}, r"change the pre-trained model itself"),
         ({"trainable_token_indices": [1]}, r"change the pre-trained model itself"),
         ({"use_dorra": True}, r"LoraConfig says: .*use_dorra"),
@@ -115,13 +114,6 @@ def test_the_scale_of_rank_stabilised_lora_is_alpha_over_the_root_of_the_rank():
 def test_a_variant_that_leaves_no_pretrained_model_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         language_module(tune="lora", lora_r=2, lora_options=options)
-
-
-def test_trained_biases_are_refused():
-    torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32, "vocab_size": 50}
-    with pytest.raises(ValueError, match=r"change the pre-trained model itself \(.*bias\)"):
-        add_lora(GPT2LMHeadModel(GPT2Config(**sizes)), 2, 2, 0.0, ["c_attn"], {"bias": "all", "fan_in_fan_out": True})
 
 
 def dequantized(model):

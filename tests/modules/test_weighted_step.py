@@ -80,13 +80,6 @@ class Method(Classifier):
         return self.sample_losses(batch).mean()
 
 
-class Unreduced(Classifier):
-    """A step that averages by itself."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none").sum() / len(batch[1])
-
-
 class Skipping(Classifier):
     """The first batch of the fit has no loss."""
 
@@ -103,7 +96,7 @@ def losses_by_hand(module: Any, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(Manual, {}), (Dictionary, {}), (Method, {}), (Unreduced, {}), (Classifier, {"sample_losses": losses_by_hand})],
+    [(Manual, {}), (Dictionary, {}), (Method, {}), (Classifier, {"sample_losses": losses_by_hand})],
 )
 def test_steps_of_other_forms_are_weighted_alike(kind: Any, settings: Any) -> None:
     dataset, module, flow = data(), kind(), fl.FlowWeightingCallback(**settings)
@@ -149,22 +142,6 @@ class NonLinear(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
         return ((1 - (-losses).exp()) ** 2 * losses).mean()
-
-
-class Contrastive(Classifier):
-    """Each sample against all others of its batch."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        out = self.net(batch[0])
-        return F.cross_entropy(out @ out.T, torch.arange(len(out)))
-
-
-class TimeFirst(Classifier):
-    """Tokens in the order of time, then samples: the first dimension is no multiple of samples in order."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        logits = self.net(batch[0])
-        return F.cross_entropy(torch.cat([logits, 2 * logits]), torch.cat([batch[1], batch[1]]))
 
 
 class Teacher(Classifier):
@@ -225,8 +202,6 @@ def test_a_later_batch_that_cannot_be_weighted_is_refused_too(kind: Any, message
     [
         (Focal, ValueError, r"losses that were seen \(none\).*sample_losses=lambda"),
         (NonLinear, RuntimeError, r"with weights of 1, .* with 0 and .* with 1/2: its loss is no weighted mean"),
-        (Contrastive, ValueError, "depends on the others in its batch"),
-        (TimeFirst, ValueError, "depends on the others in its batch"),
         (Teacher, RuntimeError, r"changes parameters by itself \(net.0.bias\)"),
         (Unbatched, ValueError, r"The batch has 5 samples, but its losses are cross_entropy of shape \[4\]"),
         (Stirring, RuntimeError, "with weights of 1, but .* without"),

@@ -59,7 +59,7 @@ class Labelled(TensorDataset):
 )
 def test_every_target_counts_by_its_content(targets):
     """Numbers, dictionaries, or lists of different lengths."""
-    for wrap in (lambda dataset: dataset, IndexedDataset):
+    for wrap in (lambda dataset: dataset, IndexedDataset, lambda dataset: Subset(dataset, range(1, len(dataset)))):
         same, again, other = (dataset_fingerprint(wrap(Labelled(targets(value)))) for value in (2, 2, 3))
         assert same == again != other
 
@@ -108,25 +108,10 @@ def test_each_sample_is_read_at_most_twice():
     assert counted.reads == 32 + 16
 
 
-def test_a_random_flip_is_noticed():
-    noticed = []
-    for seed in range(100):
+def test_random_transforms_are_noticed_and_have_the_same_fingerprint_each_time():
+    found = set()
+    for seed in range(10):
         torch.manual_seed(seed)
-        noticed.append(inspect_dataset(Flipped(torch.ones(20)))[1])
-    assert all(noticed)
+        found.add(inspect_dataset(Flipped(torch.ones(20))))
+    assert [is_random for _, is_random in found] == [True]
     assert not inspect_dataset(data())[1] and not inspect_dataset([])[1]
-
-
-def test_every_target_of_a_subset_counts():
-    labelled, other = TensorDataset(torch.zeros(1000)), TensorDataset(torch.zeros(1000))
-    labelled.targets, other.targets = [0] * 1000, [0] * 700 + [1] + [0] * 299
-    parts = [Subset(data, range(1, 1000)) for data in (labelled, other)]
-    assert inspect_dataset(parts[0])[0] != inspect_dataset(parts[1])[0]
-
-
-def test_random_transforms_have_the_same_fingerprint_each_time():
-    prints = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        prints.append(inspect_dataset(Flipped(torch.ones(20)))[0])
-    assert prints[0] == prints[1]

@@ -1,8 +1,6 @@
 """The weights file: used while it is true, scored anew when anything changed, continued after an interruption."""
 
-import importlib
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -114,51 +112,6 @@ def test_other_data_and_another_model_are_noticed(first):
 
 
 NUMBERS = r"sample \d+: [\d.e+]+ now, [\d.e+]+ in the file"
-
-
-def test_an_installed_package_whose_version_did_not_change_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    package = tmp_path / "site" / "scaling_package.py"
-    package.parent.mkdir()
-
-    class Scaled(LinearRegression):
-        def sample_losses(self, batch):
-            return super().sample_losses(batch) * sys.modules["scaling_package"].factor()
-
-    for factor in (1.0, 1.5):
-        package.write_text(f"__version__ = '1.0'\n\ndef factor():\n    return {factor:.6f}  # padded to another size\n")
-        importlib.invalidate_caches()
-        sys.modules.pop("scaling_package", None)
-        importlib.import_module("scaling_package")
-        if factor == 1.0:
-            fit_with_file(Scaled())
-    assert_scored_anew(NUMBERS, Scaled())
-
-
-def squared(error):
-    return error**2
-
-
-class Told(LinearRegression):
-    """Its loss depends on a function that is looked up by name, and on the environment."""
-
-    def sample_losses(self, batch):
-        (x, y), _ = batch
-        self.scored += 0 if self.training else len(y)
-        return globals()["squared"](self(x) - y) + float(os.environ.get("MARGIN", 0.0))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda monkeypatch: monkeypatch.setitem(globals(), "squared", torch.abs),
-        lambda monkeypatch: monkeypatch.setenv("MARGIN", "0.25"),
-    ],
-)
-def test_a_function_looked_up_by_name_and_the_environment_are_noticed(change, monkeypatch):
-    fit_with_file(Told())
-    change(monkeypatch)
-    assert_scored_anew(NUMBERS, Told())
 
 
 def test_one_changed_loss_in_a_checked_batch_is_named(first):
