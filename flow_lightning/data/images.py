@@ -20,7 +20,7 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
 from flow_lightning.data.sources import class_folders
-from flow_lightning.data.transforms import EpochSeed, Interpolation, RecipeName, Transform, recipe, stored_size
+from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, recipe, stored_size
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 
@@ -32,23 +32,23 @@ class TransformedImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: Any, transform: Transform, seed: int | None = None) -> None:
-        self.images, self.transform = images, transform
-        self.random = None if seed is None else EpochSeed(seed)
+        self.images, self.transform, self.seed = images, transform, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # loader processes see it change, too
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         image, target = self.images[position]
-        with torch.random.fork_rng(devices=[], enabled=self.random is not None):
-            if self.random is not None:
-                torch.default_generator.manual_seed(self.random.of(position))  # other devices take far longer
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                seed = hash((self.seed, int(self.epoch), position)) % 2**63
+                torch.default_generator.manual_seed(seed)  # other devices take far longer
             return {"image": self.transform(image), "target": int(target)}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the random transforms of an epoch from now on."""
-        if self.random is not None:
-            self.random.epoch.fill_(epoch)
+        self.epoch.fill_(epoch)
 
     @property
     def targets(self) -> list[int]:
