@@ -207,26 +207,18 @@ class ImageDataModule(LightningDataModule):
 
     def _normalisation(self) -> tuple[list[float], list[float], str]:
         """Return mean, standard deviation and interpolation, as given or else the model's."""
-        config = self._config()
-        mean, std = self.mean or config.get("mean"), self.std or config.get("std")
+        model = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
+        mean, std = self.mean or model.get("mean"), self.std or model.get("std")
         if mean is None or std is None:
             raise ValueError(
                 "The normalisation is not known: mean and std were not given, and the model has no `data_config`. Give "
                 "both (ImageNet's are mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])."
             )
-        return list(mean), list(std), self._interpolation()
-
-    def _interpolation(self) -> str:
-        return self.interpolation or self._config().get("interpolation", "bilinear")
-
-    def _config(self) -> Any:
-        """Return how the pre-trained model wants its images."""
-        return {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
+        return list(mean), list(std), self.interpolation or model.get("interpolation", "bilinear")
 
     def _decode(self, splits: Splits) -> DecodedImages:
-        size = stored_size(self.transforms, self.image_size)
-        parts, file = (splits.train, splits.test), str(self.decoded)
-        return decode(parts, file, size, self._interpolation(), self.root, self._workers())
+        size, (*_, interpolation) = stored_size(self.transforms, self.image_size), self._normalisation()
+        return decode(splits[:2], str(self.decoded), size, interpolation, self.root, self._workers())
 
     def _workers(self) -> int:
         if self.num_workers is not None:
