@@ -81,9 +81,9 @@ def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
 TOKENIZER = tiny_tokenizer()
 
 
-def language_module(**settings):
+def language_module(kind=fl.CausalLanguageModule, **settings):
     torch.manual_seed(0)
-    return fl.CausalLanguageModule(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
+    return kind(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
 
 
 def language_data(tmp_path, n=13, records=None, **settings):

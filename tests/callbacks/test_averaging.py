@@ -9,6 +9,7 @@ import flow_lightning as fl
 from flow_lightning.callbacks.averaging import SequentialAveragingCallback
 from tests import examples, unchanged
 from tests.images import PictureData, tiny_module
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 
@@ -107,9 +108,6 @@ def test_a_fit_without_a_known_end_is_refused():
         unchanged.fit(Classifier(), unchanged.data(), SequentialAveragingCallback(), max_epochs=-1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"weight": 0.0}, r"weight is 0\.0"), ({"every": 1.5}, r"every is 1\.5")]
-)
-def test_a_wrong_argument_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        SequentialAveragingCallback(**settings)
+@pytest.mark.parametrize("settings", [{"weight": 0.0}, {"every": 1.5}])
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(SequentialAveragingCallback, settings)

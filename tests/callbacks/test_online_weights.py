@@ -13,6 +13,7 @@ from flow_lightning.method.online import RULES, entropy_gate
 from tests import examples, unchanged
 from tests.images import PictureData, tiny_module
 from tests.language import language_module
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 
@@ -145,19 +146,17 @@ def test_the_rate_follows_the_running_loss_and_the_schedule_keeps_its_own():
     assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        (OnlineWeightsCallback, {"rule": "prob"}, "rule is 'prob'"),
-        (OnlineWeightsCallback, {"rule": "smallest", "value": 1.5}, "value is 1.5"),
-        (OnlineWeightsCallback, {"value": 0.0}, "value is 0.0"),
-        (OnlineWeightsCallback, {"loss": "crossentropy"}, "loss is 'crossentropy'"),
-        (LossAdaptiveRateCallback, {"most": 0.5}, r"most 0\.5"),
-    ],
-)
-def test_a_wrong_argument_is_refused(kind, settings, message):
-    with pytest.raises(ValueError, match=message):
-        kind(**settings)
+WRONG = [{"rule": "prob"}, {"rule": "smallest", "value": 1.5}, {"value": 0.0}, {"loss": "crossentropy"}]
+
+
+@pytest.mark.parametrize("settings", WRONG)
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(OnlineWeightsCallback, settings)
+
+
+def test_a_wrong_bound_of_the_rate_is_refused():
+    with pytest.raises(ValueError, match=r"most 0\.5"):
+        LossAdaptiveRateCallback(most=0.5)
 
 
 def test_a_step_without_that_loss_is_refused():

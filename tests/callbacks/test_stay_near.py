@@ -12,6 +12,7 @@ from flow_lightning.callbacks.stay_near import StayNearCallback
 from tests import examples, unchanged
 from tests.images import PictureData, tiny_module
 from tests.language import language_module
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 PENALTIES = {"l2": lambda change: 0.5 * change.square().sum(), "l1": lambda change: change.abs().sum()}
@@ -163,14 +164,6 @@ def test_adapters_leave_nothing_to_hold():
         unchanged.fit(module, None, StayNearCallback(), loader=loader)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"strength": -1.0}, r"strength is -1\.0"),
-        ({"strength": float("nan")}, "strength is nan"),
-        ({"norm": "l3"}, "l3"),
-    ],
-)
-def test_a_wrong_argument_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        StayNearCallback(**settings)
+@pytest.mark.parametrize("settings", [{"strength": -1.0}, {"strength": float("nan")}, {"norm": "l3"}])
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(StayNearCallback, settings)
