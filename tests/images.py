@@ -44,6 +44,10 @@ class PictureData(LightningDataModule):
         return DataLoader(self.test_set, self.batch_size)
 
 
-def tiny_module(model: str = "test_resnet.r160_in1k", **arguments: Any) -> ImageClassificationModule:
+def tiny_module(
+    model: str = "test_resnet.r160_in1k",
+    kind: type[ImageClassificationModule] = ImageClassificationModule,
+    **settings: Any,
+) -> ImageClassificationModule:
     torch.manual_seed(0)
-    return fl.ImageClassificationModule(model, 3, pretrained=False, **arguments)
+    return kind(model, 3, pretrained=False, **settings)

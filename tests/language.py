@@ -81,13 +81,13 @@ def tiny_model(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
 TOKENIZER = tiny_tokenizer()
 
 
-def language_module(**settings):
+def language_module(kind=fl.CausalLanguageModule, **settings):
     torch.manual_seed(0)
-    return fl.CausalLanguageModule(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
+    return kind(tiny_model(len(TOKENIZER)), TOKENIZER, **({"learning_rate": 1e-2} | settings))
 
 
-def language_data(tmp_path, n=13, **settings):
-    """Return a data module of `n` training samples, none of them held out."""
-    source = write_jsonl(tmp_path / "train.jsonl", instructions(n))
+def language_data(tmp_path, n=13, records=None, **settings):
+    """Return a data module of `n` training samples, or of these records, none of them held out."""
+    source = write_jsonl(tmp_path / "train.jsonl", records or instructions(n))
     settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0} | settings
     return fl.InstructionDataModule(source, **settings)

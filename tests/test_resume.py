@@ -19,15 +19,12 @@ def indices(samples):
 
 
 def loader_of(kind, n, batch_size, seed=3, **settings):
-    data = list(range(n))
+    data, lengths, sampler = range(n), [1 + i % 7 for i in range(n)], ResumableSampler(range(n), seed=seed)
     if kind == "packed":
-        sampler = PackedBatches([1 + i % 7 for i in data], batch_size + 7, seed=seed)
+        sampler = PackedBatches(lengths, batch_size + 7, seed=seed)
         return ResumableDataLoader(IndexedDataset(data), batch_size=None, sampler=sampler, collate_fn=indices)
-    sampler = (
-        ResumableSampler(data, seed=seed)
-        if kind == "plain"
-        else LengthGroupedSampler(data, [1 + i % 7 for i in data], batch_size, seed=seed)
-    )
+    if kind == "grouped":
+        sampler = LengthGroupedSampler(data, lengths, batch_size, seed=seed)
     return ResumableDataLoader(data, batch_size=batch_size, sampler=sampler, **settings)
 
 

@@ -5,11 +5,9 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -25,8 +23,6 @@ from tests.examples import chain, make_trainer
 from tests.images import tiny_module
 from tests.language import language_data, language_module
 from tests.processes import launch
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -102,42 +98,34 @@ def test_a_run_goes_on_for_more_epochs_than_it_was_to_have():
     assert rates.seen[1:] == pytest.approx(cosine)
 
 
-def in_two_processes(make, kills) -> None:
-    found = chain(partial(run, make, devices=2, strategy="ddp", accumulate_grad_batches=2), *kills)
+def in_two_processes(*kills) -> None:
+    found = chain(partial(run, language, devices=2, strategy="ddp", accumulate_grad_batches=2), *kills)
     if os.environ["RANK"] == "0":
         torch.save(found, "done.pt")
 
 
-@pytest.mark.parametrize(("make", "kills"), [(vision, (2,)), (language, (3,))])
-def test_two_processes_are_resumed(make, kills):
-    launch(in_two_processes, make, ())
+def test_two_processes_are_resumed():
+    launch(in_two_processes)
     expected = torch.load("done.pt")
-    launch(in_two_processes, make, kills)
+    launch(in_two_processes, 3)
     assert_equal(torch.load("done.pt"), expected)
 
 
-def main(folder: str, make) -> None:
-    """A run that goes on from its last checkpoint, if it has one; tells when it begins."""
+def go_on(folder: Path, make) -> None:
+    """Run from the last checkpoint, if there is one."""
     os.chdir(folder)
-    torch.set_num_threads(1)
     score._SECONDS_PER_BLOCK = 0.0
-    Path("begun").touch()
     torch.save(run(partial(make, "weights.safetensors"), ckpt_path="last"), "done.pt")
 
 
-def seconds_of(folder: Path, make, kill_after: float = math.inf) -> float:
-    """Run `main` in a process of its own, kill it some seconds after it began, and return how long it ran."""
-    begun, environment = folder / "begun", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    begun.unlink(missing_ok=True)
-    code = f"from tests import test_resumed_runs as runs; runs.main({str(folder)!r}, runs.{make.__name__})"
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL) as process:
-        while not begun.exists() and process.poll() is None:
-            time.sleep(0.01)
-        started = time.perf_counter()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(min(kill_after, 300))
-        process.kill()
-    assert process.returncode in {0, -signal.SIGKILL if kill_after < math.inf else 0}
+def seconds_of(folder: Path, make, kill_after: float | None = None) -> float:
+    """Let a process of its own go on, kill it after some seconds, and return how long it ran."""
+    process, started = get_context("fork").Process(target=go_on, args=(folder, make)), time.perf_counter()
+    process.start()
+    process.join(kill_after or 300)
+    process.kill()
+    process.join()
+    assert process.exitcode in {0, -signal.SIGKILL if kill_after else 0}
     return time.perf_counter() - started
 
 

@@ -3,8 +3,7 @@
 In: a training batch, a frozen copy of the module. Out: a term of the loss. Next: `stay_near.py`, for parameters.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -73,26 +72,17 @@ class DistillationCallback(AroundStep, PretrainedCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the copy where the module is; in a resumed fit check that it is the same one."""
         self.check_checkpoint(trainer, has_state=bool(self._fingerprints))
-        self.check_pretrained(self._of_body())
+        head = module_contract(self._frozen).head
+        heads = tuple(f"{name}." for name, part in self._frozen.named_modules() if part is head)
+        body = {name: value for name, value in self._frozen.state_dict().items() if not name.startswith(heads)}
+        self.check_pretrained(model_fingerprints(body))
         for part in (self._frozen, self._head):
             trainer.precision_plugin.convert_module(part).to(pl_module.device)
 
-    def _of_body(self) -> dict[str, str]:
-        contract = module_contract(self._frozen)
-        heads = tuple(f"{name}." for name, part in self._frozen.named_modules() if part is contract.head)
-        body = {name: value for name, value in self._frozen.state_dict().items() if not name.startswith(heads)}
-        return model_fingerprints(body)
-
-    @contextmanager
-    def around(self, trainer: Trainer, module: LightningModule, batch: Any) -> Iterator[None]:
+    def around(self, trainer: Trainer, module: LightningModule, batch: Any) -> AbstractContextManager[Any]:
         """Note what the head sees."""
-        self._seen = None
-        head: Any = module_contract(module).head
-        handle = head.register_forward_pre_hook(self._note)
-        try:
-            yield
-        finally:
-            handle.remove()
+        self._seen, head = None, module_contract(module).head
+        return head.register_forward_pre_hook(self._note)  # type: ignore[union-attr]
 
     def _note(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._seen = inputs[0]

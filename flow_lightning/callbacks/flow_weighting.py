@@ -6,7 +6,7 @@ In: the losses of `scoring/`. Out: `module.sample_weights`, and the run's files.
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -162,9 +162,8 @@ class FlowWeightingCallback(RunCallback):
                 self._resume(trainer, pl_module)
             else:
                 self._settle(trainer)
-        weights: Any = self.weights
         loader = part_of(trainer.train_dataloader, self.loader)
-        check_length(loader, len(weights))
+        check_length(loader, len(cast(Weights, self.weights)))
         self._tracker.begin(loader, self.run.resumed)
         warn_if_it_begins_anew(trainer)
         kind, weights_of = self.run.scoring.kind, partial(self._weights_of, pl_module)
@@ -182,8 +181,8 @@ class FlowWeightingCallback(RunCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Tell the module which samples are in a batch that carries no index."""
         if part_of(batch, self.loader) is not None:  # a shorter loader may be over
-            index, weights = self._tracker.index(batch_idx), self.weights
-            if index is not None and weights is not None:
+            index, weights = self._tracker.index(batch_idx), cast(Weights, self.weights)
+            if index is not None:
                 check_drawn(index, len(weights))
             vars(pl_module)["batch_samples"] = index
 
@@ -217,10 +216,11 @@ class FlowWeightingCallback(RunCallback):
 
     def _weights_of(self, module: LightningModule, batch: Any) -> torch.Tensor | None:
         """Look up the weights of a batch, `[B]` or `[K]`: by its own index, or by what the loader drew."""
-        part, weights = part_of(batch, self.loader), self.weights
-        if part is None or weights is None:
+        if (part := part_of(batch, self.loader)) is None:
             return None
-        return weights.of(batch_index(part, module_contract(module).batch_samples).to(module.device))
+        return cast(Weights, self.weights).of(
+            batch_index(part, module_contract(module).batch_samples).to(module.device)
+        )
 
     def _give_back(self, trainer: Trainer, module: LightningModule) -> None:
         """Leave module, loader and strategy as they were."""
@@ -252,13 +252,9 @@ class FlowWeightingCallback(RunCallback):
         parts: dict[str, Any] = {name: result[name] for name in ("losses", "offsets") if name in result}
         parts |= {"beside": result} if self.weighting in OF_PROBE else {}
         temperature, is_token = self.temperature, self.per == "token"
-        if (
-            temperature is None
-            and is_token
-            and "quantile" in result
-            and (known := result["quantile"])[0] == self.quantile
-        ):
-            temperature = float(known[1])  # token losses are in half precision in a file: their quantile is another one
+        quantile, known = result.get("quantile", (None, None))
+        if temperature is None and is_token and quantile == self.quantile:
+            temperature = float(known)  # token losses are in half precision in a file: their quantile is another one
         weights = self.run.scoring.kind.weights.from_losses(
             **parts, temperature=temperature, quantile=self.quantile, fingerprint=fingerprint, weighting=self.weighting
         )
@@ -293,8 +289,7 @@ class FlowWeightingCallback(RunCallback):
     def _settle(self, trainer: Trainer) -> None:
         """Say which weights the fit trains with, and write them down."""
         self._is_settled = True
-        weights, run = self.weights, self.run
-        assert weights is not None
+        weights, run = cast(Weights, self.weights), self.run
         summary = weights.summary()
         rank_zero_info(in_words(weights, summary))
         run.record(trainer, summary | ({} if run.resumed else {"time/scoring_s": self._seconds}))

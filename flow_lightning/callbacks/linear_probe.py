@@ -180,7 +180,15 @@ class LinearProbeCallback(RunCallback):
         contract = module_contract(module)
         if contract.features is None and contract.sample_losses is None:
             return StepFeatures(folds, self.memory_budget, description)
-        head = probed_head(module)
+        head = contract.head
+        if contract.features is None or not isinstance(head, torch.nn.Linear):
+            raise TypeError(
+                f"{type(module).__name__} cannot be probed: it needs features(batch) -> [B, D] and a head (nn.Linear), "
+                "as ImageClassificationModule has. Without a new head no probe is needed: leave LinearProbeCallback "
+                "out."
+            )
+        if head.bias is None:
+            raise TypeError("The head has no bias, which the probe fits too. Give the model a head with bias=True.")
         kind = ProbeFeatures(head.out_features, folds, self.memory_budget, description)
         kind.head, kind.new_parts = head, tuple(f"{name}." for name, part in module.named_modules() if part is head)
         return kind
@@ -199,21 +207,3 @@ class LinearProbeCallback(RunCallback):
 def probes_of(trainer: Trainer) -> list[LinearProbeCallback]:
     """Return the probes of a fit."""
     return [each for each in trainer.callbacks if isinstance(each, LinearProbeCallback)]  # type: ignore[attr-defined]
-
-
-def probed_head(module: LightningModule) -> torch.nn.Linear:
-    """Return the head to fit.
-
-    Raises:
-        TypeError: If the module has no `features`, or no linear `head` with a bias; the message says what is missing.
-    """
-    contract = module_contract(module)
-    head, name = contract.head, type(module).__name__
-    if contract.features is None or not isinstance(head, torch.nn.Linear):
-        raise TypeError(
-            f"{name} cannot be probed: it needs features(batch) -> [B, D] and a head (nn.Linear), as "
-            "ImageClassificationModule has. Without a new head no probe is needed: leave LinearProbeCallback out."
-        )
-    if head.bias is None:
-        raise TypeError("The head has no bias, which the probe fits too. Give the model a head with bias=True.")
-    return head

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from flow_lightning.contract import data_contract, image_settings, module_contract
 from flow_lightning.distributed import on_rank_zero
+from flow_lightning.lightning_internals import isolate_rng
 from flow_lightning.measures.base import check_at_least
 from flow_lightning.measures.images import PretrainedImages
 from flow_lightning.measures.outcomes import Outcomes, StepOutcomes

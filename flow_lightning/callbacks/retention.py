@@ -11,10 +11,10 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero
+from flow_lightning.lightning_internals import isolate_rng
 from flow_lightning.measures import Measure, PretrainedImages, TargetAccuracy, TargetLoss
 from flow_lightning.measures.base import When, check_at_least
 from flow_lightning.report.metrics import Declared, averages, declared_by, finite, metrics_table, print_table

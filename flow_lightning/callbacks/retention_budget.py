@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from flow_lightning.callbacks.anchored import PretrainedCallback
 from flow_lightning.callbacks.linear_probe import probes_of
 from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
@@ -25,12 +26,11 @@ from flow_lightning.method.budget import COMPARISONS, Kept, check_size, last_kep
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.method.probe import Probe
 from flow_lightning.report.metrics import path_table, print_table
-from flow_lightning.run import RunCallback
-from flow_lightning.scoring.fingerprint import check_same_model, model_fingerprints
+from flow_lightning.scoring.fingerprint import model_fingerprints
 from flow_lightning.scoring.samples import read_once
 
 
-class RetentionBudgetCallback(RunCallback):
+class RetentionBudgetCallback(PretrainedCallback):
     """Choose the furthest point from pre-trained to fine-tuned weights that keeps a budget on forgetting.
 
     At `on_train_end` it walks the path `pretrained + alpha * (finetuned - pretrained)` (see `method/path.py`). In the
@@ -111,7 +111,6 @@ class RetentionBudgetCallback(RunCallback):
         self._pretrained: dict[str, Tensor] = {}
         self._head: dict[str, Tensor] = {}  # before training, if a probe is fitted
         self._before: list[Tensor] = []  # outcomes of the pre-trained model on both halves
-        self._fingerprints: dict[str, str] = {}
         self._heads: dict[float, Probe] = {}  # solved at the points of a curve, by alpha
         self._forwards = 0
         self._training: Any = None  # samples of the training and the test, for a curve
@@ -148,12 +147,17 @@ class RetentionBudgetCallback(RunCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint."""
         self._started = time.perf_counter()
+        self.check_checkpoint(trainer, has_state=bool(self._before))
         if self.run.resumed:
-            self._resume(trainer, pl_module)
+            self._pretrained |= self._head
         else:
-            self._pretrained = trained_tensors(trainer, pl_module)
-            self._head = {name: self._pretrained[name] for name in self._head_names()}
-            self._fingerprints = self._of_body()
+            self._pretrained, heads = trained_tensors(trainer, pl_module), self.run.scoring.kind.new_parts
+            self._head = {name: value for name, value in self._pretrained.items() if name.startswith(heads)}
+        body = {name: value for name, value in self._pretrained.items() if name not in self._head}
+        self.check_pretrained(model_fingerprints(body))
+        if self.run.resumed:
+            check_path(self._pretrained, trained_tensors(trainer, pl_module))
+        else:
             with module_contract(pl_module).frozen_reference():
                 known = self._watched.before(trainer, pl_module, self._halves)
                 self._before = known or [self._outcomes(trainer, pl_module, half, "before") for half in (0, 1)]
@@ -166,31 +170,20 @@ class RetentionBudgetCallback(RunCallback):
         trainer.callbacks = [*averaging, self, *(other for other in others if other not in averaging)]  # type: ignore[attr-defined]
         self._seconds = time.perf_counter() - self._started
 
-    def _resume(self, trainer: Trainer, module: LightningModule) -> None:
-        """Check that the module was built from the same pre-trained model, and has its shapes."""
-        if not self._before:
-            raise RuntimeError(
-                f"The checkpoint {trainer.ckpt_path} was written without RetentionBudgetCallback, so what the "
-                "pre-trained model did is not known. Start the fit from the pre-trained model with it."
-            )
-        self._pretrained |= self._head
-        check_same_model(self._fingerprints, self._of_body())
-        check_path(self._pretrained, trained_tensors(trainer, module))
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs: tensors and primitives."""
-        return {"before": self._before, "head": self._head, "fingerprints": self._fingerprints}
+        return {**super().state_dict(), "before": self._before, "head": self._head}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an earlier fit found."""
+        super().load_state_dict(state_dict)
         self._before, self._head = state_dict["before"], state_dict["head"]
-        self._fingerprints = state_dict["fingerprints"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With `guard`, stop a training of which only the pre-trained model would be left."""
-        first = next((alpha for alpha in self.alphas if alpha > 0), None)
-        if not self.guard or first is None:
+        if not self.guard or len(self.alphas) == 1:
             return
+        first = self.alphas[1]  # after 0
         trained = trained_tensors(trainer, pl_module)
         put(pl_module, point(self._pretrained, trained, first, self.shape) | self._head)
         kept = self._kept(trainer, pl_module, first, 0)
@@ -311,10 +304,3 @@ class RetentionBudgetCallback(RunCallback):
             plot_path(self.points, self.alpha or 0.0, self.keep, self.of, file)
             log_picture(loggers, "path", file)
         print_table(path_table(self.points, self.alpha or 0.0, self.of), str(file))
-
-    def _head_names(self) -> list[str]:
-        """Return the names of the head's parameters, if a probe is fitted."""
-        return [name for name in self._pretrained if name.startswith(self.run.scoring.kind.new_parts)]
-
-    def _of_body(self) -> dict[str, str]:
-        return model_fingerprints({name: value for name, value in self._pretrained.items() if name not in self._head})

@@ -6,7 +6,6 @@ To add a data set, write a function `build(root, download, split_seed) -> Splits
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,8 +31,7 @@ class Splits(NamedTuple):
     class_names: list[str]
 
 
-@dataclass(frozen=True)
-class CatalogueEntry:
+class CatalogueEntry(NamedTuple):
     """How a data set is built, the paper's transforms for it, and its number of classes if that is fixed."""
 
     build: Callable[[Path, bool, int], Splits]

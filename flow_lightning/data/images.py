@@ -20,7 +20,7 @@ from flow_lightning.data.indexing import IndexedDataset
 from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.samplers import hold_out
 from flow_lightning.data.sources import class_folders
-from flow_lightning.data.transforms import EpochSeed, Interpolation, RecipeName, Transform, recipe, stored_size
+from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, recipe, stored_size
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 
@@ -32,23 +32,23 @@ class TransformedImages(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: Any, transform: Transform, seed: int | None = None) -> None:
-        self.images, self.transform = images, transform
-        self.random = None if seed is None else EpochSeed(seed)
+        self.images, self.transform, self.seed = images, transform, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # loader processes see it change, too
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         image, target = self.images[position]
-        with torch.random.fork_rng(devices=[], enabled=self.random is not None):
-            if self.random is not None:
-                torch.default_generator.manual_seed(self.random.of(position))  # other devices take far longer
+        with torch.random.fork_rng(devices=[], enabled=self.seed is not None):
+            if self.seed is not None:
+                seed = hash((self.seed, int(self.epoch), position)) % 2**63
+                torch.default_generator.manual_seed(seed)  # other devices take far longer
             return {"image": self.transform(image), "target": int(target)}
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the random transforms of an epoch from now on."""
-        if self.random is not None:
-            self.random.epoch.fill_(epoch)
+        self.epoch.fill_(epoch)
 
     @property
     def targets(self) -> list[int]:
@@ -207,26 +207,18 @@ class ImageDataModule(LightningDataModule):
 
     def _normalisation(self) -> tuple[list[float], list[float], str]:
         """Return mean, standard deviation and interpolation, as given or else the model's."""
-        config = self._config()
-        mean, std = self.mean or config.get("mean"), self.std or config.get("std")
+        model = {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
+        mean, std = self.mean or model.get("mean"), self.std or model.get("std")
         if mean is None or std is None:
             raise ValueError(
                 "The normalisation is not known: mean and std were not given, and the model has no `data_config`. Give "
                 "both (ImageNet's are mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])."
             )
-        return list(mean), list(std), self._interpolation()
-
-    def _interpolation(self) -> str:
-        return self.interpolation or self._config().get("interpolation", "bilinear")
-
-    def _config(self) -> Any:
-        """Return how the pre-trained model wants its images."""
-        return {} if self.trainer is None else module_contract(self.trainer.lightning_module).data_config or {}
+        return list(mean), list(std), self.interpolation or model.get("interpolation", "bilinear")
 
     def _decode(self, splits: Splits) -> DecodedImages:
-        size = stored_size(self.transforms, self.image_size)
-        parts, file = (splits.train, splits.test), str(self.decoded)
-        return decode(parts, file, size, self._interpolation(), self.root, self._workers())
+        size, (*_, interpolation) = stored_size(self.transforms, self.image_size), self._normalisation()
+        return decode(splits[:2], str(self.decoded), size, interpolation, self.root, self._workers())
 
     def _workers(self) -> int:
         if self.num_workers is not None:

@@ -3,7 +3,7 @@
 In: a map-style data set, or a batch. Out: samples with their position, and a batch's indices. Next: `tracking.py`.
 """
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +123,8 @@ def select(batch: Any, positions: Tensor, size: int) -> Any:
         if isinstance(part, tuple) and hasattr(part, "_fields"):
             return type(part)(*map(take, part))
         if isinstance(part, list | tuple):
-            return [take(value) for value in part] if _holds_tensors(part) else [part[i] for i in positions.tolist()]
+            holds_tensors = any(isinstance(value, Tensor | Mapping | list | tuple) for value in part)
+            return [take(value) for value in part] if holds_tensors else [part[i] for i in positions.tolist()]
         raise TypeError(
             f"The batch of {size} samples holds a {type(part).__name__} that is not split by sample, so reduction="
             "'sampling' cannot take samples out of it. Let the collate function return tensors [B, ...], or use "
@@ -131,10 +132,6 @@ def select(batch: Any, positions: Tensor, size: int) -> Any:
         )
 
     return take(batch)
-
-
-def _holds_tensors(parts: Sequence[Any]) -> bool:
-    return any(isinstance(part, Tensor | Mapping | list | tuple) for part in parts)
 
 
 def check_map_style(dataset: Any) -> None:

@@ -76,7 +76,12 @@ def with_noise(images: LabelledImages, noise: LabelNoise, classes: int) -> Label
     def weak_model() -> Tensor:
         thumbnails = [image.convert("L").resize((_THUMBNAIL, _THUMBNAIL)) for image, _ in images]  # type: ignore[attr-defined]
         features = torch.tensor(np.stack([np.asarray(each, dtype=np.float32).ravel() / 255 for each in thumbnails]))
-        return out_of_fold_log_probabilities(features, targets, classes)
+        folds, result = torch.arange(len(targets)) % 5, torch.empty(len(targets), classes)
+        for fold in range(5):
+            inside = folds == fold
+            fitted = fit_probe(features[~inside], targets[~inside], classes, strengths=(0.01,))
+            result[inside] = fitted.head(features[inside]).log_softmax(1)
+        return result
 
     wrong = noise(targets, classes, weak_model).tolist()
     return LabelledImages(((image, label) for (image, _), label in zip(images.samples, wrong)), images.read)
@@ -98,13 +103,3 @@ def with_wrong_responses(records: Sequence[Mapping[str, Any]], field: str, noise
     own = torch.arange(len(records))
     source = noise(own, len(records)).tolist()
     return [{**record, field: records[other][field]} for record, other in zip(records, source)]
-
-
-def out_of_fold_log_probabilities(features: Tensor, targets: Tensor, classes: int, folds: int = 5) -> Tensor:
-    """Return log-probabilities `[n, C]` of linear classifiers of `[n, D]`, each for samples it was not fitted on."""
-    parts = torch.arange(len(targets)) % folds
-    result = torch.empty(len(targets), classes)
-    for fold in range(folds):
-        fitted = fit_probe(features[parts != fold], targets[parts != fold], classes, strengths=(0.01,))
-        result[parts == fold] = fitted.head(features[parts == fold]).log_softmax(1)
-    return result

@@ -1,4 +1,4 @@
-"""The paper's image transforms, one recipe per family of data sets, and the seeds of random ones.
+"""The paper's image transforms, one recipe per family of data sets.
 
 In: the name of a recipe, size and normalisation. Out: functions from a picture to a tensor. Next: `images.py`.
 Source: the vision protocol of arXiv 2502.02797. Its sizes are 224 and, before a crop, 256. Others keep that ratio.
@@ -64,15 +64,3 @@ def recipe(
         raise ValueError(f"Unknown transforms {name!r}. Use one of {', '.join(recipes)}.")
     train, evaluation = (v2.Compose([*steps, *normalise(mean, std)]) for steps in recipes[name])
     return train, evaluation
-
-
-class EpochSeed:
-    """A seed for each sample and epoch; loader processes see the epoch change, too."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
-
-    def of(self, position: int) -> int:
-        """Return the seed of a sample in this epoch."""
-        return hash((self.seed, int(self.epoch), position)) % 2**63

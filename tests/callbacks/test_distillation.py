@@ -12,6 +12,7 @@ from flow_lightning.callbacks.distillation import DistillationCallback
 from tests import examples, unchanged
 from tests.images import PictureData, tiny_module
 from tests.language import language_module
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 STRENGTH = {"answers": 3.0, "features": 0.7}
@@ -124,14 +125,6 @@ def test_a_module_without_the_parts_is_refused():
         unchanged.fit(language_module(), unchanged.data(), DistillationCallback())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"strength": 0.0}, r"strength is 0\.0"),
-        ({"temperature": -1.0}, r"temperature is -1\.0"),
-        ({"of": "all"}, "all"),
-    ],
-)
-def test_a_wrong_argument_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationCallback(**settings)
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"temperature": -1.0}, {"of": "all"}])
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(DistillationCallback, settings)

@@ -11,6 +11,7 @@ from flow_lightning.callbacks.early_learning import EarlyLearningCallback
 from tests import examples, unchanged
 from tests.images import PictureData, tiny_module
 from tests.language import language_data, language_module
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 SIZES = [3, 1, 4, 2, 5, 1]  # samples of the batches, by turns of two processes
@@ -28,20 +29,14 @@ def regulariser(targets, index, logits, strength=3.0, momentum=0.7):
 
 class ImagesByHand(fl.ImageClassificationModule):
     def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss + regulariser(self.targets, batch["index"], self(batch["image"]))
-
-
-def image_module(kind=fl.ImageClassificationModule, **settings):
-    torch.manual_seed(0)
-    module = kind("test_resnet.r160_in1k", 3, False, learning_rate=0.05, **settings)
-    module.targets = {}
-    return module
+        loss, targets = super().training_step(batch, batch_idx), vars(self).setdefault("targets", {})
+        return loss + regulariser(targets, batch["index"], self(batch["image"]))
 
 
 @pytest.mark.parametrize("flow", [False, True])
 def test_a_fit_of_an_image_classifier_is_that_with_the_term_in_the_loss(flow):
-    held, by_hand, plain = image_module(), image_module(ImagesByHand), image_module()
+    kinds = fl.ImageClassificationModule, ImagesByHand, fl.ImageClassificationModule
+    held, by_hand, plain = (tiny_module(kind=kind, learning_rate=0.05) for kind in kinds)
     weights = [fl.FlowWeightingCallback()] * flow
     examples.fit(*weights, EarlyLearningCallback(), module=held, data=PictureData(), max_epochs=3)
     examples.fit(*weights, module=by_hand, data=PictureData(), max_epochs=3)
@@ -129,9 +124,6 @@ def test_a_step_without_the_logits_of_its_samples_is_refused(tmp_path):
             examples.fit(EarlyLearningCallback(), module=module, data=data)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"), [({"strength": 0.0}, r"strength is 0\.0"), ({"momentum": 1.0}, r"momentum is 1\.0")]
-)
-def test_a_wrong_argument_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        EarlyLearningCallback(**settings)
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"momentum": 1.0}])
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(EarlyLearningCallback, settings)

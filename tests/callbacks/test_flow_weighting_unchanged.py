@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
@@ -20,7 +19,14 @@ from tests.unchanged import Classifier, data, fit, weights
 DATA = data()
 
 
-class ByHand(Classifier):
+class Validated(Classifier):
+    """A validation, too."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+class ByHand(Validated):
     """The same module, whose batches carry their weights."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -29,27 +35,9 @@ class ByHand(Classifier):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-
-class Validated(Classifier):
-    """A validation, too."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
-
-
-class Ema(of_lightning.WeightAveraging):
-    """An exponential moving average."""
-
-    def __init__(self) -> None:
-        super().__init__(avg_fn=get_ema_avg_fn(0.9))
-
 
 #: Callbacks by what makes them, and flags of the Trainer.
 CALLBACKS: dict[str, Any] = {
-    "EMA": Ema,
     "SWA": lambda: of_lightning.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
     "EarlyStopping": lambda: of_lightning.EarlyStopping("val/loss", patience=0),
     "GradientAccumulationScheduler": lambda: of_lightning.GradientAccumulationScheduler({0: 1, 1: 2}),
@@ -57,7 +45,7 @@ CALLBACKS: dict[str, Any] = {
     "ModelPruning": lambda: of_lightning.ModelPruning("l1_unstructured", amount=0.2),
     "Timer": of_lightning.Timer,
     "WeightAveraging": of_lightning.WeightAveraging,
-    "EMAWeightAveraging": of_lightning.EMAWeightAveraging,
+    "EMAWeightAveraging": lambda: of_lightning.EMAWeightAveraging(decay=0.9),
     "ThroughputMonitor": lambda: of_lightning.ThroughputMonitor(lambda batch: len(batch[0]), window_size=2),
     "LearningRateMonitor": of_lightning.LearningRateMonitor,
     "RichProgressBar": of_lightning.RichProgressBar,

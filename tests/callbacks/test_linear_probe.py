@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
-from tests.examples import LinearRegression, RegressionData, fit, make_trainer
+from tests.examples import fit
 from tests.images import PictureData, tiny_module
 
 
@@ -35,9 +35,7 @@ class CountForwards(Callback):
 
 def run(*callbacks, module=None, **settings):
     """Fit pictures; return module and Trainer."""
-    module, trainer = module or tiny_module(learning_rate=0.1), make_trainer(*callbacks, **settings)
-    trainer.fit(module, datamodule=PictureData())
-    return module, trainer
+    return fit(*callbacks, module=module or tiny_module(learning_rate=0.1), data=PictureData(), **settings)
 
 
 def features_and_targets(module):
@@ -92,8 +90,7 @@ def test_a_resumed_fit_keeps_the_head_of_its_checkpoint():
     run(fl.LinearProbeCallback(), checkpoint, enable_checkpointing=True, max_steps=2)
     saved = torch.load("ckpt/mid.ckpt", weights_only=True)["state_dict"]["model.fc.weight"]
     counter = CountForwards()
-    trainer = make_trainer(fl.LinearProbeCallback(), counter, max_epochs=2)
-    trainer.fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/mid.ckpt")
+    run(fl.LinearProbeCallback(), counter, max_epochs=2, ckpt_path="ckpt/mid.ckpt")
     assert counter.scored == 0 and torch.equal(counter.head, saved)
 
 
@@ -111,7 +108,7 @@ def test_the_order_of_the_callbacks_does_not_matter():
 
 def test_a_module_that_cannot_be_probed_is_told_what_is_missing():
     with pytest.raises(TypeError, match=r"features\(batch\)"):
-        fit(fl.LinearProbeCallback(), module=LinearRegression(), data=RegressionData())
+        fit(fl.LinearProbeCallback())
 
 
 def test_too_few_classes_name_the_fix():
@@ -197,8 +194,7 @@ def test_a_corrected_refit_fits_the_probable_classes_in_place_of_the_labels():
 def test_a_refit_behind_plain_training_survives_a_resume(refit):
     probe, resumed = (fl.LinearProbeCallback(refit=refit, folds=3) for _ in range(2))
     run(probe, ModelCheckpoint("ckpt", save_last=True), enable_checkpointing=True)
-    trainer = make_trainer(resumed, max_epochs=2)
-    trainer.fit(tiny_module(), datamodule=PictureData(), ckpt_path="ckpt/last.ckpt")
+    _, trainer = run(resumed, max_epochs=2, ckpt_path="ckpt/last.ckpt")
     if refit == "corrected":
         assert torch.equal(resumed._refit_classes, probe.probe.classes)
     else:
@@ -219,20 +215,20 @@ def test_rules_of_the_probe_weigh_a_fit():
 
 
 def test_flow_times_posterior_takes_the_losses_of_the_head_that_training_starts_from():
-    def fit():
+    def score():
         probe = fl.LinearProbeCallback(folds=3, rounds=2)
         flow = fl.FlowWeightingCallback(weighting="flow_posterior", weights_file="kept.safetensors")
         module, _ = run(probe, flow, max_epochs=0)
         return module, probe.probe, flow.weights
 
-    module, probe, weights = fit()
+    module, probe, weights = score()
     batch = next(iter(DataLoader(PictureData().train_set, 30)))
     with torch.no_grad():
         losses = F.cross_entropy(module(batch["image"]), batch["target"], reduction="none").double().numpy()
     np.testing.assert_allclose(weights.temperature, np.median(losses), rtol=1e-4)
     np.testing.assert_allclose(weights.weights, probe.right * np.exp(-losses / np.median(losses)), rtol=1e-3, atol=1e-6)
     assert torch.equal(weights.losses, probe.losses)
-    _, again, of_file = fit()
+    _, again, of_file = score()
     assert torch.equal(of_file.weights, weights.weights) and of_file.temperature == weights.temperature
     assert torch.equal(again.head.weight, probe.head.weight)
 

@@ -13,6 +13,7 @@ from flow_lightning.method.online import RULES, entropy_gate
 from tests import examples, unchanged
 from tests.images import PictureData, tiny_module
 from tests.language import language_module
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 
@@ -34,9 +35,7 @@ def test_a_fit_of_an_image_classifier_is_that_of_generalised_cross_entropy():
         def weighted_loss(self, batch, losses):
             return generalised(self(batch["image"]), batch["target"])
 
-    weighted = tiny_module(learning_rate=0.05)
-    torch.manual_seed(0)
-    by_hand = ByHand("test_resnet.r160_in1k", 3, pretrained=False, learning_rate=0.05)
+    weighted, by_hand = (tiny_module(kind=kind, learning_rate=0.05) for kind in (fl.ImageClassificationModule, ByHand))
     examples.fit(OnlineWeightsCallback(value=0.7), module=weighted, data=PictureData())
     examples.fit(module=by_hand, data=PictureData())
     torch.testing.assert_close(weighted.state_dict(), by_hand.state_dict(), rtol=1e-4, atol=1e-6)
@@ -147,18 +146,17 @@ def test_the_rate_follows_the_running_loss_and_the_schedule_keeps_its_own():
     assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"rule": "prob"}, "rule is 'prob'"),
-        ({"rule": "smallest", "value": 1.5}, "value is 1.5"),
-        ({"value": 0.0}, "value is 0.0"),
-        ({"loss": "crossentropy"}, "loss is 'crossentropy'"),
-    ],
-)
-def test_a_wrong_argument_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        OnlineWeightsCallback(**settings)
+WRONG = [{"rule": "prob"}, {"rule": "smallest", "value": 1.5}, {"value": 0.0}, {"loss": "crossentropy"}]
+
+
+@pytest.mark.parametrize("settings", WRONG)
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(OnlineWeightsCallback, settings)
+
+
+def test_a_wrong_bound_of_the_rate_is_refused():
+    with pytest.raises(ValueError, match=r"most 0\.5"):
+        LossAdaptiveRateCallback(most=0.5)
 
 
 def test_a_step_without_that_loss_is_refused():
@@ -175,8 +173,3 @@ def test_a_module_that_leaves_the_weights_out_is_refused():
 
     with pytest.raises(RuntimeError, match=r"Unweighted\.training_step does not call weighted_loss"):
         examples.fit(OnlineWeightsCallback(), module=Unweighted())
-
-
-def test_a_wrong_bound_of_the_rate_is_refused():
-    with pytest.raises(ValueError, match=r"most 0\.5"):
-        LossAdaptiveRateCallback(most=0.5)

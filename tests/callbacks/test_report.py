@@ -23,22 +23,14 @@ from flow_lightning.report.page.render import page, write_page
 from tests import unchanged
 from tests.examples import Kill, chain, fit
 from tests.images import PictureData, tiny_module
-from tests.language import TOKENIZER, instructions, language_data, language_module, write_jsonl
+from tests.language import instructions, language_data, language_module
 from tests.retention import unlabelled_images
 
 
-def callbacks(report=True):
-    probe = fl.LinearProbeCallback()
-    return [
-        *([fl.ReportCallback(samples=3)] if report else []),
-        probe,
-        fl.FlowWeightingCallback(),
-        fl.RetentionCallback(),
-    ]
-
-
 def fit_pictures(*others, report=True, **settings):
-    return fit(*callbacks(report), *others, module=tiny_module(), data=PictureData(), **settings)
+    callbacks = [fl.ReportCallback(samples=3)] * report
+    callbacks += [fl.LinearProbeCallback(), fl.FlowWeightingCallback(), fl.RetentionCallback()]
+    return fit(*callbacks, *others, module=tiny_module(), data=PictureData(), **settings)
 
 
 def test_labels_answers_and_pictures_of_the_shown_samples_are_those_of_the_model():
@@ -195,9 +187,8 @@ def test_lost_answers_are_right_ones_that_became_wrong_and_without_labels_all_ch
 def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(tmp_path):
     records = instructions(6)
     records[2]["response"] = "Step one is to add the numbers and then we"
-    write_jsonl(tmp_path / "train.jsonl", [*records, records[4]])
-    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
-    data = fl.InstructionDataModule(str(tmp_path / "train.jsonl"), **settings)
+    records.append(records[4])
+    data = language_data(tmp_path, records=records)
     fit(fl.ReportCallback(samples=2), fl.FlowWeightingCallback(), module=language_module(), data=data)
     evidence = Evidence.load(Path("run"))
     assert evidence.tensors["text/unended"].nonzero().flatten().tolist() == [2]
@@ -205,11 +196,10 @@ def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(t
     assert "numbers and then we" in Path("run/report.html").read_text()
     table = Path("run/text_issues.csv").read_text().splitlines()
     assert [line.split(",")[:2] for line in table[1:]] == [[str(i), str(i in (2, 6))] for i in range(7)]
-    Path("mine.csv").write_text(
-        "\n".join([f"{table[0]},action", f"{table[1]},drop", f"{table[3]},keep", f"{table[7]},"])
-    )
+    rows = f"{table[0]},action", f"{table[1]},drop", f"{table[3]},keep", f"{table[7]},"
+    Path("mine.csv").write_text("\n".join(rows))
     for options, kept in (({"edits": "mine.csv"}, [1, 2, 3, 4, 5, 6]), ({"drop_issues": "mine.csv"}, [1, 2, 3, 4, 5])):
-        again = fl.InstructionDataModule(data.train, **settings, **options)
+        again = language_data(tmp_path, records=records, **options)
         again.setup("fit")
         rows = [again.train_set[i]["input_ids"].tolist() for i in range(len(again.train_set))]
         assert rows == [data.train_set[i]["input_ids"].tolist() for i in kept]
@@ -224,9 +214,7 @@ def test_texts_without_an_end_and_duplicates_of_a_language_run_are_on_the_page(t
 def test_losses_of_a_language_run_are_shown_by_source_of_the_samples(tmp_path):
     records = [record | {"origin": f"book {index % 3}"} for index, record in enumerate(instructions(12))]
     del records[4]["origin"]
-    write_jsonl(tmp_path / "train.jsonl", records)
-    settings = {"template": "Q: {instruction} A: ", "tokenizer": TOKENIZER, "validation_fraction": 0}
-    data = fl.InstructionDataModule(str(tmp_path / "train.jsonl"), source_field="origin", **settings)
+    data = language_data(tmp_path, records=records, source_field="origin")
     flow = fl.FlowWeightingCallback()
     fit(fl.ReportCallback(samples=2), flow, module=language_module(), data=data)
     evidence, losses = Evidence.load(Path("run")), flow.weights.losses.numpy()

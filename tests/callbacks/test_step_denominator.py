@@ -5,30 +5,13 @@ from operator import itemgetter
 import pytest
 import torch
 from lightning import seed_everything
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.callbacks.step_denominator import StepDenominator
 from tests.examples import Kill, make_trainer
 
 SIZES = [3, 1, 4, 2, 5, 1]  # rows of the micro-batches: all of different size, and a last window that is short
-
-
-class Rows(Dataset):
-    """Samples that are whole micro-batches, as a user with ragged batches has them."""
-
-    def __init__(self, sizes):
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(sum(sizes), 4, generator=generator)
-        self.ends = torch.tensor(sizes).cumsum(0)
-        self.sizes = sizes
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, i):
-        index = torch.arange(int(self.ends[i]) - self.sizes[i], int(self.ends[i]))
-        return {"x": self.x[index], "index": index}
 
 
 class Linear(fl.WeightedLossModule):
@@ -50,8 +33,11 @@ class Linear(fl.WeightedLossModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)  # the gradients of all steps are at one point
 
 
-def loader_of(sizes):
-    return DataLoader(Rows(sizes), batch_size=1, collate_fn=itemgetter(0))
+def loader_of(sizes, sampler=None):
+    """Samples are whole micro-batches, as a user with ragged batches has them."""
+    x, index = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(0)), torch.arange(sum(sizes))
+    rows = [{"x": part, "index": own} for part, own in zip(x.split(sizes), index.split(sizes))]
+    return DataLoader(rows, batch_size=1, collate_fn=itemgetter(0), sampler=sampler)
 
 
 def gradients(reduction, sizes, *callbacks, kind=Linear, **settings):
@@ -98,8 +84,7 @@ def test_two_processes_are_one_big_batch(reduction):
 
 class TwoRanks(Linear):
     def train_dataloader(self):
-        rank = self.trainer.global_rank
-        return DataLoader(Rows(SIZES), batch_size=1, collate_fn=itemgetter(0), sampler=range(rank, len(SIZES), 2))
+        return loader_of(SIZES, sampler=range(self.trainer.global_rank, len(SIZES), 2))
 
     def on_train_end(self):
         torch.save(self.gradients, f"{self.trainer.global_rank}.pt")

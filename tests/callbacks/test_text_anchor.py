@@ -12,6 +12,7 @@ import flow_lightning as fl
 from flow_lightning.callbacks.text_anchor import TextAnchorCallback
 from tests import examples, unchanged
 from tests.language import SENTENCES, TOKENIZER, language_data, language_module, tiny_model
+from tests.refusals import assert_refused
 from tests.unchanged import Classifier
 
 SETTINGS = {"strength": 5.0, "window": 12, "count": 3}
@@ -43,8 +44,7 @@ class Windows(examples.Callback):
 
 
 def by_hand(windows, **settings):
-    torch.manual_seed(0)
-    module = ByHand(tiny_model(len(TOKENIZER)), TOKENIZER, **settings)
+    module = language_module(ByHand, **settings)
     vars(module).update(windows=windows, start=tiny_model(len(TOKENIZER)).eval())
     return module
 
@@ -132,9 +132,8 @@ class InOrder(fl.CausalLanguageModule):
 
 def test_two_processes_take_the_windows_of_two_micro_batches():
     for settings in ({"accumulate_grad_batches": 2}, {"devices": 2, "strategy": "ddp_fork"}):
-        torch.manual_seed(0)
         options = {"tune": "lora", "lora_r": 2, "lora_alpha": 2, "optimizer": torch.optim.SGD, "learning_rate": 0.2}
-        module = InOrder(tiny_model(len(TOKENIZER)), TOKENIZER, **options)
+        module = language_module(InOrder, **options)
         examples.make_trainer(TextAnchorCallback(**SETTINGS), use_distributed_sampler=False, **settings).fit(module)
     one, *two = (torch.load(f"{name}.pt") for name in ("10", "20", "21"))
     for each in two:
@@ -151,10 +150,6 @@ def test_a_tokenizer_without_a_start_and_a_module_without_a_language_model_are_r
         unchanged.fit(Classifier(), unchanged.data(), TextAnchorCallback())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"strength": 0.0}, r"strength is 0\.0"), ({"window": 1}, "window"), ({"count": 0}, "count")],
-)
-def test_a_wrong_argument_is_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        TextAnchorCallback(**settings)
+@pytest.mark.parametrize("settings", [{"strength": 0.0}, {"window": 1}, {"count": 0}])
+def test_a_wrong_argument_is_refused(settings):
+    assert_refused(TextAnchorCallback, settings)

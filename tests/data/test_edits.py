@@ -106,7 +106,7 @@ def test_images_are_dropped_and_relabelled_among_those_that_are_trained_on(tmp_p
         folder_module(tmp_path, **settings, split_seed=1, edits="edits.csv")
 
 
-def test_the_edited_table_of_a_run_goes_into_the_next_one_and_is_recorded(tmp_path):
+def test_the_table_of_a_run_goes_into_the_next_one_edited_or_as_it_is_and_is_recorded(tmp_path):
     (tmp_path / "images").mkdir()
     first = folder_module(tmp_path / "images")
     make_trainer(fl.LinearProbeCallback(folds=3), max_epochs=0).fit(tiny_module(), datamodule=first)
@@ -122,6 +122,14 @@ def test_the_edited_table_of_a_run_goes_into_the_next_one_and_is_recorded(tmp_pa
     metrics = json.loads(Path("next/metrics.json").read_text())
     assert (metrics["edits/dropped"], metrics["edits/relabelled"]) == (1, 1)
     assert second.hparams["edits"] == str(tmp_path / "mine.csv")
+    table = pandas.read_csv("run/label_issues.csv")
+    table["is_label_issue"] = table["index"] % 4 == 1
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    third = folder_module(tmp_path / "images", drop_issues=tmp_path / "mine.csv")
+    assert third.train_set.dataset.targets == [t for i, t in enumerate(first.train_set.dataset.targets) if i % 4 != 1]
+    assert third.edit_numbers == {"edits/dropped": 6, "edits/relabelled": 0}
+    with pytest.raises(ValueError, match="Give one file as drop_issues"):
+        folder_module(tmp_path / "images", drop_issues="a.csv", edits="b.csv")
 
 
 def test_a_new_fit_does_not_overwrite_a_table_that_was_edited():
@@ -140,13 +148,10 @@ def test_issues_are_dropped_without_an_action_and_actions_go_before():
     edits = read_edits(write(ISSUES), TARGETS, NAMES, drop_issues=True)
     assert (edits.kept, edits.labels) == ([1, 3], {3: 1})
     assert read_edits("edits.csv", TARGETS, NAMES).kept == [0, 1, 3]
-    assert read_edits(write("index,is_label_issue\n1,False\n2,True\n"), TARGETS, NAMES, drop_issues=True).kept == [
-        0,
-        1,
-        3,
-    ]
+    file = write("index,is_label_issue\n1,False\n2,True\n")
+    assert read_edits(file, TARGETS, NAMES, drop_issues=True).kept == [0, 1, 3]
     with pytest.raises(ValueError, match="no column action"):
-        read_edits("edits.csv", TARGETS, NAMES)
+        read_edits(file, TARGETS, NAMES)
     with pytest.raises(ValueError, match="no column is_label_issue"):
         read_edits(write("index,action\n1,drop\n"), TARGETS, NAMES, drop_issues=True)
 
@@ -161,17 +166,3 @@ def test_texts_are_kept_or_dropped_and_have_no_labels():
         read_dropped(file, tokens.flip(0), 3)
     with pytest.raises(ValueError, match="action '1' of sample 0 is neither keep nor drop"):
         read_dropped(write("index,action\n0,1\n"), tokens, 3)
-
-
-def test_the_table_of_a_run_goes_into_the_next_one_by_one_argument(tmp_path):
-    (tmp_path / "images").mkdir()
-    first = folder_module(tmp_path / "images")
-    make_trainer(fl.LinearProbeCallback(folds=3), max_epochs=0).fit(tiny_module(), datamodule=first)
-    table = pandas.read_csv("run/label_issues.csv")
-    table["is_label_issue"] = table["index"] % 4 == 1
-    table.to_csv(tmp_path / "mine.csv", index=False)
-    second = folder_module(tmp_path / "images", drop_issues=tmp_path / "mine.csv")
-    assert second.train_set.dataset.targets == [t for i, t in enumerate(first.train_set.dataset.targets) if i % 4 != 1]
-    assert second.edit_numbers == {"edits/dropped": 6, "edits/relabelled": 0}
-    with pytest.raises(ValueError, match="Give one file as drop_issues"):
-        folder_module(tmp_path / "images", drop_issues="a.csv", edits="b.csv")

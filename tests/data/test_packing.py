@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from lightning import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.data.packing import PackedBatches, best_fit_batches
+from tests.data.instructions.test_module import Recorder
 from tests.examples import chain, fit, make_trainer
-from tests.language import TOKENIZER, language_data, language_module
+from tests.language import language_data, language_module
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
 
@@ -56,12 +56,9 @@ def test_processes_take_equally_many_batches_and_each_sample_once(lengths, world
 
 
 def test_too_few_samples_for_the_processes_come_twice():
-    assert [len(batches) for batches in packed([60, 60, 60], world=2)] == [2, 2]
-    assert {position for batches in packed([60, 60, 60], world=2) for batch in batches for position in batch} == {
-        0,
-        1,
-        2,
-    }
+    ranks = packed([60, 60, 60], world=2)
+    assert [len(batches) for batches in ranks] == [2, 2]
+    assert {position for batches in ranks for batch in batches for position in batch} == {0, 1, 2}
 
 
 def test_each_epoch_and_seed_shuffles_batches_and_the_samples_of_one_length():
@@ -135,30 +132,22 @@ def test_a_packed_fit_killed_in_its_second_epoch_ends_as_the_unbroken_one(tmp_pa
     assert torch.equal(chain(fit_once, 1, batches), chain(fit_once))
 
 
-class Noting(LightningModule):
-    """Notes the samples of each epoch and process."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.tokenizer = torch.nn.Parameter(torch.zeros(())), TOKENIZER
-        self.seen = []
+class Noting(Recorder):
+    """Notes the batches of each epoch and process."""
 
     def training_step(self, batch):
-        self.seen.append((self.current_epoch, batch["index"].tolist()))
+        self.epochs[-1].append(batch["index"].tolist())
         return self.weight
 
     def on_train_end(self):
-        torch.save(self.seen, f"rank{self.global_rank}.pt")
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+        torch.save(self.epochs, f"rank{self.global_rank}.pt")
 
 
 def test_two_processes_train_on_each_sample_once_in_each_epoch(tmp_path):
     data = language_data(tmp_path, 21, packed_tokens=250)
     make_trainer(devices=2, strategy="ddp_fork", max_epochs=2).fit(Noting(), data)
     ranks = [torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for epoch in range(2):
-        batches = [[batch for number, batch in seen if number == epoch] for seen in ranks]
-        assert len(batches[0]) == len(batches[1]) > 1
-        assert sorted(index for batch in batches[0] + batches[1] for index in batch) == list(range(21))
+    assert len(ranks[0]) == 2
+    for first, second in zip(*ranks, strict=True):
+        assert len(first) == len(second) > 1
+        assert sorted(index for batch in first + second for index in batch) == list(range(21))

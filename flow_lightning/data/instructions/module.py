@@ -173,14 +173,12 @@ class InstructionDataModule(LightningDataModule):
     def sample_sources(self) -> list[str] | None:
         """Where each training sample comes from, by its `index`; None without `source_field`."""
         self.setup("fit")
-        sources: list[str] | None = self.train_set.dataset.sources
-        return sources
+        return self.train_set.dataset.sources  # type: ignore[no-any-return]
 
     @property
     def edit_numbers(self) -> dict[str, int] | None:
         """How many training samples the edits dropped, known after `setup`; for `metrics.json`."""
-        numbers: dict[str, int] | None = None if self.train_set is None else self.train_set.dataset.edit_numbers
-        return numbers
+        return None if self.train_set is None else self.train_set.dataset.edit_numbers
 
     def _missing(self, stage: str | None) -> list[str]:
         """Return the names of the sets that a stage needs, that exist, and that are not set up yet."""

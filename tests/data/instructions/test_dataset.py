@@ -3,7 +3,6 @@ import re
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import flow_lightning as fl
@@ -13,7 +12,7 @@ from flow_lightning.data.instructions.dataset import InstructionDataset, collate
 from flow_lightning.data.instructions.prompts import ALPACA
 from flow_lightning.method.losses import supervised_counts
 from flow_lightning.scoring.fingerprint import inspect_dataset
-from tests.examples import chain, fit
+from tests.examples import fit
 from tests.language import END, TOKENIZER, encode_one, instructions, language_data, language_module, tiny_model
 
 
@@ -135,18 +134,13 @@ def test_joined_samples_have_the_losses_and_gradients_of_padded_ones(tmp_path, f
         torch.testing.assert_close(joined, padded, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kills", [(), (3,)])
-def test_a_fit_without_padding_ends_where_the_padded_one_does(tmp_path, kills):
-    """Two epochs, unbroken, or killed in the middle of the first one and resumed."""
-
-    def fit_once(*callbacks, padding_free=True, **settings):
+def test_a_fit_without_padding_ends_where_the_padded_one_does(tmp_path):
+    def fit_once(padding_free):
         data = language_data(tmp_path, 13, batch_size=3, padding_free=padding_free)
-        keep = ModelCheckpoint("ckpt", save_last=True, every_n_train_steps=1)
-        callbacks, settings = [fl.FlowWeightingCallback(), keep, *callbacks], {"max_epochs": 2} | settings
-        module, _ = fit(*callbacks, module=language_module(), data=data, enable_checkpointing=True, **settings)
+        module, _ = fit(fl.FlowWeightingCallback(), module=language_module(), data=data, max_epochs=2)
         return torch.cat([p.detach().flatten() for p in module.parameters()])
 
-    found, expected = chain(fit_once, *kills), fit_once(padding_free=False)
+    found, expected = fit_once(True), fit_once(False)
     start = torch.cat([p.detach().flatten() for p in language_module().parameters()])
     assert (found - expected).norm() < 1e-5 * (expected - start).norm()
 

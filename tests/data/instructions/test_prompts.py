@@ -96,13 +96,6 @@ def test_tokens_are_those_of_the_whole_text_and_one_on_the_border_is_the_respons
     assert ids[:length] == alone[:length] and ids[length] != [*alone, None][length]
 
 
-def test_a_short_answer_that_shares_its_only_token_with_the_prompt_is_supervised():
-    prompt, response = "How many apples? A: ", "seven"
-    ids, length = encode_one(prompt, response, TOKENIZER)
-    assert TOKENIZER.decode(ids[:length]) == "How many apples? A:", "this tokenizer merges over the border"
-    assert TOKENIZER.decode(ids[length:]) == " seven" + END
-
-
 @pytest.mark.parametrize(("prompt", "response"), [("How many apples? A: ", "seven"), ("How many apples? A:", " seven")])
 def test_the_loss_of_a_sample_is_that_of_the_joint_text_also_with_a_token_on_the_border(prompt, response):
     """Transformers' own loss, over the tokens that end behind the prompt; in the first pair one begins before it."""
