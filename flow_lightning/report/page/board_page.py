@@ -61,7 +61,7 @@ def _frontier(folder: Path, runs: Runs, every: Sequence[Metrics]) -> Section:
         with file.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
                 name = " ".join(part for part in (row["method"], row["optimizer"]) if part)
-                name += f", {100 * float(row['noise']):g} % wrong labels" if row.get("noise") else ""
+                name += f", {100 * float(row['noise']):g} % wrong" if row.get("noise") else ""
                 settings = f"{name}, rate {row['rate'] or 'default'}, seed {row['seed']}, alpha {row['alpha']}"
                 groups.setdefault(name, []).append(
                     (100 * float(row["retention"]), 100 * float(row["target"]), settings)

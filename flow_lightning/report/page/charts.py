@@ -64,8 +64,10 @@ class Chart:
         self.axes.set_ylim(len(names) - 0.5, -0.5)
 
     def legend(self) -> None:
-        """Show the legend above the axes."""
-        self.axes.figure.legend(loc="outside upper center", ncols=3, columnspacing=1)
+        """Show the legend above the axes, in as many columns as fit."""
+        longest = max(map(len, self.axes.get_legend_handles_labels()[1]))
+        columns = max(1, min(3, _WIDTH // (44 + 7 * longest)))
+        self.axes.figure.legend(loc="outside upper center", ncols=columns, columnspacing=1)
 
 
 def visible(text: Any) -> str:
@@ -77,10 +79,10 @@ def visible(text: Any) -> str:
     return _UNSEEN.sub("\ufffd", str(text).translate(_CONTROLS))
 
 
-def short(name: str) -> str:
+def short(name: str, letters: int = _LETTERS) -> str:
     """Cut a name that is too long for a chart."""
     line = " ".join(visible(name).split())
-    return line if len(line) <= _LETTERS else line[: _LETTERS - 1] + "…"
+    return line if len(line) <= letters else line[: letters - 1] + "…"
 
 
 @contextmanager
@@ -227,10 +229,10 @@ def plane(
     line: bool = False,
 ) -> Chart:
     """Draw models by method, `(x, y, hover)`; perhaps joined by a line. Up and right is better."""
-    with chart(caption, 290) as drawn:
+    with chart(caption, 272 + 18 * len(groups)) as drawn:
         for order, (name, points) in enumerate(groups.items()):
             colour, marker = COLOURS[(order + 1) % 6], MARKERS[order % len(MARKERS)]
-            drawn.axes.plot([], [], marker, color=colour, label=short(name))
+            drawn.axes.plot([], [], marker, color=colour, label=short(name, 2 * _LETTERS))
             if line:
                 drawn.axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, linewidth=1.5)
             for x, y, text in points:

@@ -49,3 +49,15 @@ def test_markup_is_svg_with_focusable_marks_in_the_colour_of_the_page():
 def test_long_names_are_cut_and_controls_are_visible():
     assert charts.short("a" * 30) == "a" * 15 + "…" and charts.short("a\nb") == "a b"
     assert charts.visible("\x85\ud800\u202e\x1b[1m") == "���␛[1m"
+
+
+@pytest.mark.usefixtures("rendered")
+@pytest.mark.parametrize(
+    "names", [["standard", "flow", "excess", "sfa"], ["standard adamw, 30 % wrong"] * 4, ["n" * 99] * 9]
+)
+def test_a_legend_fits_the_chart(names):
+    drawn = charts.plane("c", {f"{i}{name}": [(1, 2, "x"), (2, 3, "y")] for i, name in enumerate(names)}, "x", "y")
+    figure = drawn.axes.figure
+    box, plane = figure.legends[0].get_tightbbox(), drawn.axes.get_position()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    assert plane.height > 0.45
