@@ -78,3 +78,11 @@ def test_the_whole_program_of_the_readme_prints_what_it_says(capsys):
     example = text_of("README.md").split("<!-- example -->\n```python\n")[1].split("```")[0]
     exec(example, {})
     assert "flow/temperature" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "tests/benchmarks").glob("[!_]*.py")))
+def test_each_benchmark_says_how_to_start_it_from_the_top_of_the_repository(script):
+    text = (ROOT / f"tests/benchmarks/{script}.py").read_text()
+    commands = re.findall(r"python (.*tests.benchmarks\S*)", text)
+    assert set(commands) <= {f"-m tests.benchmarks.{script}"}
+    assert bool(commands) == ("__main__" in text)

@@ -1,6 +1,6 @@
 """Scoring a language model: the authors' procedure written plainly against this library, side by side in one run.
 
-    python tests/benchmarks/language_scoring.py --data gsm8k/train.jsonl [--samples 96] [--budgets "[512, 2048, 8192]"]
+    python -m tests.benchmarks.language_scoring --data gsm8k/train.jsonl [--samples 96] [--budgets "[512, 2048, 8192]"]
 
 The authors' procedure, after the paper's language protocol: one pass over the data for the temperature and one for the
 weights, 8 sequences at a time in the order of the data, padded, with logits of all tokens. Ours is one pass, in batches

@@ -1,7 +1,7 @@
 """Training a language model: a plain procedure against this library, side by side in one run; and its memory.
 
-    python tests/benchmarks/language_training.py speed --data gsm8k/train.jsonl
-    python tests/benchmarks/language_training.py memory [--vocabulary 256000 --width 2304 --layers 2 --tokens 1024]
+    python -m tests.benchmarks.language_training speed --data gsm8k/train.jsonl
+    python -m tests.benchmarks.language_training memory [--vocabulary 256000 --width 2304 --layers 2 --tokens 1024]
 
 Plain: batches in random order, padded, attention masked, logits of all tokens. Ours: batches of similar length, logits
 of supervised tokens in chunks.

@@ -3,6 +3,8 @@
 Copies of problems are made in four ways: other digits, 15 % of the words left out, sentences in another order, letters
 swapped in a quarter of the longer words. A copy is found if its likeness to its original is above the highest that 99 %
 of unrelated texts reach. Features are means over the tokens of a text, centred, or whitened to 64 numbers.
+
+    python -m tests.benchmarks.near_duplicates --data gsm8k/train.jsonl
 """
 
 import json

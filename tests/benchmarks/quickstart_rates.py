@@ -1,6 +1,6 @@
 """The learning rates of configs/digits.yaml: accuracy on a fifth of the training digits, held out, for each rate.
 
-    python tests/benchmarks/quickstart_rates.py
+    python -m tests.benchmarks.quickstart_rates
 
 Of the rates whose mean is within one standard error of the highest it names the smallest. The seeds are other ones than
 those of the table in README.md beside it.

@@ -1,6 +1,6 @@
 """The whole vision recipe, the authors' procedure written plainly against this library, side by side in one run.
 
-    python tests/benchmarks/recipe.py --epochs 20 --seeds "[1, 2, 3]"
+    python -m tests.benchmarks.recipe --epochs 20 --seeds "[1, 2, 3]"
 
 The authors' procedure, after `paper`, vision protocol: SGD trains the head over the images; SGD trains the whole model,
 while the probed model looks at every augmented batch again to weigh it; SGD trains the head once more. Ours is one

@@ -1,7 +1,7 @@
 """Size, time and memory of the page of 50,000 samples, and of the look at as many texts.
 
-python tests/benchmarks/report.py page [--samples 50000 --classes 10]
-python tests/benchmarks/report.py texts [--samples 50000]
+python -m tests.benchmarks.report page [--samples 50000 --classes 10]
+python -m tests.benchmarks.report texts [--samples 50000]
 """
 
 import tempfile

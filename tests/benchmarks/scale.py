@@ -1,9 +1,9 @@
 """Ten million samples over two processes: what gathering losses, median and weights take, and a resumed start.
 
-    python tests/benchmarks/scale.py weights
-    python tests/benchmarks/scale.py resume
-    python tests/benchmarks/scale.py order --samples 100000000
-    python tests/benchmarks/scale.py workers
+    python -m tests.benchmarks.scale weights
+    python -m tests.benchmarks.scale resume
+    python -m tests.benchmarks.scale order --samples 100000000
+    python -m tests.benchmarks.scale workers
 
 It prints seconds, and the memory of a process above what it had before.
 """

@@ -1,6 +1,6 @@
 """What FLOW adds: forward passes of scoring, and the time of a weighted training step, against plain Lightning.
 
-    python tests/benchmarks/step.py [--accelerator gpu --precision bf16-mixed --model resnet50 --size 224 --batch 128]
+    python -m tests.benchmarks.step [--accelerator gpu --precision bf16-mixed --model resnet50 --size 224 --batch 128]
 
 Weighted and plain steps alternate within one fit, so that a slow minute of the machine hits both alike. The images are
 random: only time is measured.

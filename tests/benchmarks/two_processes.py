@@ -1,4 +1,7 @@
-"""Scoring by two processes against one, each with one thread, in alternation; options: `--help`."""
+"""Scoring by two processes against one, each with one thread, in alternation.
+
+python -m tests.benchmarks.two_processes
+"""
 
 import json
 import tempfile

