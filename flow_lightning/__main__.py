@@ -80,6 +80,11 @@ def main(args: Sequence[str] | None = None) -> Any:
         sys.exit(2)
 
 
+def script() -> None:
+    """Be the console script: anything that it returned would count as an error of the process."""
+    main()
+
+
 def _check_command(words: list[str]) -> None:
     """Check that a command comes first, and that it has a configuration, or at least a model."""
     command = words[0]

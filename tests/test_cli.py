@@ -2,6 +2,8 @@
 
 import csv
 import shlex
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,12 @@ def test_every_configuration_composes_with_the_methods(config, method, monkeypat
     assert 0 <= metrics["target/top1"] <= 1 and 0 <= metrics["target/hard_top1"] <= 1
     assert cli.model.learning_rate == settings["learning_rate"][method]
     assert cli.model.head.out_features == CATALOGUE[cli.datamodule.dataset].num_classes
+
+
+def test_the_console_script_ends_without_an_error(monkeypatch):
+    (script,) = entry_points(group="console_scripts", name="flow-lightning")
+    monkeypatch.setattr(sys, "argv", ["flow-lightning", "fit", "--method=standard", *OWN])
+    assert script.load()() is None  # `sys.exit` gets it
 
 
 #: Of the paper: rates of plain fine-tuning and of FLOW, and epochs.

@@ -82,7 +82,7 @@ def test_a_wheel_carries_the_configurations_and_finds_them_by_name():
         wanted = {file.relative_to(ROOT / folder) for file in (ROOT / folder).rglob(pattern)}
         assert {file.relative_to(inside) for file in inside.rglob(pattern)} == wanted
     (scripts,) = Path("site").glob("*.dist-info/entry_points.txt")
-    assert "flow-lightning = flow_lightning.__main__:main" in scripts.read_text()
+    assert "flow-lightning = flow_lightning.__main__:script" in scripts.read_text()
     environment = {**os.environ, "PYTHONPATH": str(Path("site").absolute())}
     code = "from flow_lightning.configurations import find_configuration as f; print(f('cifar10'))"
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
