@@ -13,7 +13,7 @@ from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
 
 #: Methods for language models alone, and methods for images alone: those that need a head to probe or solve.
-TOKENS = {"flow_sequence", "flow_token", "flow_matched", "token_masking", "text_anchor"}
+TOKENS = {"flow_sequence", "flow_token", "matched", "token_masking", "text_anchor"}
 IMAGES = {"weighted_probe", "plain_weighted_head", "flow_out_of_fold", "flow_mixture", "excess", "drop", "posterior"}
 IMAGES |= {"recommended", "lwf", "ldifs", "label_smoothing", "elr"}
 #: The others run on both; each makes its step on one of them, by turns.

@@ -59,10 +59,10 @@ class FlowWeightingCallback(RunCallback):
         weighting: The rule from losses to weights: `flow`, or `threshold`, which keeps what has a loss below
             `temperature` (on tokens: selective token masking). `mean` gives all samples FLOW's mean weight: a control.
             With a LinearProbeCallback also `excess`, the loss above the model's own entropy. `posterior` is the
-            probability that a label is right, `flow_posterior` that times FLOW's weight. `drop` leaves out samples
-            whose label looks wrong. See `flow_lightning.method.flow.weights_by`. With a language model these three
-            need no probe: a label is right if a response belongs to its prompt. Scoring then reads it after another
-            sample's prompt, too, see `flow_lightning.method.matching`.
+            probability that a label is right, `drop` leaves out samples whose label looks wrong, see
+            `flow_lightning.method.flow.weights_by`. With a language model these two need no probe: a label is right if
+            a response belongs to its prompt. Scoring then reads it after another sample's prompt, too, see
+            `flow_lightning.method.matching`.
         temperature: tau, in the unit of the loss; by default a quantile of the losses. `mixture` takes the median of
             those that look clean, for data with many wrong labels, see `flow_lightning.method.flow`.
         quantile: Which quantile of the losses is the temperature; 0.5, the median, is the paper's choice.

@@ -121,9 +121,9 @@ Rule = Callable[[Tensor, float], Tensor]
 #: Rules by name, from losses and temperature (for `threshold`: the bound) to weights. A rule of your own goes in here.
 WEIGHTINGS: dict[str, Rule] = {"flow": flow_weights, "threshold": keep_below, "mean": constant}
 #: Rules that need more of a linear probe than its losses, and what that is in the probe's result.
-OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right", "flow_posterior": "in_sample"}
+OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right"}
 #: Rules that ask whether a label is right: a probe that was not fitted on it, or a language model with two prompts.
-OUT_OF_FOLD = ("drop", "posterior", "flow_posterior")
+OUT_OF_FOLD = ("drop", "posterior")
 
 
 def parameter_of(
@@ -143,7 +143,6 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
     `excess` is `exp(-max(0, l - H) / tau)`, H the model's own entropy on the sample: what it expects to be unsure of
     is not made to weigh less. `drop` is 0 for samples whose label is an issue, see `label_issues`, and 1 for all
     others. `posterior` is the probability that a label is right, see `right_labels`; tau plays no part in it.
-    `flow_posterior` is that times FLOW's weight, of the losses in sample.
 
     Raises:
         ValueError: If there is no such rule, or it needs a probe that there is not.
@@ -164,8 +163,6 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
         return (beside["issues"] == 0).float()
     if weighting == "posterior":
         return beside["right"].clone()  # a file has both
-    if weighting == "flow_posterior":
-        return beside["right"] * flow_weights(losses, parameter)
     return flow_weights((losses - beside["entropies"].to(losses)).clamp_min(0), parameter)
 
 

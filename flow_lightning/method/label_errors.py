@@ -11,18 +11,19 @@ _EVEN = (torch.inf, 1000.0, 300.0, 100.0, 30.0, 10.0, 3.0)
 #: T is estimated on at most so many probabilities.
 _MOST = 2**21
 _ROWS = 65_536
+#: Of fewer labels a share tells little.
+_FEWEST = 50
 
 
 def true_classes(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the probabilities of the true classes, given the labels, and the transitions T from classes to labels.
 
     The model gives a sample's true class the probabilities p. A sample of class c gets the label k with probability
-    `T_ck`. So its class is c with the probability `p_c T_cy / sum_k p_k T_ky`, y its label. Wrong labels are even over
-    the classes, unless T with classes that are often confused predicts held-out labels better by one standard error.
-
-    With hardly any wrong labels those of the labels are near 1: unlike FLOW's weights, they do not take from samples
-    that are merely hard. A model fitted on many wrong labels finds some of them likely, so the share of wrong labels
-    comes out too small. Their order is better known than their number.
+    `T_ck`. So its class is c with the probability `p_c T_cy / sum_k p_k T_ky`, y its label. Which labels a class gets
+    comes from all samples. They are even over the classes, unless classes that are often confused predict held-out
+    labels better by one standard error. How many are wrong comes from those of which the model is surest: elsewhere
+    a hard sample looks like a wrong label. So with hardly any wrong labels the probabilities of the labels are near 1.
+    Unlike FLOW's weights, they do not take from samples that are merely hard.
 
     Args:
         probabilities: p, `[n, C]`, out of fold.
@@ -37,9 +38,32 @@ def true_classes(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     """
     n, classes = probabilities.shape
     some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: max(1, _MOST // classes)].sort().values
-    matrix = transition(probabilities[some], targets[some], _choose_even(probabilities[some], targets[some]))
+    p, y = probabilities[some], targets[some]
+    matrix = _with_share(transition(p, y, _choose_even(p, y)), p.double().mean(0), wrong_share(p, y))
     blocks = zip(probabilities.split(_ROWS), targets.split(_ROWS))
     return torch.cat([_given_labels(p, y, matrix).float() for p, y in blocks]), matrix
+
+
+def wrong_share(probabilities: Tensor, targets: Tensor) -> float:
+    """Estimate the share of wrong labels: of the tenth of which the model is surest, those with another label.
+
+    At least 50 samples are taken, and at least 1 of 1,000 labels counts as wrong. Where the model is rarely right even
+    when it is sure, the share comes out too large.
+
+    >>> wrong_share(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]))
+    0.5
+    """
+    confidences, predicted = probabilities.max(1)
+    surest = confidences.topk(min(len(targets), max(_FEWEST, len(targets) // 10))).indices
+    return max(1e-3, float((predicted[surest] != targets[surest]).double().mean()))
+
+
+def _with_share(matrix: Tensor, classes: Tensor, share: float) -> Tensor:
+    """Return T with this share of wrong labels, by one factor on all of them; `classes` says how often each is."""
+    diagonal = matrix.diagonal()
+    wrong = ((1 - diagonal) * share / float(classes @ (1 - diagonal))).clamp_max(0.9)
+    rest = (matrix - diagonal.diag()) / (1 - diagonal)[:, None]
+    return rest * wrong[:, None] + (1 - wrong).diag()
 
 
 def right_labels(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2,
 _SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_grad": 1e-5, "tolerance_change": 1e-8, "history_size": 20}
 _ROWS = 65_536
 #: What `Probe` has of each sample, but `issues`.
-_OF_SAMPLES = ("losses", "entropies", "targets", "predicted", "confidences", "right", "in_sample")
+_OF_SAMPLES = ("losses", "entropies", "targets", "predicted", "confidences", "right")
 
 
 @dataclass
@@ -56,7 +56,6 @@ class Probe:
         right: The probability that each label is right, `[n]`, see `right_labels`; empty without folds.
         probabilities: Of all classes, out of fold, `[n, C]`; None without folds. Files do not have them.
         classes: Of the true classes, given the labels, `[n, C]`, see `true_classes`; None without folds.
-        in_sample: The cross-entropy of the head on the samples that it was fitted on, `[n]`; empty without folds.
     """
 
     head: LinearHead
@@ -71,7 +70,6 @@ class Probe:
     right: Tensor = field(default_factory=lambda: torch.zeros(0))
     probabilities: Tensor | None = None
     classes: Tensor | None = None
-    in_sample: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def tensors(self, with_classes: bool = False) -> dict[str, Tensor]:
         """Return all of it as tensors, to be written to a file; `classes`, which are large, in float16 if asked for."""
@@ -142,7 +140,7 @@ def fit_probe(
         problem.weights = given * flow_weights(probe.losses, temperature(probe.losses))
         probe = _fit(problem, folds, strengths, on_step)
     if probe.probabilities is not None:
-        probe.head, probe.in_sample = head, head_losses(head, features, targets, device)
+        probe.head = head
         parts = stratified_parts(targets, folds)
         other = ridge_probabilities(problem.blocks, parts, targets, problem.weights, num_classes)
         probe.classes, _ = true_classes((probe.probabilities + other) / 2, targets)

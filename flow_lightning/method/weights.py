@@ -120,12 +120,9 @@ class SampleWeights(_Stored):
             ValueError: If a loss is negative or not finite, tau comes out as 0, or the weighting is unknown.
         """
         flow.check_losses(losses)
-        beside = beside or {}
-        # Out of fold, hard samples have larger losses, so they would lose more weight.
-        of_rule = beside.get("in_sample", losses) if weighting == "flow_posterior" else losses
-        of_rule, tau = _on_cpu(of_rule, temperature, quantile, weighting)
-        weights = flow.weights_by(weighting, of_rule, tau, beside)
-        return cls(losses.detach().float().cpu(), tau, weights, dict(fingerprint or {}), weighting)
+        own, tau = _on_cpu(losses, temperature, quantile, weighting)
+        weights = flow.weights_by(weighting, own, tau, beside or {})
+        return cls(own, tau, weights, dict(fingerprint or {}), weighting)
 
     def __len__(self) -> int:
         return self.weights.numel()

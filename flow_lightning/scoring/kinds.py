@@ -97,7 +97,7 @@ class MatchedLosses(SampleLosses):
     """A language model's `sample_losses`, and those after other prompts: `losses`, `other_losses` and `right` `[n]`.
 
     `right` is the probability that the response belongs to its prompt, see `method/matching.py`. `issues` are those
-    below 1/2. `in_sample` are the losses: rules look there for a probe's.
+    below 1/2.
     """
 
     name = "losses of samples after their own prompts and after others"
@@ -122,14 +122,13 @@ class MatchedLosses(SampleLosses):
         if negative > _CANNOT_TELL * known:
             rank_zero_warn(
                 f"{negative:,} of {known:,} responses are likelier after other prompts, so this model cannot tell "
-                "which belong to their prompts. All are taken to belong: weights are those of FLOW alone."
+                "which belong to their prompts. All are taken to belong."
             )
             right = torch.ones(n)
         issues = right < 0.5
         unknown = f" {n - known:,} had no other prompt in their batch." if known < n else ""
         rank_zero_info(f"{int(issues.sum()):,} of {n:,} responses look as if they belong to other prompts.{unknown}")
-        beside = {"in_sample": losses.clone(), "other_losses": others, "right": right, "issues": issues.byte()}
-        return {"losses": losses, **beside}
+        return {"losses": losses, "other_losses": others, "right": right, "issues": issues.byte()}
 
 
 class TokenLosses(Kind):

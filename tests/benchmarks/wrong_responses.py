@@ -1,4 +1,4 @@
-"""Which responses belong to other prompts: found by their loss, or by `flow_matched`, which reads them twice.
+"""Which responses belong to other prompts: found by their loss, or by `matched`, which reads them twice.
 
 For each share of wrong responses it prints the area under the ROC curve of the loss, and of what the own prompt gains
 over another one; then the share that is estimated, and the mean probability to belong of right and of wrong ones.

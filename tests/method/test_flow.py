@@ -130,11 +130,7 @@ def test_excess_surprise_and_dropped_labels_by_hand():
     right = torch.tensor([0.9, 0.1, 1.0])
     posterior = SampleWeights.from_losses(losses, weighting="posterior", beside={"right": right})
     assert torch.equal(posterior.weights, right) and posterior.weights.data_ptr() != right.data_ptr()
-    both = {"right": right, "in_sample": torch.tensor([0.1, 0.5, 2.0])}
-    product = SampleWeights.from_losses(losses, weighting="flow_posterior", beside=both)
-    np.testing.assert_allclose(product.weights, np.array([0.9, 0.1, 1.0]) * np.exp([-0.2, -1, -4]), rtol=1e-6)
-    assert torch.equal(product.losses, losses) and product.temperature == 0.5
-    with pytest.raises(ValueError, match="needs the in_sample of a linear probe"):  # a file of an earlier version
-        SampleWeights.from_losses(losses, weighting="flow_posterior", beside={"right": right})
+    with pytest.raises(ValueError, match="needs the right of a linear probe"):  # a file of an earlier version
+        SampleWeights.from_losses(losses, weighting="posterior", beside={})
     with pytest.raises(ValueError, match="needs the issues of a linear probe"):
         SampleWeights.from_losses(losses, weighting="drop")

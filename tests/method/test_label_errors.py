@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score
 
-from flow_lightning.method.label_errors import right_labels, transition
+from flow_lightning.method.label_errors import right_labels, transition, wrong_share
 
 
 def drawn(matrix, n=6000, sure=3.0, seed=0):
@@ -28,7 +28,7 @@ def next_class(wrong, classes=10):
 
 @pytest.mark.parametrize("matrix", [even(0.0), even(0.3), next_class(0.3)], ids=["none", "even", "next class"])
 def test_each_label_is_as_right_as_its_probability_says_and_the_transitions_are_found(matrix):
-    probabilities, true, labels = drawn(matrix)
+    probabilities, true, labels = drawn(matrix, 20_000)
     right, found = right_labels(probabilities, labels)
     assert right.dtype == torch.float32 and right.min() >= 0 and right.max() <= 1
     for low, high in [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)]:
@@ -37,6 +37,17 @@ def test_each_label_is_as_right_as_its_probability_says_and_the_transitions_are_
             assert abs(float((true == labels)[chosen].float().mean()) - float(right[chosen].mean())) < 0.05
     np.testing.assert_allclose(found, matrix, atol=0.08)
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+def test_the_share_is_found_by_a_model_that_is_too_sure_of_hard_samples(rate):
+    """Its probabilities are the squares of those from which true classes are drawn; the surest tenth is 2 % wrong."""
+    probabilities, _, labels = drawn(even(rate), 20_000)
+    too_sure = probabilities.square() / probabilities.square().sum(1, keepdim=True)
+    _, matrix = right_labels(too_sure, labels)
+    assert abs(wrong_share(too_sure, labels) - rate) < 0.04
+    assert abs(1 - float(matrix.diagonal().mean()) - rate) < 0.04
+    assert 1 - float(transition(too_sure, labels, even=torch.inf).diagonal().mean()) > rate + 0.08
 
 
 def test_classes_that_are_confused_are_seen_only_where_there_are_any():
@@ -68,12 +79,12 @@ def test_the_transitions_have_the_highest_likelihood():
 
 
 def test_many_probabilities_are_sampled_and_every_label_gets_its_own(monkeypatch):
-    probabilities, _, labels = drawn(even(0.3), 2000)
+    probabilities, _, labels = drawn(even(0.3), 8000)
     whole, _ = right_labels(probabilities, labels)
-    monkeypatch.setattr("flow_lightning.method.label_errors._MOST", 10_000)
+    monkeypatch.setattr("flow_lightning.method.label_errors._MOST", 40_000)
     monkeypatch.setattr("flow_lightning.method.label_errors._ROWS", 700)
     part, _ = right_labels(probabilities, labels)
-    assert len(part) == 2000
+    assert len(part) == 8000
     torch.testing.assert_close(part, whole, atol=0.1, rtol=0)  # T of a half
 
 

@@ -121,13 +121,12 @@ def fit_with_misplaced_responses(folder, weighting, weights_file=None, **setting
     return flow.weights, trainer
 
 
-@pytest.mark.parametrize("weighting", ["posterior", "flow_posterior", "drop"])
+@pytest.mark.parametrize("weighting", ["posterior", "drop"])
 def test_misplaced_responses_lose_their_weight_are_listed_and_the_file_is_used_again(weighting, tmp_path):
     given, file = records(), tmp_path / "weights.safetensors"
     wrong = [a != b for a, b in zip(given, with_wrong_responses(given, "response", LabelNoise(0.3)))]
     weights, _ = fit_with_misplaced_responses(tmp_path, weighting, file)
-    plain = weights.from_losses(weights.losses).weights
-    right = (weights.weights / (plain if weighting == "flow_posterior" else 1)).numpy()
+    right = weights.weights.numpy()
     assert sum(wrong) == 30 and roc_auc_score(wrong, -right) > 0.95
     assert right[wrong].mean() < 0.3 and right[~np.array(wrong)].mean() > 0.8
     table = [line.split(",") for line in Path("run/text_issues.csv").read_text().splitlines()]
@@ -141,11 +140,10 @@ def test_misplaced_responses_lose_their_weight_are_listed_and_the_file_is_used_a
 
 
 def test_a_model_that_does_not_read_prompts_is_not_believed(tmp_path):
-    flow, plain = fl.FlowWeightingCallback(weighting="flow_posterior"), fl.FlowWeightingCallback()
+    flow = fl.FlowWeightingCallback(weighting="posterior")
     with pytest.warns(UserWarning, match="cannot tell which belong to their prompts"):
         fit(flow, module=language_module(), data=language_data(tmp_path, 30))
-    fit(plain, module=language_module(), data=language_data(tmp_path, 30))
-    assert torch.equal(flow.weights.weights, plain.weights.weights)
+    assert (flow.weights.weights == 1).all()
 
 
 def test_where_no_batch_has_two_prompts_that_is_an_error(tmp_path):
@@ -153,13 +151,13 @@ def test_where_no_batch_has_two_prompts_that_is_an_error(tmp_path):
     with pytest.raises(
         ValueError, match=r"No batch of scoring has two samples with different prompts.*weighting='flow'"
     ):
-        fit(fl.FlowWeightingCallback(weighting="flow_posterior"), module=language_module(), data=data)
+        fit(fl.FlowWeightingCallback(weighting="posterior"), module=language_module(), data=data)
 
 
 def test_a_resumed_fit_still_lists_the_misplaced_responses(tmp_path):
-    _, trainer = fit_with_misplaced_responses(tmp_path, "flow_posterior")
+    _, trainer = fit_with_misplaced_responses(tmp_path, "posterior")
     trainer.save_checkpoint("x.ckpt", weights_only=False)
     table = Path("run/text_issues.csv").read_text()
     Path("run/text_issues.csv").unlink()
-    fit_with_misplaced_responses(tmp_path, "flow_posterior", max_epochs=2, ckpt_path="x.ckpt")
+    fit_with_misplaced_responses(tmp_path, "posterior", max_epochs=2, ckpt_path="x.ckpt")
     assert "label_score" in table and Path("run/text_issues.csv").read_text() == table

@@ -65,7 +65,7 @@ def test_a_rule_of_ones_own(monkeypatch):
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="'flow', 'flow_posterior', 'mean', 'posterior', 'threshold'"):
+    with pytest.raises(ValueError, match="'flow', 'mean', 'posterior', 'threshold'"):
         TokenWeights.from_losses(losses(), OFFSETS, weighting="no such")
 
 
