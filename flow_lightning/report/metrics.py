@@ -52,7 +52,7 @@ _TIMES = (
     Metric("time/refit_s", "refitting the head", "seconds", "down"),
     Metric("time/budget_s", "choosing a point within the budget", "seconds", "down"),
     Metric("time/before_s", "measuring before training", "seconds", "down"),
-    Metric("time/fit_s", "training, with the head refit", "seconds", "down"),
+    Metric("time/fit_s", "training, with budget and head refit", "seconds", "down"),
     Metric("time/after_s", "measuring after training", "seconds", "down"),
     Metric("time/report_s", "gathering what the report shows", "seconds", "down"),
 )
