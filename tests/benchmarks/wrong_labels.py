@@ -6,8 +6,9 @@
 
 Digits and EfficientNet-Lite0 come with the extra `quickstart`. A folder has `train/<class>` and `test/<class>`.
 Each seed takes nine tenths of the training images and makes a share of their labels wrong, see `LabelNoise`. Rows are
-average precision: `label_score` of `label_issues.csv`, and each score of cleanlab. With `heads`, heads on the frozen
-body are measured on test images with right labels; weights come from the second round of the probe.
+average precision: `label_score` of `label_issues.csv`, and each score of cleanlab. `share` is how many labels are wrong
+by the mean of `label_score`. With `heads`, heads on the frozen body are measured on test images with right labels;
+their weights come from the second round of the probe.
 """
 
 import numpy as np
@@ -51,14 +52,14 @@ def read(dataset: str, root: str, size: int) -> tuple[LabelledImages, int, list[
 
 
 def found(given: Tensor, wrong: Tensor, features: Tensor, classes: int) -> list[float]:
-    """Return average precision and AUROC of `label_score`, then average precision of each score of cleanlab."""
+    """Return average precision, AUROC and share of `label_score`, then average precision of each score of cleanlab."""
     probe = fit_probe(features, given, classes, folds=5)
     p = probe.probabilities.double().numpy()  # type: ignore[union-attr]
     p /= p.sum(1, keepdims=True)
     others = [get_label_quality_scores(given.numpy(), p, method=name, adjust_pred_probs=False) for name in SCORES]
     own = -probe.right.double().numpy()
     precisions = [average_precision_score(wrong, score) for score in (own, *(-each for each in others))]
-    return [precisions[0], roc_auc_score(wrong, own), *precisions[1:]]
+    return [precisions[0], roc_auc_score(wrong, own), 1 + float(own.mean()), *precisions[1:]]
 
 
 def measure_heads(given: Tensor, features: Tensor, classes: int, test: tuple[Tensor, Tensor]) -> list[float]:
@@ -85,7 +86,8 @@ def main(
 ) -> None:
     """Measure at each kind and rate of wrong labels, with each seed."""
     images, classes, ((features, targets), test) = read(dataset, root, size)
-    names = ["mean weight", "plain", "FLOW", "posterior", "corrected"] if heads else ["label_score", "AUROC", *SCORES]
+    of_heads = ["mean weight", "plain", "FLOW", "posterior", "corrected"]
+    names = of_heads if heads else ["label_score", "AUROC", "share", *SCORES]
     print("| wrong labels | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names), flush=True)
     for kind in kinds:
         for rate in rates if kind == kinds[0] else [rate for rate in rates if rate]:
