@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from flow_lightning.contract import module_contract
+from flow_lightning.method.flow import OUT_OF_FOLD
 from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.scoring.kinds import Kind, ProbeFeatures
 from flow_lightning.scoring.step_kinds import StepLosses
@@ -41,8 +42,10 @@ def check_origin(weights: Weights, expected: dict[str, str], where: str) -> None
 def in_words(weights: Weights, summary: dict[str, float]) -> str:
     """Say in one line which weights a fit trains with."""
     unit = "samples" if isinstance(weights, SampleWeights) else "sequences, weighted by token"
+    rule = "FLOW" if weights.weighting == "flow" else f"Weights by {weights.weighting}"
+    tau = "" if weights.weighting in OUT_OF_FOLD else f"temperature {weights.temperature:.4g}, "
     return (
-        f"FLOW: {len(weights)} {unit}, temperature {weights.temperature:.4g}, mean weight "
+        f"{rule}: {len(weights)} {unit}, {tau}mean weight "
         f"{summary['flow/mean_weight']:.3f}, effective sample size {summary['flow/effective_sample_size']:.0f} "
         f"({100 * summary['flow/effective_sample_fraction']:.0f} %)."
     )

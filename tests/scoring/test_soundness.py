@@ -1,4 +1,4 @@
-"""Layers that a pre-trained checkpoint did not have."""
+"""What is said of the weights, and layers that a pre-trained checkpoint did not have."""
 
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,25 @@ from transformers import (
 )
 
 import flow_lightning as fl
-from flow_lightning.scoring.soundness import fresh_layer
+from flow_lightning.method.weights import SampleWeights
+from flow_lightning.scoring.soundness import fresh_layer, in_words
 from tests.unchanged import data, fit
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
 GPT = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 20, "pad_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("weighting", "said"),
+    [
+        ("flow", "FLOW: 2 samples, temperature 1, mean weight 0.368, effective sample size 2 (100 %)."),
+        ("posterior", "Weights by posterior: 2 samples, mean weight 0.500, effective sample size 1 (50 %)."),
+    ],
+)
+def test_the_line_about_weights_names_their_rule(weighting: str, said: str) -> None:
+    beside = {"right": torch.tensor([1.0, 0.0])}
+    weights = SampleWeights.from_losses(torch.ones(2), weighting=weighting, beside=beside)
+    assert in_words(weights, weights.summary()) == said
 
 
 class Holder(nn.Module):
