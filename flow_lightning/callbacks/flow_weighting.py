@@ -148,8 +148,10 @@ class FlowWeightingCallback(RunCallback):
                 "Set LinearProbeCallback(folds=5)."
             )
         result = scoring.scored()
-        warn_if_fine_tuned(pl_module, scoring.reference)
-        warn_if_new(pl_module, scoring.kind, result["losses"])
+        if (origin := module_contract(pl_module).flow_reference) is not None:
+            warn_if_fine_tuned(origin, scoring.reference)
+        else:
+            warn_if_new(pl_module, scoring.kind, result["losses"])
         self._take(pl_module, self._weights_from(result, scoring.fingerprint))
         self._seconds = time.perf_counter() - started
         if not trainer.strategy.restore_checkpoint_after_setup:

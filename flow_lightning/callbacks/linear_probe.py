@@ -105,7 +105,12 @@ class LinearProbeCallback(RunCallback):
         self._kind.arrays, self._kind.keeps_features = folder if self.arrays else None, self.keeps_features
         self.probe = Probe.from_tensors(self.run.scoring.scored())
         self._install(self.probe, self._kind.description)
-        self._write_issues(trainer, self.probe)
+        if folder is not None and self.folds and len(self.probe.right):  # files of earlier versions lack it
+            names = data_contract(trainer).class_names
+            for name in self.issue_files:
+                on_rank_zero(trainer, partial(write_label_issues, folder / name, self.probe, names))
+            issues = f"{int(self.probe.issues.sum()):,} of {len(self.probe.issues):,} labels look wrong"
+            rank_zero_info(f"{issues}: {folder / ISSUES_FILE}")
         if self._kind.arrays is not None and trainer.is_global_zero:  # nothing was solved
             rank_zero_warn("Arrays were not written: a weights_file has losses, but no features. Delete it.")
         if self.refit == "weighted":
@@ -163,17 +168,6 @@ class LinearProbeCallback(RunCallback):
         self._kind.head = kind.head  # a resumed fit has not looked for it yet
         self._install(probe, kind.description)
         return probe
-
-    def _write_issues(self, trainer: Trainer, probe: Probe) -> None:
-        """Say which labels look wrong; files of earlier versions do not have all that is needed."""
-        folder, names = self.run.directory, data_contract(trainer).class_names
-        if folder is None or self.folds < 2 or not len(probe.right):
-            return
-        for name in self.issue_files:
-            on_rank_zero(trainer, partial(write_label_issues, folder / name, probe, names))
-        rank_zero_info(
-            f"{int(probe.issues.sum()):,} of {len(probe.issues):,} labels look wrong: {folder / ISSUES_FILE}"
-        )
 
     def _features(self, module: LightningModule, folds: int, description: str) -> ProbeFeatures:
         """Return what is to be scored: the features that the module declares, else those in its training step."""

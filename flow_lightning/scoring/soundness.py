@@ -13,7 +13,6 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from flow_lightning.contract import module_contract
 from flow_lightning.method.flow import OUT_OF_FOLD
 from flow_lightning.method.weights import SampleWeights, TokenWeights
 from flow_lightning.scoring.kinds import Kind, ProbeFeatures
@@ -51,10 +50,9 @@ def in_words(weights: Weights, summary: dict[str, float]) -> str:
     )
 
 
-def warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
-    """Tell that the reference of a fit is a model that a FLOW run has fine-tuned."""
-    origin = module_contract(module).flow_reference
-    if origin is not None and origin != reference:
+def warn_if_fine_tuned(origin: str, reference: str) -> None:
+    """Tell that the reference of a fit is a model that a FLOW run of another reference, the origin, has fine-tuned."""
+    if origin != reference:
         rank_zero_warn(
             "This module was loaded from a checkpoint of a FLOW run, so its parameters are fine-tuned, and a new fit "
             "takes them as its reference. To continue that run, use trainer.fit(..., ckpt_path=...); to start again "
@@ -64,7 +62,7 @@ def warn_if_fine_tuned(module: LightningModule, reference: str) -> None:
 
 def warn_if_new(module: LightningModule, kind: Kind, losses: torch.Tensor) -> None:
     """Tell that losses say nothing: at best those of an even guess among the classes, or of a layer that is new."""
-    if isinstance(kind, ProbeFeatures) or module_contract(module).flow_reference is not None:
+    if isinstance(kind, ProbeFeatures):
         return
     mean, classes = float(losses.mean()), kind.classes if isinstance(kind, StepLosses) else 0
     chance, layer = math.log(max(classes, 1)), fresh_layer(module)
