@@ -9,6 +9,8 @@ from inspect import signature
 from pydoc import locate
 from typing import Any
 
+from lightning import Callback
+
 from flow_lightning.configurations import nearest
 
 _UNKNOWN = re.compile(r"does not accept option '([^']+)'|unrecognized arguments: -*(\S+)|Key '([^']+)' is not expected")
@@ -33,7 +35,9 @@ def explain(message: str, keys: Iterable[str]) -> str:
         path, option = match.groups()
         owner: Any = locate(path)
         known = list(signature(owner).parameters)
-        return f"{path} has no option {option!r}. {nearest(option, known)}It has: {', '.join(known)}."
+        found = f"{path} has no option {option!r}. {nearest(option, known)}It has: {', '.join(known)}."
+        is_callback = isinstance(owner, type) and issubclass(owner, Callback)
+        return found + " --trainer.callbacks.* is for the callback that was added last." * is_callback
     if match := _UNKNOWN_CLASS.search(message):
         module, name = match.groups()
         return f"{module} has no {name!r}. {nearest(name, dir(locate(module)))}".strip()

@@ -21,6 +21,7 @@ BROKEN["class.yaml"] = "trainer: {callbacks+: [{class_path: flow_lightning.FlowW
         (["-c=section.yaml"], "'trainr.max_epochs'. Did you mean trainer.max_epochs?"),
         (["-c=option.yaml"], "'num_clases'. Did you mean num_classes?"),
         (["-c=class.yaml"], "'FlowWeightingCalback'. Did you mean FlowWeightingCallback?"),
+        (["-c=budget", "--method=flow", "--trainer.callbacks.keep=0.9"], "is for the callback that was added last."),
         (["--data.batchsize=3"], "'batchsize'. Did you mean batch_size?"),
         (["--model.batch_norm=frosen"], "model.batch_norm: 'frosen' is no valid value. Did you mean frozen?"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs: 'many' is no valid value. Expected int or null."),
