@@ -28,7 +28,7 @@ def next_class(wrong, classes=10):
 
 @pytest.mark.parametrize("matrix", [even(0.0), even(0.3), next_class(0.3)], ids=["none", "even", "next class"])
 def test_each_label_is_as_right_as_its_probability_says_and_the_transitions_are_found(matrix):
-    probabilities, true, labels = drawn(matrix, 20_000)
+    probabilities, true, labels = drawn(matrix, 10_000)
     right, found = right_labels(probabilities, labels)
     assert right.dtype == torch.float32 and right.min() >= 0 and right.max() <= 1
     for low, high in [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)]:
