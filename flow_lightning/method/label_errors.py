@@ -41,7 +41,7 @@ def true_classes(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     p, y = probabilities[some], targets[some]
     matrix = _with_share(transition(p, y, _choose_even(p, y)), p.double().mean(0), wrong_share(p, y))
     blocks = zip(probabilities.split(_ROWS), targets.split(_ROWS))
-    return torch.cat([_given_labels(p, y, matrix).float() for p, y in blocks]), matrix
+    return torch.cat([_given_labels(block, labels, matrix).float() for block, labels in blocks]), matrix
 
 
 def wrong_share(probabilities: Tensor, targets: Tensor) -> float:
