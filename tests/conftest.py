@@ -1,13 +1,20 @@
 """Fixtures: small, quick, without network."""
 
 import gc
+import io
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
+from flow_lightning.files import write_bytes
+from flow_lightning.report import pictures
 
 
 def pytest_collection_finish() -> None:
@@ -26,17 +33,22 @@ def quiet_and_single_threaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None
 
 
 @pytest.fixture(autouse=True)
-def pictures_are_not_rendered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every picture one pixel, as to render one takes longer than a tiny fit, unless a test asks for it."""
+def pictures_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every picture one pixel, as to draw one takes longer than a tiny fit, unless a test asks for it."""
+    content = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(content, "PNG")
 
     def savefig(figure: Figure, file: Any, format: str = "png", **_: Any) -> None:
-        if format == "png":
-            Image.new("RGB", (1, 1)).save(file, "PNG")
-        else:
-            file.write(b"<svg/>")
+        file.write(content.getvalue() if format == "png" else b"<svg/>")
+
+    @contextmanager
+    def picture(path: Any, widths: Sequence[float], height: float) -> Iterator[tuple[Any, Iterator[Any]]]:
+        yield MagicMock(), (MagicMock() for _ in widths)
+        write_bytes(path, content.getvalue())
 
     if "rendered" not in request.fixturenames:
         monkeypatch.setattr(Figure, "savefig", savefig)
+        monkeypatch.setattr(pictures, "picture", picture)
 
 
 @pytest.fixture

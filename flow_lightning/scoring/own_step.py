@@ -20,6 +20,8 @@ from flow_lightning.scoring.fingerprint import model_fingerprints
 
 #: Methods of a module that a training step may call, and that do nothing meanwhile.
 _SILENT = ("log", "log_dict", "print", "backward", "clip_gradients", "toggle_optimizer", "untoggle_optimizer")
+#: What cannot change: most of what a module's attributes hold.
+_FIXED = (int, float, complex, str, bytes, type(None), type)
 #: What a meter holds.
 _PLAIN = (int, float, complex, str, bytes, type(None), Tensor, np.ndarray, np.generic, list, dict, tuple, set, deque)
 #: Losses below are squares of rounding errors, of numbers near 1 in 32 bits.
@@ -132,7 +134,7 @@ class _Idle:
 
 def _remember(value: Any, put_back: dict[int, Callable[[], None]]) -> None:
     """Add functions, by id, that put back what a value and all in it hold now, where that has changed."""
-    if id(value) in put_back or isinstance(value, torch.nn.Parameter):
+    if isinstance(value, (*_FIXED, torch.nn.Parameter)) or id(value) in put_back:
         return
     put_back[id(value)], parts = _nothing, []
     if isinstance(value, Tensor | np.ndarray):

@@ -113,7 +113,7 @@ class StepLosses(SampleLosses):
             return
         rows = self._rows
         try:
-            found = [self._company_in_training(chosen, losses, seed) for seed in range(_DRAWS)]
+            found = [self._company_in_training(module, chosen, losses, seed) for seed in range(_DRAWS)]
         except Exception as error:  # what a step needs in training may not be there yet
             rank_zero_warn(
                 f"{type(module).__name__}.training_step fails in training mode before the fit ({error!r}), so it was "
@@ -134,7 +134,9 @@ class StepLosses(SampleLosses):
                 "weight of the one in whose row it is."
             )
 
-    def _company_in_training(self, chosen: list[Any], losses: Callable[..., Tensor], seed: int) -> str:
+    def _company_in_training(
+        self, module: LightningModule, chosen: list[Any], losses: Callable[..., Tensor], seed: int
+    ) -> str:
         """Tell whose losses the rows of a batch have in training: their "own", those of "another", or "mixed" ones."""
         half = len(chosen) // 2
         first, rest = chosen[:half], chosen[half:]
@@ -142,7 +144,8 @@ class StepLosses(SampleLosses):
         def drawn_alike(*items: Any) -> Tensor:
             with isolate_rng():
                 seed_generators(seed)
-                torch.manual_seed(seed)
+                if module.device.type != "cpu":
+                    torch.manual_seed(seed)  # without a device in use this formats stack traces
                 return losses(*items)[:half]
 
         whole, other = drawn_alike(*chosen), drawn_alike(*first, *rest[1:], rest[0])
