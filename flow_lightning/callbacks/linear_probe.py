@@ -36,12 +36,13 @@ class LinearProbeCallback(RunCallback):
             refit weighs the samples as training did: an unweighted one learns wrong labels back. A fit that writes
             checkpoints writes the refitted model to `checkpoints/refitted.ckpt` of the run's directory; earlier
             checkpoints hold the trained head. `weighted` refits with FLOW's weights although training has none.
-            `corrected`, with folds, refits on the probabilities of the true classes that the frozen body and the given
-            labels give, see `flow_lightning.method.label_errors.true_classes`. Checkpoints then hold these, too.
+            `corrected`, with folds, refits on the probabilities of the true classes, see
+            `flow_lightning.method.label_errors.true_classes`. They are found anew, from the given labels and the body
+            as it then is, with as many folds and rounds.
         folds: 0: weigh samples by the probe's training losses, as in the paper. k > 1: by k-fold out-of-fold losses,
             if the probe overfits. `label_issues.csv` of the run's directory then says which labels look wrong.
         rounds: 2, with folds: the probe is fitted again with FLOW's weights of the first round's losses, so that wrong
-            labels have less part in it. For `FlowWeightingCallback(weighting="posterior")`.
+            labels have less part in it. For `FlowWeightingCallback(weighting="posterior")` and a corrected refit.
         parquet: Whether to write the same table as `label_issues.parquet`, too, with numbers in full. Needs pyarrow.
         arrays: Whether to write `pred_probs.npy` `[N, C]`, out of fold, and `features.npy` `[N, D]`, float32, into the
             run's directory, with folds. They are what `cleanlab.Datalab.find_issues(pred_probs=..., features=...)`
@@ -79,7 +80,6 @@ class LinearProbeCallback(RunCallback):
         self.probe: Probe | None = None
         self.solved: Probe | None = None  #: a refit that another callback has done already, on the body that it chose
         self._refit_weights: torch.Tensor | None = None  # of a refit that is weighted where training is not
-        self._refit_classes: torch.Tensor | None = None  # of a refit on corrected labels
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unsuitable module now, not after hours of training, and say what is to be scored."""
@@ -88,10 +88,10 @@ class LinearProbeCallback(RunCallback):
             return
         if len(self.issue_files) > 1:
             optional_import("pyarrow.parquet", "language", "Parquet files")
-        self.probe = self.solved = self._refit_weights = self._refit_classes = None
+        self.probe = self.solved = self._refit_weights = None
         self.keeps_features = False
         self._kind = self._features(pl_module, self.folds, "Linear probe")
-        self._kind.rounds, self._kind.keeps_classes = self.rounds, self.refit == "corrected"
+        self._kind.rounds = self.rounds
         self.run.scoring.choose(self._kind)
         self.run.scoring.look_at_model()
 
@@ -115,7 +115,6 @@ class LinearProbeCallback(RunCallback):
             rank_zero_warn("Arrays were not written: a weights_file has losses, but no features. Delete it.")
         if self.refit == "weighted":
             self._refit_weights = SampleWeights.from_losses(self.probe.losses).weights
-        self._refit_classes = self.probe.classes
         metrics = {"probe/strength": self.probe.strength, "probe/mean_loss": float(self.probe.losses.double().mean())}
         self.run.record(trainer, metrics | {"time/probe_s": time.perf_counter() - started})
 
@@ -125,13 +124,12 @@ class LinearProbeCallback(RunCallback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights and classes of the refit, which a resumed fit cannot compute any more."""
-        kept = {"refit_weights": self._refit_weights, "refit_classes": self._refit_classes}
-        return {name: value for name, value in kept.items() if value is not None}
+        """Return the weights of the refit, which a resumed fit cannot compute any more."""
+        return {} if self._refit_weights is None else {"refit_weights": self._refit_weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take weights and classes of a checkpoint."""
-        self._refit_weights, self._refit_classes = state_dict.get("refit_weights"), state_dict.get("refit_classes")
+        """Take the weights of a checkpoint."""
+        self._refit_weights = state_dict.get("refit_weights")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head again, if asked to, with the weights of the fit."""
@@ -159,9 +157,11 @@ class LinearProbeCallback(RunCallback):
             is_pretrained: Whether the body is the one from before training, whose features may have been kept.
         """
         weights: Any = module_contract(module).sample_weights
-        kind = self._features(module, 0, "Head refit")
-        kind.sample_classes = self._refit_classes
-        if self._refit_classes is None:
+        if self.refit == "corrected":
+            kind = self._features(module, self.folds, "Head refit")
+            kind.rounds, kind.corrected = self.rounds, True
+        else:
+            kind = self._features(module, 0, "Head refit")
             kind.sample_weights = self._refit_weights if weights is None else weights.weights.cpu()
         found, self._kind.found = self._kind.found if is_pretrained else None, None
         probe = Probe.from_tensors(self.run.scoring.scored_now(kind, loader, found))

@@ -71,13 +71,12 @@ class Probe:
     probabilities: Tensor | None = None
     classes: Tensor | None = None
 
-    def tensors(self, with_classes: bool = False) -> dict[str, Tensor]:
-        """Return all of it as tensors, to be written to a file; `classes`, which are large, in float16 if asked for."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is small of it as tensors, to be written to a file."""
         numbers = {"strength": self.strength, "validation": [(s, *found) for s, found in self.validation.items()]}
         exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         of_samples = {name: each for name in _OF_SAMPLES if len(each := getattr(self, name))}
         of_samples["issues"] = self.issues.to(torch.uint8)
-        of_samples |= {"classes": self.classes.half()} if with_classes and self.classes is not None else {}
         return {"weight": self.head.weight, "bias": self.head.bias, **of_samples, **exact}
 
     @classmethod
@@ -87,7 +86,7 @@ class Probe:
         head = LinearHead(tensors["weight"], tensors["bias"])
         none = torch.zeros(0)  # files of earlier versions have only the losses
         found: dict[str, Any] = {name: tensors.get(name, none) for name in _OF_SAMPLES}
-        found |= {"issues": tensors.get("issues", none).bool(), "classes": tensors.get("classes")}
+        found["issues"] = tensors.get("issues", none).bool()
         return cls(head, strength=tensors["strength"].item(), validation=validation, **found)
 
 
@@ -101,7 +100,7 @@ def fit_probe(
     weights: Tensor | None = None,
     on_step: Callable[[], Any] = lambda: None,
     rounds: int = 1,
-    classes: Tensor | None = None,
+    corrected: bool = False,
 ) -> Probe:
     """Choose the strength of the penalty on a held-out fifth (`strongest_within_one_error`), then solve on all samples.
 
@@ -118,22 +117,18 @@ def fit_probe(
         rounds: 2, with folds: solve all again, with FLOW's weights of the first round's losses. Wrong labels have less
             part in such a probe, so it tells better which they are. Only the head stays that of the first round: it is
             the better one to start a training from.
-        classes: Probabilities of the classes of each sample, `[n, C]`, to fit instead of `targets`; without folds.
+        corrected: With folds: the head is solved in the end on `classes`, the probabilities of the true classes, in
+            place of the targets. Losses and all else stay those of the targets.
 
     Raises:
         ValueError: If features are not finite, a target is out of range, there are fewer samples than folds, or
-            `classes` do not fit.
+            `corrected` comes without folds.
     """
     _check(features, targets, num_classes, folds)
+    if corrected and not folds:
+        raise ValueError("A corrected head needs probabilities out of fold. Set folds, to 5 for instance.")
     given = torch.ones(len(targets)) if weights is None else weights.float()
     problem = _Problem(features, targets, given, num_classes, device)
-    if classes is not None:
-        if folds or classes.shape != (len(targets), num_classes):
-            raise ValueError(
-                f"classes are of shape {list(classes.shape)}, folds {folds}; expected {[len(targets), num_classes]}, "
-                "and no folds. Resume with the data that the fit began with."
-            )
-        problem.goals = classes.float()
     probe = _fit(problem, folds, strengths, on_step)
     head = probe.head
     for _ in range(rounds - 1):
@@ -145,6 +140,10 @@ def fit_probe(
         other = ridge_probabilities(problem.blocks, parts, targets, problem.weights, num_classes)
         probe.classes, _ = true_classes((probe.probabilities + other) / 2, targets)
         probe.right = of_labels(probe.classes, targets)
+        if corrected:
+            problem.goals, problem.weights = probe.classes, given
+            solved = _fit(problem, 0, strengths, on_step)
+            probe.head, probe.strength = solved.head, solved.strength
     return probe
 
 

@@ -165,8 +165,7 @@ class ProbeFeatures(Kind):
         sample_weights: Weights of the samples in the probe's own loss, `[n]`; by default all 1.
         head: The layer that the probe is for.
         rounds: See `fit_probe`.
-        sample_classes: Probabilities of classes to fit instead of the targets, `[n, C]`; see `fit_probe`.
-        keeps_classes: Whether the result holds those of the true classes; with folds.
+        corrected: See `fit_probe`.
         keeps_features: Whether `found` keeps the features and targets of all samples, on rank 0, until they are taken.
         arrays: A folder that gets `pred_probs.npy` and `features.npy`, with folds, once the probe is solved; then None.
     """
@@ -178,8 +177,7 @@ class ProbeFeatures(Kind):
     rounds: int = 1
     sample_weights: Tensor | None = None
     head: nn.Linear | None = None
-    sample_classes: Tensor | None = None
-    keeps_classes: bool = False
+    corrected: bool = False
     arrays: Path | None = None
     keeps_features: bool = False
     found: tuple[Tensor, ...] | None = field(default=None, init=False)
@@ -187,8 +185,8 @@ class ProbeFeatures(Kind):
     @property
     def name(self) -> str:  # type: ignore[override]
         """Name the probe with what its result depends on."""
-        rounds, kept = f", rounds {self.rounds}" * (self.rounds > 1), ", true classes" * self.keeps_classes
-        return f"linear probe, {self.classes} classes, folds {self.folds}{rounds}{kept}"
+        rounds = f", rounds {self.rounds}" * (self.rounds > 1)
+        return f"linear probe, {self.classes} classes, folds {self.folds}{rounds}"
 
     def values(self, module: LightningModule, batch: Any) -> tuple[Tensor, ...]:
         """Return features `[B, D]` float32 and targets `[B]`."""
@@ -216,9 +214,9 @@ class ProbeFeatures(Kind):
 
     def _solve(self, found: tuple[Tensor, ...], device: torch.device, quiet: bool) -> dict[str, Tensor]:
         features, targets = found
-        steps = self.rounds * (len(STRENGTHS) + self.folds + 1)
+        steps = self.rounds * (len(STRENGTHS) + self.folds + 1) + self.corrected * (len(STRENGTHS) + 1)
         with tqdm(total=steps, desc=f"{self.description}: solving", unit="fit", leave=False, disable=quiet) as bar:
-            given: Any = {"weights": self.sample_weights, "classes": self.sample_classes, "rounds": self.rounds}
+            given: Any = {"weights": self.sample_weights, "rounds": self.rounds, "corrected": self.corrected}
             probe = fit_probe(features, targets, self.classes, self.folds, device=device, on_step=bar.update, **given)
         if self.arrays is not None and probe.probabilities is not None:
             for name, values in {"pred_probs": probe.probabilities, "features": features}.items():
@@ -226,7 +224,7 @@ class ProbeFeatures(Kind):
                 size = values.numel() * values.element_size() / 2**20
                 rank_zero_info(f"{self.arrays / name}.npy: {' x '.join(map(str, values.shape))}, {size:,.1f} MiB")
             self.arrays = None
-        return probe.tensors(self.keeps_classes)
+        return probe.tensors()
 
 
 def allocator(budget: float, folder: Path) -> Callable[..., Tensor]:

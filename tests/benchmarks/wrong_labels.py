@@ -71,7 +71,7 @@ def measure_heads(given: Tensor, features: Tensor, classes: int, test: tuple[Ten
         return 100 * float((fitted.head(test[0]).argmax(1) == test[1]).float().mean())
 
     weighted = [fit_probe(features, given, classes, weights=weights) for weights in (flow, second.right)]
-    corrected = fit_probe(features, given, classes, classes=second.classes)
+    corrected = fit_probe(features, given, classes, folds=5, rounds=2, corrected=True)
     return [float(second.right.mean()), *map(accuracy, (probe, *weighted, corrected))]
 
 

@@ -110,8 +110,7 @@ def test_constant_features_do_no_harm():
         (lambda f, t: (f.index_fill(0, torch.tensor([4]), float("nan")), t), {}, r"samples \[4\] are NaN"),
         (lambda f, t: (f, t + 1), {}, "expected targets from 0 to 2"),
         (lambda f, t: (f, t), {"folds": 1}, "expected 0 .in sample. or 2 to 150"),
-        (lambda f, t: (f, t), {"classes": torch.ones(9, 3)}, r"of shape \[9, 3\].*expected \[150, 3\]"),
-        (lambda f, t: (f, t), {"classes": torch.ones(150, 3), "folds": 2}, "and no folds"),
+        (lambda f, t: (f, t), {"corrected": True}, "Set folds, to 5 for instance"),
     ],
 )
 def test_bad_input_is_an_error(change, arguments, message):
@@ -127,15 +126,15 @@ def test_weights_of_samples_are_scikit_learns():
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
 
 
-def test_probabilities_of_classes_count_as_a_sample_of_each_class_would():
+def test_a_corrected_head_is_solved_on_the_true_classes_of_which_each_counts_as_a_sample():
     """One of each class, weighted by its probability, which scikit-learn can solve."""
-    features, targets = clusters()
-    classes = (2 * torch.randn(len(targets), 3, generator=torch.Generator().manual_seed(0))).softmax(1)
-    probe = fit_probe(features, targets, 3, strengths=[0.03], classes=classes)
+    features, targets = clusters(spread=2.5)
+    plain, probe = (fit_probe(features, targets, 3, folds=3, strengths=[0.03], corrected=c) for c in (False, True))
     each, labels = features.repeat_interleave(3, dim=0), torch.arange(3).repeat(len(targets))
-    expected = sklearn_probabilities(each, labels, 0.03, features, weights=classes.flatten())
+    expected = sklearn_probabilities(each, labels, 0.03, features, weights=plain.classes.flatten())
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
-    assert torch.equal(probe.targets, targets)
+    assert all(torch.equal(getattr(probe, name), getattr(plain, name)) for name in ("targets", "losses", "right"))
+    assert not torch.equal(probe.head.weight, plain.head.weight)
 
 
 @pytest.mark.parametrize("folds", [0, 3])
