@@ -3,15 +3,20 @@
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import flow_lightning as fl
+
+#: Values of a parametrized test that run by `pytest -m slow` alone: others among them see nearly the same.
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 class LinearRegression(fl.WeightedLossModule):

@@ -15,6 +15,7 @@ from flow_lightning.__main__ import main
 from flow_lightning.data.catalogue import CATALOGUE
 from flow_lightning.report.metrics import read_metrics
 from tests.data.fake_datasets import CLASSES, MAKERS, accept_any_checksum, make_folder
+from tests.examples import slow
 
 ROOT = Path(__file__).parent.parent
 VISION = sorted(path.stem for path in (ROOT / "configs" / "vision").glob("*.yaml"))
@@ -54,7 +55,7 @@ def metrics_of(cli) -> dict:
     return read_metrics(Path(cli.trainer.log_dir) / "metrics.json")
 
 
-@pytest.mark.parametrize(("config", "method"), [("cifar10", "standard"), *((config, "flow") for config in VISION)])
+@pytest.mark.parametrize(("config", "method"), [("cifar10", "standard"), *(slow(config, "flow") for config in VISION)])
 def test_every_configuration_composes_with_the_methods(config, method, monkeypatch):
     accept_any_checksum(monkeypatch)
     settings = settings_of(config)

@@ -12,6 +12,7 @@ from yaml import safe_load
 import flow_lightning as fl
 from flow_lightning.__main__ import main
 from flow_lightning.report.metrics import read_metrics
+from tests.examples import slow
 from tests.hub import SOLUTION, index_of_hub, write_hub
 from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 
@@ -42,10 +43,10 @@ def metrics_of(cli):
 @pytest.mark.parametrize(
     ("config", "method", "tune"),
     [
-        (PAPER[0], "standard", "full"),
-        (PAPER[0], "flow_token", "lora"),
-        (PAPER[1], "flow_sequence", "full"),
+        slow(PAPER[0], "standard", "full"),
+        slow(PAPER[0], "flow_token", "lora"),
         (PAPER[1], "token_masking", "lora"),
+        slow(PAPER[1], "flow_sequence", "full"),
     ],
 )
 def test_every_configuration_composes_with_methods_and_adapters(config, method, tune):
@@ -57,6 +58,7 @@ def test_every_configuration_composes_with_methods_and_adapters(config, method, 
     assert ("flow/temperature" in metrics_of(cli)) == (method != "standard") and cli.model.sample_weights is None
 
 
+@pytest.mark.slow
 def test_a_variant_of_lora_is_an_option_and_combines_with_flow():
     options = ["-c=lora", "--data.train=train.jsonl", "--data.batch_size=2", "--model.lora_options.use_dora=true"]
     cli = run("-c=llama32_3b_metamathqa", *options, method="flow_sequence")
@@ -122,6 +124,7 @@ def test_one_command_fits_and_makes_the_papers_table_from_local_files(monkeypatc
         return [SOLUTION if "Python" in prompts[-1] else "#### 4", *answers[1:]]
 
     monkeypatch.setattr(HFLM, "generate_until", half_right)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # lists all packages by pip
     options = [f"-c={PAPER[0]}", "-c=paper_tasks", "--data.train=train.jsonl", "--data.batch_size=2", *TINY]
     main(["compare", *options, "--methods=[flow_sequence]", "--output=runs/paper"])
     (metrics,) = json.loads(Path("runs/paper/comparison.json").read_text())["flow_sequence"]

@@ -18,7 +18,7 @@ import flow_lightning as fl
 from flow_lightning.distributed import data_rank, from_rank_zero, on_rank_zero
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 from flow_lightning.trainer import FlowTrainer
-from tests.examples import LinearRegression, RegressionData, fit, regression_data
+from tests.examples import LinearRegression, RegressionData, fit, regression_data, slow
 from tests.images import tiny_module
 from tests.language import language_data, language_module
 from tests.processes import launch
@@ -75,10 +75,10 @@ def in_shards(function, per="sample", size=(2, 1)):
     ("function", "per", "tolerance", "size", "again"),
     [
         (regression, "sample", 1e-6, (2, 1), False),
-        (regression, "sample", 1e-6, (1, 2), False),  # both processes hold all, and take the same samples
-        (pictures, "sample", 1e-5, (2, 1), True),
-        (language, "sample", 1e-6, (2, 1), False),
-        (lora, "token", 1e-6, (2, 1), True),
+        slow(regression, "sample", 1e-6, (1, 2), False),  # both processes hold all, and take the same samples
+        slow(pictures, "sample", 1e-5, (2, 1), True),
+        slow(language, "sample", 1e-6, (2, 1), False),
+        slow(lora, "token", 1e-6, (2, 1), True),
     ],
 )
 def test_a_model_in_shards_has_the_weights_and_the_steps_of_a_whole_one(function, per, tolerance, size, again):

@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
+from lightning import Callback
+from yaml import safe_load
 
 from flow_lightning.__main__ import main
-from flow_lightning.configurations import callbacks_of, names_of
+from flow_lightning.configurations import callbacks_of, find_part, names_of
 from flow_lightning.report.metrics import read_metrics
 from tests.data.fake_datasets import make_folder
+from tests.examples import slow
 from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
 from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
@@ -18,10 +22,26 @@ IMAGES = {"weighted_probe", "plain_weighted_head", "flow_out_of_fold", "flow_mix
 IMAGES |= {"recommended", "lwf", "ldifs", "label_smoothing", "elr"}
 #: The others run on both; each makes its step on one of them, by turns.
 EITHER = sorted({*names_of("methods")} - TOKENS - IMAGES)
+#: These make a step in every run of the tests, the others with `pytest -m slow`.
+QUICKLY = {"recommended", "label_smoothing", "layer_decay", "elr", "flow_mixture", "text_anchor", "token_masking"}
 STEP = ["--learning_rate=0.001", "--trainer.max_epochs=1", "--trainer.max_steps=1"]
 
 
-@pytest.mark.parametrize("method", sorted({*IMAGES, *EITHER[::2]}))
+def steps_of(methods):
+    """Return the methods as parameters, slow but for those of `QUICKLY`."""
+    return [method if method in QUICKLY else slow(method) for method in sorted(methods)]
+
+
+@pytest.mark.parametrize("method", names_of("methods"))
+def test_the_callbacks_of_every_method_can_be_made(method):
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    trainer = safe_load(find_part("method", method).read_text()).get("trainer", {})
+    made = parser.instantiate(parser.parse_object({"callbacks": trainer.get("callbacks+", [])}))
+    assert {type(callback).__name__ for callback in made.callbacks} == callbacks_of(method)
+
+
+@pytest.mark.parametrize("method", steps_of({*IMAGES, *EITHER[::2]}))
 def test_every_method_for_images_makes_a_step(method):
     make_folder(Path("data"))
     cli = main(["fit", *QUICK, f"--method={method}", *STEP])
@@ -30,7 +50,7 @@ def test_every_method_for_images_makes_a_step(method):
     assert 0 <= read_metrics(Path(cli.trainer.log_dir) / "metrics.json")["target/top1"] <= 1
 
 
-@pytest.mark.parametrize("method", sorted({*TOKENS, *EITHER[1::2]}))
+@pytest.mark.parametrize("method", steps_of({*TOKENS, *EITHER[1::2]}))
 def test_every_method_for_text_makes_a_step(method):
     TOKENIZER.save_pretrained("tiny")
     tiny_model(len(TOKENIZER)).save_pretrained("tiny")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
-from tests.examples import LinearRegression, RegressionData, chain, make_trainer, regression_data
+from tests.examples import LinearRegression, RegressionData, chain, make_trainer, regression_data, slow
 from tests.processes import launch
 
 #: Batches of an epoch: where a step takes two of them, the last step of an epoch takes one.
@@ -157,15 +157,15 @@ def fit_from(start, make, every, **settings):
 @pytest.mark.parametrize(
     ("make", "every", "settings"),
     [
-        (Tiny, 1, {}),
+        slow(Tiny, 1, {}),
         (Tiny, 3, {}),
         (Plain, 2, {}),
         (Validated, 2, {"val_check_interval": 2, "accumulate_grad_batches": 3}),
         (Tiny, 2, {"max_epochs": -1, "max_steps": 6}),
-        (Validated, 1, {"limit_train_batches": 3}),
-        (Validated, 1, {"check_val_every_n_epoch": None, "val_check_interval": 3}),
+        slow(Validated, 1, {"limit_train_batches": 3}),
+        slow(Validated, 1, {"check_val_every_n_epoch": None, "val_check_interval": 3}),
         (Validated, 2, {}),
-        (Validated, 2, {"accumulate_grad_batches": 1}),
+        slow(Validated, 2, {"accumulate_grad_batches": 1}),
     ],
 )
 def test_two_kills_anywhere_change_nothing(make, every, settings):
@@ -207,7 +207,7 @@ for name in HOOKS:
 
 @pytest.mark.parametrize(
     ("make", "settings"),
-    [(Tiny, {"max_epochs": -1, "max_steps": 6}), (Validated, {}), (Validated, {"val_check_interval": 2})],
+    [(Tiny, {"max_epochs": -1, "max_steps": 6}), slow(Validated, {}), slow(Validated, {"val_check_interval": 2})],
 )
 def test_a_fit_resumes_from_a_checkpoint_of_any_hook(make, settings):
     """From every second one, so from each hook of some batch."""

@@ -19,7 +19,7 @@ from PIL import Image
 import flow_lightning as fl
 from flow_lightning.scoring import score
 from flow_lightning.trainer import FlowTrainer
-from tests.examples import chain, make_trainer
+from tests.examples import chain, make_trainer, slow
 from tests.images import tiny_module
 from tests.language import language_data, language_module
 from tests.processes import launch
@@ -75,7 +75,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("make", "settings"), [(vision, {}), (language, {"accumulate_grad_batches": 2, "val_check_interval": 3})]
+    ("make", "settings"), [(vision, {}), slow(language, {"accumulate_grad_batches": 2, "val_check_interval": 3})]
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(make, settings):
     """In mid-epoch, soon after, and in the next epoch (of 6 or 7 batches)."""
@@ -104,6 +104,7 @@ def in_two_processes(*kills) -> None:
         torch.save(found, "done.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_are_resumed():
     launch(in_two_processes)
     expected = torch.load("done.pt")

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 import flow_lightning as fl
 from flow_lightning.callbacks.early_learning import EarlyLearningCallback
 from tests import examples, unchanged
+from tests.examples import slow
 from tests.images import PictureData, tiny_module
 from tests.language import language_data, language_module
 from tests.refusals import assert_refused
@@ -33,7 +34,7 @@ class ImagesByHand(fl.ImageClassificationModule):
         return loss + regulariser(targets, batch["index"], self(batch["image"]))
 
 
-@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("flow", [slow(False), True])
 def test_a_fit_of_an_image_classifier_is_that_with_the_term_in_the_loss(flow):
     kinds = fl.ImageClassificationModule, ImagesByHand, fl.ImageClassificationModule
     held, by_hand, plain = (tiny_module(kind=kind, learning_rate=0.05) for kind in kinds)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.method.probe import fit_probe
+from tests.examples import slow
 from tests.processes import launch
 from tests.unchanged import Classifier, data, fit, weights
 
@@ -117,7 +118,7 @@ def test_two_processes_do_as_with_weights_by_hand() -> None:
     torch.testing.assert_close(torch.load("Classifier-weights.pt")[0], weights())
 
 
-@pytest.mark.parametrize(("part", "backend"), [("net", "eager"), ("module", "aot_eager")])
+@pytest.mark.parametrize(("part", "backend"), [("net", "eager"), slow("module", "aot_eager")])
 def test_a_compiled_network_or_module_is_weighted(part: str, backend: str) -> None:
     torch._dynamo.reset()
     modules = [Classifier(), Classifier()]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import flow_lightning as fl
 from flow_lightning.method.probe import fit_probe
-from tests.examples import fit
+from tests.examples import fit, slow
 from tests.images import PictureData, tiny_module
 
 
@@ -193,7 +193,7 @@ def test_a_corrected_refit_fits_the_probable_classes_in_place_of_the_labels():
         fl.LinearProbeCallback(refit="corrected")
 
 
-@pytest.mark.parametrize("refit", ["weighted", "corrected"])
+@pytest.mark.parametrize("refit", [slow("weighted"), "corrected"])
 def test_a_refit_behind_plain_training_survives_a_resume(refit):
     probe, resumed = (fl.LinearProbeCallback(refit=refit, folds=3) for _ in range(2))
     run(probe, ModelCheckpoint("ckpt", save_last=True), enable_checkpointing=True)

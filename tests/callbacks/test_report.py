@@ -90,6 +90,7 @@ def test_two_processes_write_one_whole_page_with_the_answers_of_one_process(monk
         assert f">{index}</dd>" in html and seen["picture"] in html
 
 
+@pytest.mark.slow
 def test_a_resumed_run_gathers_what_an_unbroken_one_does():
     def fit_once(*others, ckpt_path=None):
         checkpoints = fl.ExactResumeCallback(), ModelCheckpoint(dirpath="ckpt", save_last=True, every_n_train_steps=1)

@@ -16,6 +16,7 @@ from flow_lightning.method.budget import accuracy_kept, agreement_kept
 from flow_lightning.method.path import point
 from flow_lightning.report.metrics import METRICS, read_metrics
 from tests import retention, unchanged
+from tests.examples import slow
 from tests.processes import launch
 from tests.retention import SIZE, image_fit, image_module, labelled_images, language_fit, unlabelled_images
 from tests.shards import full
@@ -195,7 +196,7 @@ def fit_in_shards(images):
     fit_frozen(images, "run2", devices=2, strategy=ModelParallelStrategy(2, 1, save_distributed_checkpoint=False))
 
 
-@pytest.mark.parametrize("in_shards", [False, True])
+@pytest.mark.parametrize("in_shards", [False, slow(True)])
 def test_two_processes_choose_as_one(tmp_path, in_shards):
     images = unlabelled_images(tmp_path)
     fit_frozen(images, "run1")

@@ -64,6 +64,7 @@ def points(folder, **settings):
     return read_metrics("run/metrics.json")["path/points"]
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_finds_the_same_curve(tmp_path):
     """It has no features from before training, so it computes them anew."""
     images = unlabelled_images(tmp_path)
@@ -74,6 +75,7 @@ def test_a_resumed_fit_finds_the_same_curve(tmp_path):
         assert other == pytest.approx(point, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_curve_of_one(tmp_path):
     images = unlabelled_images(tmp_path)
     alone = points(images)

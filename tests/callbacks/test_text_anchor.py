@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import flow_lightning as fl
 from flow_lightning.callbacks.text_anchor import TextAnchorCallback
 from tests import examples, unchanged
+from tests.examples import slow
 from tests.language import SENTENCES, TOKENIZER, language_data, language_module, tiny_model
 from tests.refusals import assert_refused
 from tests.unchanged import Classifier
@@ -51,7 +52,7 @@ def by_hand(windows, **settings):
 
 @pytest.mark.parametrize(
     ("tune", "texts", "flow"),
-    [("full", None, False), ("lora", None, True), ("full", ["text.txt"], True), ("lora", ["text.txt"], False)],
+    [("full", None, False), ("lora", None, True), ("full", ["text.txt"], True), slow("lora", ["text.txt"], False)],
 )
 def test_a_fit_is_that_with_the_divergence_in_the_loss(tmp_path, tune, texts, flow):
     data, watch = language_data(tmp_path, batch_size=4), Windows()
@@ -97,7 +98,7 @@ def test_text_of_its_own_has_the_distribution_of_the_model(tmp_path):
     assert large.sum() > 5 and deviations.abs().max() < 4
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", [slow("full"), "lora"])
 def test_a_resumed_fit_ends_as_an_unbroken_one(tmp_path, tune):
     def once(path, *others, module=None):
         keep = ModelCheckpoint("c", "{step}", save_top_k=-1, every_n_train_steps=1)

@@ -19,7 +19,7 @@ from torch.utils.data import WeightedRandomSampler as Weighted
 import flow_lightning as fl
 from flow_lightning.data.position import LoaderPosition
 from tests import examples
-from tests.examples import Kill, make_trainer, regression_data
+from tests.examples import Kill, make_trainer, regression_data, slow
 from tests.processes import launch
 
 DATA = regression_data()
@@ -158,7 +158,12 @@ def test_a_fit_that_is_killed_twice_ends_as_the_unbroken_one(name):
 
 @pytest.mark.parametrize(
     ("name", "callbacks"),
-    [("shuffled", flow_before), ("weighted", flow_after), ("batch sampler", flow_before), ("one worker", flow_before)],
+    [
+        ("shuffled", flow_before),
+        ("weighted", flow_after),
+        ("batch sampler", flow_before),
+        slow("one worker", flow_before),
+    ],
 )
 def test_flow_weighs_the_right_samples_after_two_kills(name, callbacks):
     expected = chain(LOADERS[name], callbacks)
@@ -173,8 +178,10 @@ VALIDATED = {"make": Validated, "val": True, "val_check_interval": 2}
     ("name", "settings"),
     [
         ("shuffled", {"make": AsksForSteps}),
-        *[(name, VALIDATED) for name in ("shuffled", "one worker")],
-        *[(name, {"reload_dataloaders_every_n_epochs": 1}) for name in ("shuffled", "one worker")],
+        ("shuffled", VALIDATED),
+        slow("one worker", VALIDATED),
+        ("shuffled", {"reload_dataloaders_every_n_epochs": 1}),
+        slow("one worker", {"reload_dataloaders_every_n_epochs": 1}),
         ("shuffled", {"limit_train_batches": 4}),
         ("shuffled", {"max_epochs": -1, "max_steps": 11}),
     ],
@@ -204,7 +211,7 @@ def chain_on_two_processes(name, kills) -> None:
     torch.save((module.state_dict(), torch.cat(module.seen)), f"{torch.distributed.get_rank()}.pt")
 
 
-@pytest.mark.parametrize("name", ["shuffled", "weighted"])
+@pytest.mark.parametrize("name", [slow("shuffled"), "weighted"])
 def test_the_distributed_sampler_of_lightning_goes_on(name):
     launch(chain_on_two_processes, name, ())
     expected = [torch.load(f"{rank}.pt") for rank in range(2)]

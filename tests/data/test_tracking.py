@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler
 
 import flow_lightning as fl
-from tests.examples import LinearRegression, expected_losses, make_trainer, regression_data
+from tests.examples import LinearRegression, expected_losses, make_trainer, regression_data, slow
 
 
 class Plain(LinearRegression):
@@ -154,8 +154,7 @@ class Peek(Callback):
         next(iter(trainer.train_dataloader))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("peek", [True, False])
+@pytest.mark.parametrize(("peek", "workers"), [(True, 0), (False, 0), (False, 2), slow(True, 2)])
 def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
     loader, module = DataLoader(DATA, 4, True, num_workers=workers), SharedLoader()
     callbacks = [Peek()] if peek else []

@@ -119,16 +119,17 @@ def test_accuracy_at_the_border_is_refused_in_95_percent_of_the_draws(n, keep, g
     """Also if the number of samples that one of the models has right differs from draw to draw."""
     lost = (1 - keep) + keep * gain
     rates = np.array([lost, gain, 1 - lost - gain]) * (1 - wrong)
-    draws = np.random.default_rng(2).multinomial(n, [*rates, wrong], 800)
-    tables, counts = np.unique(draws[:, :3], axis=0, return_counts=True)
+    draws = 250 if wrong else 800  # with wrong ones there are nearly as many tables as draws
+    tables = np.random.default_rng(2).multinomial(n, [*rates, wrong], draws)[:, :3]
+    tables, counts = np.unique(tables, axis=0, return_counts=True)
     kept = [net_p_value(int(table.sum()), int(table[0]), int(table[1]), keep) <= 0.05 for table in tables]
-    assert 0 < counts[kept].sum() <= most(800)
+    assert 0 < counts[kept].sum() <= most(draws)
 
 
 @pytest.mark.parametrize(("n", "skewed"), [(30, False), (60, True)])
 def test_perplexity_at_the_border_is_refused_in_about_95_percent_of_the_draws(n, skewed):
     """A bootstrap is not exact: with few and skewed texts it fails a little more often."""
-    generator, draws = np.random.default_rng(3), 300
+    generator, draws = np.random.default_rng(3), 200
     tokens = generator.integers(200, 1024, (draws, n))
     noise = generator.gamma(2.0, 1 / 2, (draws, n)) - 1 if skewed else generator.normal(size=(draws, n))
     worse = tokens * (-math.log(0.98) + 0.05 * noise)  # the true share is 0.98

@@ -7,6 +7,7 @@ from scipy.optimize import minimize
 from sklearn.metrics import average_precision_score
 
 from flow_lightning.method.label_errors import right_labels, transition, wrong_share
+from tests.examples import slow
 
 
 def drawn(matrix, n=6000, sure=3.0, seed=0):
@@ -39,7 +40,7 @@ def test_each_label_is_as_right_as_its_probability_says_and_the_transitions_are_
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-9)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+@pytest.mark.parametrize("rate", [0.0, slow(0.2), 0.4])
 def test_the_share_is_found_by_a_model_that_is_too_sure_of_hard_samples(rate):
     """Its probabilities are the squares of those from which true classes are drawn; the surest tenth is 2 % wrong."""
     probabilities, _, labels = drawn(even(rate), 20_000)

@@ -100,6 +100,7 @@ def test_each_epoch_draws_other_samples():
     assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_module_has_the_weights_and_the_steps_of_a_plain_one():
     """Traced by torch.compile; the backend that writes machine code needs a compiler."""
     plain, compiled = fl.FlowWeightingCallback(), fl.FlowWeightingCallback()

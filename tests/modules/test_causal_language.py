@@ -21,7 +21,7 @@ from transformers import (
 import flow_lightning as fl
 from flow_lightning.data.instructions import collate
 from flow_lightning.method.losses import supervised_counts
-from tests.examples import fit
+from tests.examples import fit, slow
 from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
 
@@ -234,7 +234,7 @@ class Recording(fl.CausalLanguageModule):
             torch.save({"weights": self.sample_weights.weights.clone(), "gradient": gradient}, "found.pt")
 
 
-@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize("per", ["sample", slow("token")])
 def test_two_processes_have_the_weights_and_the_gradient_of_one(tmp_path, per):
     """11 sequences of different lengths, an odd number; 2 ranks with batches of 2 against 1 with batches of 4."""
     runs = []

@@ -112,6 +112,7 @@ def test_a_checkpoint_gives_parameters_and_optimizer_back_with_its_settings(opti
     assert settings_of(trainer.optimizers[0]) == settings_of(made) and module.learning_rate == 0.01
 
 
+@pytest.mark.slow
 def test_the_shipped_adamw_of_8_bits_trains_in_bfloat16_as_adamw_does_in_float32(tmp_path, monkeypatch):
     """At rates where the steps of plain AdamW are lost in bfloat16. Its step is not compiled here: that takes 40 s."""
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)

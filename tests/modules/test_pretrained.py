@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import flow_lightning as fl
 from flow_lightning.data.retention_images import retention_images
 from flow_lightning.modules.pretrained import packaged_weights
-from tests.examples import fit, make_trainer
+from tests.examples import fit, make_trainer, slow
 from tests.language import TOKENIZER, language_data, language_module, tiny_model
 
 
@@ -132,7 +132,7 @@ def dequantized(model):
     return plain
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), ("8bit", 0.05)])  # 8 bits round the inputs, too
+@pytest.mark.parametrize(("bits", "tolerance"), [("4bit", 1e-4), slow("8bit", 0.05)])  # 8 bits round the inputs, too
 def test_a_quantized_base_is_scored_and_its_adapters_have_the_gradients_of_plain_layers(tmp_path, bits, tolerance):
     """The layers are as wide as the blocks of 64 values that share a scale."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import flow_lightning as fl
 from flow_lightning.modules.saving import save_pretrained
-from tests.examples import LinearRegression, RegressionData, fit
+from tests.examples import LinearRegression, RegressionData, fit, slow
 from tests.images import PictureData, tiny_module
 from tests.language import language_module
 
@@ -44,7 +44,7 @@ class Timm(LightningModule):
     [
         (lambda: tiny_module("test_vit.r160_in1k", model_kwargs={"img_size": 32}), "test_vit.r160_in1k"),
         (Timm, "test_resnet.r160_in1k"),
-        (lambda: Timm(compiled=True), "test_resnet.r160_in1k"),
+        slow(lambda: Timm(compiled=True), "test_resnet.r160_in1k"),
     ],
 )
 def test_timm_loads_a_fine_tuned_model_with_equal_logits(make, name):

@@ -10,7 +10,7 @@ from flow_lightning.files import load_tensors, save_tensors
 from flow_lightning.report.metrics import read_metrics
 from flow_lightning.scoring.frozen import _FORMAT
 from tests.callbacks.test_retention_budget import budget
-from tests.examples import fit
+from tests.examples import fit, slow
 from tests.images import PictureData
 from tests.retention import IMAGES, SIZE, image_module, labelled_images, unlabelled_images
 
@@ -137,9 +137,9 @@ def other_values(images):
     ("change", "names", "message"),
     [
         (changed_image, ["training"], "the data set changed since"),
-        (changed_weights, FILES, "the pre-trained model changed since"),
-        (changed_size, ["target", "training"], "precision, device or batch size changed since"),
-        (damaged, FILES, "its content has changed since it was written"),
+        slow(changed_weights, FILES, "the pre-trained model changed since"),
+        slow(changed_size, ["target", "training"], "precision, device or batch size changed since"),
+        slow(damaged, FILES, "its content has changed since it was written"),
         (other_values, FILES, "it is no longer true"),
     ],
 )
@@ -158,6 +158,7 @@ def test_a_file_that_is_not_true_any_more_is_said_and_replaced(images, change, n
         assert kept() == old
 
 
+@pytest.mark.slow
 def test_two_processes_share_with_one(images):
     alone, _ = run(images)
     written = {path: path.stat().st_mtime_ns for path in Path("shared").iterdir()}

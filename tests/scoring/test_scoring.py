@@ -203,6 +203,7 @@ def probed(n=96, **probe):
     return flow.weights, counter
 
 
+@pytest.mark.slow
 def test_the_same_file_serves_the_same_probe_alone():
     weights, counter = probed()
     assert counter.images == 96

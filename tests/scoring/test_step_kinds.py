@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flow_lightning as fl
 from flow_lightning.scoring.step_kinds import _CopyViews
+from tests.examples import slow
 from tests.scoring.test_score import NO_MEMORY
 from tests.unchanged import Classifier, data, fit
 
@@ -97,7 +98,7 @@ class Crowded(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("error", "probe"), [(NO_MEMORY[0], False), (NO_MEMORY[1], True)])
+@pytest.mark.parametrize(("error", "probe"), [(NO_MEMORY[0], False), slow(NO_MEMORY[1], True)])
 def test_a_first_batch_that_does_not_fit_is_looked_at_in_part(error: RuntimeError, probe: bool) -> None:
     """Of a scoring batch of 16 the first 4 fit; a probe that sees features of other roundings ends within 1e-3."""
     found = []
