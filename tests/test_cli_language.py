@@ -124,6 +124,7 @@ def test_one_command_fits_and_makes_the_papers_table_from_local_files(monkeypatc
         return [SOLUTION if "Python" in prompts[-1] else "#### 4", *answers[1:]]
 
     monkeypatch.setattr(HFLM, "generate_until", half_right)
+    monkeypatch.setattr(HFLM, "max_gen_toks", 8)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # lists all packages by pip
     options = [f"-c={PAPER[0]}", "-c=paper_tasks", "--data.train=train.jsonl", "--data.batch_size=2", *TINY]
     main(["compare", *options, "--methods=[flow_sequence]", "--output=runs/paper"])

@@ -119,7 +119,7 @@ def test_accuracy_at_the_border_is_refused_in_95_percent_of_the_draws(n, keep, g
     """Also if the number of samples that one of the models has right differs from draw to draw."""
     lost = (1 - keep) + keep * gain
     rates = np.array([lost, gain, 1 - lost - gain]) * (1 - wrong)
-    draws = 250 if wrong else 800  # with wrong ones there are nearly as many tables as draws
+    draws = 250 if wrong else 500  # with wrong ones there are nearly as many tables as draws
     tables = np.random.default_rng(2).multinomial(n, [*rates, wrong], draws)[:, :3]
     tables, counts = np.unique(tables, axis=0, return_counts=True)
     kept = [net_p_value(int(table.sum()), int(table[0]), int(table[1]), keep) <= 0.05 for table in tables]
