@@ -131,9 +131,10 @@ def test_a_corrected_head_is_solved_on_the_true_classes_of_which_each_counts_as_
     features, targets = clusters(spread=2.5)
     plain, probe = (fit_probe(features, targets, 3, folds=3, strengths=[0.03], corrected=c) for c in (False, True))
     each, labels = features.repeat_interleave(3, dim=0), torch.arange(3).repeat(len(targets))
-    expected = sklearn_probabilities(each, labels, 0.03, features, weights=plain.classes.flatten())
+    expected = sklearn_probabilities(each, labels, 0.03, features, weights=probe.classes.flatten())
     np.testing.assert_allclose(probe.head(features).softmax(1).numpy(), expected, atol=2e-3)
-    assert all(torch.equal(getattr(probe, name), getattr(plain, name)) for name in ("targets", "losses", "right"))
+    for name in ("classes", "losses", "right"):  # of rough solutions
+        torch.testing.assert_close(getattr(probe, name), getattr(plain, name), rtol=0, atol=0.02)
     assert not torch.equal(probe.head.weight, plain.head.weight)
 
 
