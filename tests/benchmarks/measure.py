@@ -1,4 +1,4 @@
-"""What the benchmarks share: time and peak memory of a call, processes of their own, the spread of ratios."""
+"""What the benchmarks share: time and peak memory of calls and fits, processes of their own, the spread of ratios."""
 
 import multiprocessing
 import time
@@ -6,6 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from lightning import Callback
+
+
+class Clock(Callback):
+    """Takes the time of the training of a Lightning fit, without scoring."""
+
+    def on_train_start(self, *_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
 
 
 def memory(name: str) -> float:

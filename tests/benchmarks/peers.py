@@ -13,32 +13,21 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import flow_lightning as fl
-from tests.benchmarks.measure import memory
+from tests.benchmarks.measure import Clock, memory
 from tests.language import TOKENIZER, language_module, tiny_model
 
 RATE, BATCH = 1e-5, 8
-
-
-class Clock(Callback):
-    """Takes the time of the training of a Lightning fit, without scoring."""
-
-    def on_train_start(self, *_: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_train_end(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
 
 
 def module_of(model: str) -> fl.CausalLanguageModule:
