@@ -82,7 +82,9 @@ def retention_images(
             f"Retention images: no image files in {Path(path).resolve()} (looked for {', '.join(IMAGE_SUFFIXES)})."
         )
     resize = v2.Resize(round(image_size / crop_pct), v2.InterpolationMode(interpolation))
-    return RetentionImages(views, v2.Compose([resize, v2.CenterCrop(image_size), *normalise(mean, std)]))
+    return RetentionImages(
+        views, v2.Compose([resize, v2.CenterCrop(image_size), v2.PILToTensor(), *normalise(mean, std)])
+    )
 
 
 def _packaged_views() -> Iterator[View]:

@@ -10,17 +10,19 @@ from typing import Any, Literal
 import torch
 from torchvision.transforms import v2
 
+from flow_lightning.data.on_device import BytesAndDraws
+
 #: For CIFAR, Flowers102 and DTD; for Stanford Dogs and Cars; for Caltech101; for digits, which a flip would change.
 RecipeName = Literal["resize_flip", "crop_jitter", "random_resized_crop", "none"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-Transform = Callable[[Any], torch.Tensor]
+Transform = Callable[[Any], Any]
 
 
 def normalise(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    """Return the steps from an RGB picture to a normalised float tensor `[3, H, W]`, or raise ValueError."""
+    """Return the steps from bytes `[..., 3, H, W]` to a normalised float tensor, or raise ValueError."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"Got mean={list(mean)} and std={list(std)}. Give three numbers each, with std above 0.")
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
 def stored_size(name: RecipeName, image_size: int) -> int:
@@ -42,12 +44,18 @@ def _larger(image_size: int) -> int:
 
 
 def recipe(
-    name: str, image_size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bilinear"
+    name: str,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
+    on_device: bool = False,
 ) -> tuple[Transform, Transform]:
     """Build the training transform of a recipe and the evaluation transform, which is deterministic.
 
-    Both turn an RGB picture into a float tensor `[3, image_size, image_size]`. `mean` and `std` are of pixels from 0 to
-    1. ValueError names a recipe or an interpolation that does not exist.
+    Both turn an RGB picture into a float tensor `[3, image_size, image_size]`; `on_device`, into what `on_device.py`
+    makes that of. `mean` and `std` are of pixels from 0 to 1. ValueError names a recipe or an interpolation that does
+    not exist.
     """
     mode, larger = v2.InterpolationMode(interpolation), _larger(image_size)
     resize, centre = v2.Resize((image_size, image_size), mode), v2.CenterCrop(image_size)
@@ -62,5 +70,8 @@ def recipe(
     }
     if name not in recipes:
         raise ValueError(f"Unknown transforms {name!r}. Use one of {', '.join(recipes)}.")
-    train, evaluation = (v2.Compose([*steps, *normalise(mean, std)]) for steps in recipes[name])
+    if on_device:
+        train, evaluation = map(BytesAndDraws, recipes[name])
+    else:
+        train, evaluation = (v2.Compose([*steps, v2.PILToTensor(), *normalise(mean, std)]) for steps in recipes[name])
     return train, evaluation
