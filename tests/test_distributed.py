@@ -143,22 +143,21 @@ class Resumable(RegressionData):
         return ResumableDataLoader(self.dataset, batch_size=4, sampler=ResumableSampler(self.dataset, world, rank))
 
 
-#: The first checkpoint is written with 1 rename, the second with 2: the old one away, the new one to its place.
-DEATHS = [("meta", 1), ("meta", 2), ("rename", 3)]
+@pytest.mark.parametrize("death", [*map(slow, [("meta", 1), ("meta", 2)]), ("rename", 3)], ids=str)
+def test_a_checkpoint_of_shards_is_the_old_or_the_new_one(death):
+    """A run that is killed while it writes one ends as the unbroken run.
 
-
-def test_a_checkpoint_of_shards_is_the_old_or_the_new_one():
-    """A run that is killed while it writes one ends as the unbroken run."""
+    The first checkpoint is written with 1 rename, the second with 2: the old one away, the new one to its place.
+    """
     launch(interrupted, None)
     expected = record_of(0)
-    for death in DEATHS:
-        shutil.rmtree("ckpt")
-        with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-            launch(interrupted, None, death)
-        launch(interrupted, "last")
-        assert torch.equal(record_of(0)["weights"], expected["weights"])
-        assert_same_parameters(record_of(0), expected)
-        assert [path.name for path in Path("ckpt").iterdir()] == ["last.ckpt"]
+    shutil.rmtree("ckpt")
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        launch(interrupted, None, death)
+    launch(interrupted, "last")
+    assert torch.equal(record_of(0)["weights"], expected["weights"])
+    assert_same_parameters(record_of(0), expected)
+    assert [path.name for path in Path("ckpt").iterdir()] == ["last.ckpt"]
 
 
 class OnRankZero(Callback):

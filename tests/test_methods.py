@@ -23,7 +23,7 @@ IMAGES |= {"recommended", "lwf", "ldifs", "label_smoothing", "elr"}
 #: The others run on both; each makes its step on one of them, by turns.
 EITHER = sorted({*names_of("methods")} - TOKENS - IMAGES)
 #: These make a step in every run of the tests, the others with `pytest -m slow`.
-QUICKLY = {"recommended", "label_smoothing", "layer_decay", "elr", "flow_mixture", "text_anchor", "token_masking"}
+QUICKLY = {"recommended", "label_smoothing", "layer_decay", "token_masking"}
 STEP = ["--learning_rate=0.001", "--trainer.max_epochs=1", "--trainer.max_steps=1"]
 
 

@@ -175,7 +175,7 @@ def test_bad_settings_are_explained(settings, message, tmp_path):
         ImageDataModule(**({"dataset": "folder", "root": tmp_path, "mean": HALF, "std": HALF} | settings)).setup()
 
 
-@pytest.mark.parametrize("transforms", [slow("resize_flip"), "crop_jitter", "none"])
+@pytest.mark.parametrize("transforms", [slow("resize_flip"), "crop_jitter", slow("none")])
 def test_decoded_images_have_the_values_of_the_files_to_the_last_bit(tmp_path, transforms):
     """In training, too: random transforms draw the same."""
     settings = {"transforms": transforms, "validation_fraction": 0.25, "interpolation": "bicubic"}

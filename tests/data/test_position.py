@@ -160,7 +160,7 @@ def test_a_fit_that_is_killed_twice_ends_as_the_unbroken_one(name):
     ("name", "callbacks"),
     [
         ("shuffled", flow_before),
-        ("weighted", flow_after),
+        slow("weighted", flow_after),
         ("batch sampler", flow_before),
         slow("one worker", flow_before),
     ],

@@ -154,7 +154,7 @@ class Peek(Callback):
         next(iter(trainer.train_dataloader))
 
 
-@pytest.mark.parametrize(("peek", "workers"), [(True, 0), (False, 0), (False, 2), slow(True, 2)])
+@pytest.mark.parametrize(("peek", "workers"), [(True, 0), (False, 0), slow(False, 2), slow(True, 2)])
 def test_whatever_else_iterates_over_the_loader_does_not_count(peek, workers):
     loader, module = DataLoader(DATA, 4, True, num_workers=workers), SharedLoader()
     callbacks = [Peek()] if peek else []
