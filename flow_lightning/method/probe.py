@@ -22,8 +22,8 @@ from flow_lightning.method.ridge import ridge_probabilities
 #: L2 penalties to choose from, strongest first, on features of zero mean and unit scale and the mean loss.
 STRENGTHS = tuple(10.0**exponent for exponent in (1, 0.5, 0, -0.5, -1, -1.5, -2, -2.5, -3, -3.5, -4, -5))
 _SOLVER: dict[str, Any] = {"max_iter": 500, "tolerance_change": 1e-8, "history_size": 20}
-#: The solver stops at this largest element of the gradient, rough ones at a share of the root of the penalty: they are
-#: then as far above the least loss with a weak penalty as with a strong one, and take a third to half of the steps.
+#: The solver stops at this largest element of the gradient; rough solutions, at a share of the root of the penalty, in
+#: half the steps. Weak penalties need it smaller, or they would overfit less than they do in the end.
 _EXACT, _ROUGH = 1e-5, 3e-3
 _ROWS = 65_536
 #: What `Probe` has of each sample, but `issues`.
@@ -84,12 +84,11 @@ class Probe:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Probe":
-        """Make a probe from what `tensors` returned."""
+        """Make a probe from what `tensors` returned; files of earlier versions have only the losses."""
         validation = {strength: (loss, error) for strength, loss, error in tensors["validation"].tolist()}
         head = LinearHead(tensors["weight"], tensors["bias"])
-        none = torch.zeros(0)  # files of earlier versions have only the losses
-        found: dict[str, Any] = {name: tensors.get(name, none) for name in _OF_SAMPLES}
-        found["issues"] = tensors.get("issues", none).bool()
+        found: dict[str, Any] = {name: tensors.get(name, torch.zeros(0)) for name in _OF_SAMPLES}
+        found["issues"] = tensors.get("issues", torch.zeros(0)).bool()
         return cls(head, strength=tensors["strength"].item(), validation=validation, **found)
 
 
@@ -121,8 +120,7 @@ def fit_probe(
             part in such a probe, so it tells better which they are. Only the head stays that of the first round: it is
             the better one to start a training from.
         corrected: With folds: the head is solved in the end on `classes`, the probabilities of the true classes, in
-            place of the targets. All else stays that of the targets, but its probes are solved roughly: losses differ
-            by some 1 %.
+            place of the targets. All else stays that of the targets, of probes that are solved roughly.
 
     Raises:
         ValueError: If features are not finite, a target is out of range, there are fewer samples than folds, or
@@ -246,15 +244,13 @@ class _Problem:
         variance = torch.as_tensor(square) / len(features) - mean.float().double().square()
         self.mean, self.scale = mean.float(), float(variance.clamp_min(0).mean().sqrt()) or 1.0
 
-    def solve(
-        self, chosen: Tensor, strength: float, start: LinearHead | None = None, rough: bool = False
-    ) -> LinearHead:
-        """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` on `chosen` samples by L-BFGS, in float32."""
+    def solve(self, chosen: Tensor, strength: float, head: LinearHead | None = None, rough: bool = False) -> LinearHead:
+        """Minimise `weighted mean cross-entropy + strength / 2 * |W|^2` on `chosen` samples, by L-BFGS from `head`."""
         weight = torch.zeros(self.num_classes, len(self.mean), device=self.device)
         bias = torch.zeros(self.num_classes, device=self.device)
-        if start is not None:
-            weight.copy_(start.weight * self.scale)
-            bias.copy_(start.bias + start.weight @ self.mean)
+        if head is not None:
+            weight.copy_(head.weight * self.scale)
+            bias.copy_(head.bias + head.weight @ self.mean)
         rows = chosen.nonzero().flatten()
         resident = list(self.blocks(rows)) if len(rows) <= _ROWS else None
         total_weight = float(self.weights[chosen].double().sum().clamp_min(1e-30))
