@@ -22,6 +22,7 @@ from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero, put, trained_tensors
 from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
+from flow_lightning.measures.text import TargetLoss
 from flow_lightning.method.budget import COMPARISONS, Kept, check_size, last_kept
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.method.probe import Probe
@@ -239,14 +240,17 @@ class RetentionBudgetCallback(PretrainedCallback):
         if self.curve:
             for probe in probes_of(trainer):
                 self._heads[alpha] = probe.solve(module, self._training, alpha == 0)
-            others["test_top1"] = self._test.measure(trainer, module, "after" if alpha else "before")["top1"]
+            found = self._test.measure(trainer, module, "after" if alpha else "before")
+            others |= {f"test_{name}": value for name, value in found.items() if name == self._test_metric}
         self._forwards += len(target.positions)
         on_target = target.measure(trainer, module, f"Path {alpha:g}: target")
         return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | on_target | others
 
     def _prepare_curve(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the test set. Its samples and those of the training are read once for all points."""
-        self._training, self._test = read_once(self.run.scoring.samples.loader), TargetAccuracy()
+        is_text = isinstance(self._watched, TextOutcomes)
+        self._training, self._test_metric = read_once(self.run.scoring.samples.loader), "loss" if is_text else "top1"
+        self._test = TargetLoss() if is_text else TargetAccuracy()
         self._test.prepare(trainer, module)
         if self._test.loader is not None:
             self._test.loader = read_once(self._test.loader)

@@ -23,7 +23,7 @@ Settings = Mapping[str, Any]
 #: Columns of `board.csv`.
 COLUMNS = (
     *("method", "optimizer", "rate", "noise", "seed", "alpha", "target", "retention", "target_choosing"),
-    *("retention_choosing", "is_chosen", "folder"),
+    *("retention_choosing", "is_chosen", "folder", "target_of"),
 )
 _SHARES = ("target@0.95", "target@0.98", "target@0.99", "retention@0.9", "retention@0.95", "retention@0.99")
 
@@ -65,7 +65,8 @@ def report(
         panels.setdefault(_title(row["noise"]), []).append(point_of(row))
     compared = {title: compare_methods(points, points[0].method) for title, points in panels.items()}
     write_bytes(folder / "board.md", "\n".join(map(_markdown, compared, compared.values())).encode())
-    plot_frontier(panels, folder / "frontier.png", [m["budget/keep"] for m in found if "budget/keep" in m])
+    budgets = [metrics["budget/keep"] for metrics in found if "budget/keep" in metrics]
+    plot_frontier(panels, folder / "frontier.png", budgets, rows[0]["target_of"])
     if len({setting["rate"] for setting in settings}) > 1:
         for title, comparison in compared.items():
             print_table(_table(comparison, title), "")
@@ -76,17 +77,26 @@ def report(
 
 
 def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each point on the path of a fit."""
+    """Yield a row for each point on the path of a fit; of text, what was learned is `exp(-loss)`.
+
+    That is the geometric mean of the probabilities of the right tokens.
+    """
     for point in metrics.get("path/points", ()):
-        if {"test_top1", "target_top1", "kept_other_half"} <= point.keys():
-            yield dict(settings) | {
-                "alpha": point["alpha"],
-                "target": point["test_top1"],
-                "retention": point["kept_other_half"],
-                "target_choosing": point["target_top1"],
-                "retention_choosing": point["kept"],
-                "is_chosen": int(point["alpha"] == metrics.get("budget/alpha")),
-            }
+        if {"test_top1", "target_top1"} <= point.keys():
+            learned = ("accuracy", point["test_top1"], point["target_top1"])
+        elif "test_loss" in point:
+            learned = ("token probability", math.exp(-point["test_loss"]), math.exp(-point["target_loss"]))
+        else:
+            continue
+        yield dict(settings) | {
+            "alpha": point["alpha"],
+            "target": learned[1],
+            "retention": point["kept_other_half"],
+            "target_choosing": learned[2],
+            "retention_choosing": point["kept"],
+            "is_chosen": int(point["alpha"] == metrics.get("budget/alpha")),
+            "target_of": learned[0],
+        }
 
 
 def _title(noise: float | None) -> str:

@@ -21,7 +21,9 @@ _RING: dict[str, Any] = {
 }
 
 
-def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budgets: Iterable[float]) -> None:
+def plot_frontier(
+    panels: Mapping[str, Sequence[Point]], path: str | Path, budgets: Iterable[float], target_of: str = "accuracy"
+) -> None:
     """Draw models as dots, each method's frontier as a line, the mean over seeds, and budgets as dashed lines.
 
     Models far below all frontiers are outside of the picture. With several seeds the line is the mean of their
@@ -32,6 +34,7 @@ def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budge
         panels: Points by the title of their panel. All panels have the same axes.
         path: The PNG.
         budgets: Retentions to mark.
+        target_of: What of the target is drawn.
     """
     methods, budgets = list(dict.fromkeys(p.method for points in panels.values() for p in points)), sorted({*budgets})
     with picture(path, [6.5] if len(panels) == 1 else [4.4] * len(panels), 4.6) as (figure, every):
@@ -47,7 +50,7 @@ def plot_frontier(panels: Mapping[str, Sequence[Point]], path: str | Path, budge
             place.set(**limits)
             for budget in budgets:
                 place.axvline(100 * budget, color=GREY, linestyle="--", linewidth=1, zorder=0)
-        places[0].set_ylabel("target accuracy (%)")
+        places[0].set_ylabel(f"target {target_of} (%)")
         shares = ", ".join(f"{100 * budget:g}" for budget in budgets)
         label = f"budget{'s' if len(budgets) > 1 else ''} of {shares} %"
         places[0].plot([], [], color=GREY, linestyle="--", linewidth=1, label=label)

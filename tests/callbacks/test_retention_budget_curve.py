@@ -5,15 +5,17 @@ from collections import Counter
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.functional import cross_entropy
 
 import flow_lightning as fl
 import flow_lightning.scoring.score as scoring
+from flow_lightning.measures import GeneralText
 from flow_lightning.measures.outcomes import halves
 from flow_lightning.method.probe import fit_probe
 from flow_lightning.method.weights import SampleWeights
 from flow_lightning.report.metrics import read_metrics
 from tests import retention
-from tests.callbacks.test_retention_budget import ALPHAS, budget, copy_of, run
+from tests.callbacks.test_retention_budget import ALPHAS, Train, budget, copy_of, line, run
 from tests.images import Pictures
 from tests.retention import image_module, unlabelled_images
 
@@ -108,3 +110,24 @@ def test_a_curve_solves_the_head_of_the_chosen_point_once(tmp_path, monkeypatch)
         states.append(copy_of(module))
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
     assert len(solved) == 1 + 2  # once at the end, then once for each point
+
+
+def test_a_curve_of_a_language_model_has_the_loss_of_the_test_set_at_each_point(monkeypatch):
+    """By hand: all tokens of responses, one sample after the other, without padding."""
+    monkeypatch.setattr("flow_lightning.method.budget._FEWEST_TEXTS", 1)
+    module, train = retention.language_module(learning_rate=0.0), Train(0.5)
+    start, text = copy_of(module), GeneralText([retention.text_file()], window=20)
+    callback = budget(of="perplexity", data=text, keep=0.01, alphas=[0.5, 1.0], curve=True)
+    module, trainer = retention.language_fit(callback, train, module=module, max_epochs=1)
+    points = read_metrics("run/metrics.json")["path/points"]
+    assert [each["alpha"] for each in points] == [0.0, 0.5, 1.0]
+    for each in points:
+        module.load_state_dict(line(start, train.state, each["alpha"]))
+        losses = []
+        for sample in trainer.datamodule.test_dataloader().dataset:
+            with torch.no_grad():
+                logits = module.eval()(sample["input_ids"][None])[0, :-1]
+            first = sample["prompt_length"] - 1
+            losses.append(cross_entropy(logits[first:], sample["input_ids"][first + 1 :], reduction="none"))
+        assert each["test_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    assert len({each["test_loss"] for each in points}) == 3

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any,
         **{"method": "standard", "optimizer": "", "rate": "0.001", "noise": "", "seed": "1"},
         **{"alpha": "0.5", "target": "0.61", "is_chosen": "1"},
         **{"retention": "0.985", "target_choosing": "0.61", "retention_choosing": "0.985", "folder": "x"},
+        "target_of": "accuracy",
     }
     header, _, standard, flow = (tmp_path / "board.md").read_text().splitlines()
     assert header.split(" | ")[1] == "target at 0.95"
@@ -42,6 +44,27 @@ def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any,
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "comparison.md").exists(), "several rates: its columns would say nothing"
     assert "Target under a budget" in capsys.readouterr().out
+
+
+def test_of_text_the_board_shows_the_probability_of_the_right_tokens(
+    tmp_path: Path, rendered: None, monkeypatch: Any
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("flow_lightning.report.frontier_picture.plot_frontier", lambda *given: shown.append(given[3]))
+    settings, found = fits()
+    for metrics in found:
+        metrics["path/points"] = [
+            {"alpha": a, "test_loss": 2.0 - a, "target_loss": 2.1 - a, "kept_other_half": 1.0 - 0.1 * a, "kept": 1.0}
+            for a in (0.0, 0.5, 1.0)
+        ]
+    draw({"standard": found[:4], "flow": found[4:]}, settings, found, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "board.csv").open()))
+    for row in rows:
+        alpha = float(row["alpha"])
+        assert math.isclose(float(row["target"]), math.exp(alpha - 2))
+        assert math.isclose(float(row["target_choosing"]), math.exp(alpha - 2.1))
+    assert len(rows) == 8 * 3 and {row["target_of"] for row in rows} == {*shown} == {"token probability"}
+    assert "target token probability (%)" in (tmp_path / "report.html").read_text()
 
 
 def test_fits_without_a_path_have_the_plain_comparison_alone(tmp_path: Path, rendered: None) -> None:

@@ -60,6 +60,7 @@ def _frontier(folder: Path, runs: Runs, every: Sequence[Metrics]) -> Section:
     if file.exists():
         with file.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
+                labels = labels[0], f"target {row.get('target_of') or 'accuracy'} (%)"
                 name = " ".join(part for part in (row["method"], row["optimizer"]) if part)
                 name += f", {100 * float(row['noise']):g} % wrong" if row.get("noise") else ""
                 settings = f"{name}, rate {row['rate'] or 'default'}, seed {row['seed']}, alpha {row['alpha']}"
