@@ -5,16 +5,21 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from matplotlib.figure import Figure
 from PIL import Image
 
 from flow_lightning.files import write_bytes
 from flow_lightning.report import pictures
+
+# Each Trainer asks the metadata of all installed packages for callbacks, which takes longer than many a fit of a test.
+registry.entry_points = cache(registry.entry_points)
 
 
 def pytest_collection_finish() -> None:
