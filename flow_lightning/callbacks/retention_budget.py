@@ -22,7 +22,8 @@ from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero, put, trained_tensors
 from flow_lightning.measures.images import TargetAccuracy
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
-from flow_lightning.measures.text import TargetLoss
+from flow_lightning.measures.target import check_curve, validation_dataloader
+from flow_lightning.measures.text import TargetLoss, mean_token_loss
 from flow_lightning.method.budget import COMPARISONS, Kept, check_size, last_kept
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.method.probe import Probe
@@ -64,9 +65,10 @@ class RetentionBudgetCallback(PretrainedCallback):
             budget needs small steps near 0.
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.
         samples: Most samples of each half.
-        curve: Whether to measure all points, for a board (see `compare`): on the other half and on the test set, too. A
-            LinearProbeCallback solves its head anew for that, in a pass over the training set for each but alpha 0, of
-            which it keeps the features. Without loader processes, samples are read once for all points, up to 1 GiB.
+        curve: Whether to measure all points, for a board (see `compare`): on the other half and on the test set, too.
+            Of text that is the loss, and the validation set's. A LinearProbeCallback solves its head anew for that, in
+            a pass over the training set for each but alpha 0, of which it keeps the features. Without loader processes,
+            samples are read once for all points, up to 1 GiB.
         guard: Whether to stop a training that is beyond recovery. At the end of an epoch, the first point after alpha 0
             then keeps less than `keep`, by more than the bound's distance. It costs a forward pass of half the
             retention set, at most `samples`, per epoch. It only ends the training, so the promise is not weakened.
@@ -148,6 +150,8 @@ class RetentionBudgetCallback(PretrainedCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the pre-trained model and what it does on both halves; a resumed fit has that from its checkpoint."""
         self._started = time.perf_counter()
+        if self.curve:
+            check_curve(trainer)
         self.check_checkpoint(trainer, has_state=bool(self._before))
         if self.run.resumed:
             self._pretrained |= self._head
@@ -240,17 +244,23 @@ class RetentionBudgetCallback(PretrainedCallback):
         if self.curve:
             for probe in probes_of(trainer):
                 self._heads[alpha] = probe.solve(module, self._training, alpha == 0)
-            found = self._test.measure(trainer, module, "after" if alpha else "before")
-            others |= {f"test_{name}": value for name, value in found.items() if name == self._test_metric}
+            found, name = self._test.measure(trainer, module, "after" if alpha else "before"), self._test_metric
+            others[f"test_{name}"] = found[name]
+            if self._validation is not None:
+                loss = mean_token_loss(trainer, module, self._validation, f"Path {alpha:g}: validation")
+                others["validation_loss"] = float(loss)
         self._forwards += len(target.positions)
         on_target = target.measure(trainer, module, f"Path {alpha:g}: target")
         return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | on_target | others
 
     def _prepare_curve(self, trainer: Trainer, module: LightningModule) -> None:
         """Find the test set. Its samples and those of the training are read once for all points."""
-        is_text = isinstance(self._watched, TextOutcomes)
-        self._training, self._test_metric = read_once(self.run.scoring.samples.loader), "loss" if is_text else "top1"
-        self._test = TargetLoss() if is_text else TargetAccuracy()
+        self._training, self._validation = read_once(self.run.scoring.samples.loader), None
+        self._test, self._test_metric = TargetAccuracy(), "top1"
+        if isinstance(self._watched, TextOutcomes):
+            self._test, self._test_metric = TargetLoss(), "loss"
+            if (validation := validation_dataloader(trainer)) is not None:
+                self._validation = read_once(validation)
         self._test.prepare(trainer, module)
         if self._test.loader is not None:
             self._test.loader = read_once(self._test.loader)

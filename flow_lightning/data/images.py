@@ -11,7 +11,6 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from flow_lightning.contract import module_contract
 from flow_lightning.data.catalogue import CATALOGUE, Splits, find_dataset
@@ -22,7 +21,7 @@ from flow_lightning.data.label_noise import LabelNoise, with_noise
 from flow_lightning.data.on_device import finish
 from flow_lightning.data.samplers import hold_out
 from flow_lightning.data.sources import class_folders
-from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, normalise, recipe, stored_size
+from flow_lightning.data.transforms import Interpolation, RecipeName, Transform, recipe, stored_size
 from flow_lightning.distributed import data_rank
 from flow_lightning.resume import ResumableDataLoader, ResumableSampler
 
@@ -96,8 +95,9 @@ class ImageDataModule(LightningDataModule):
             images. It is made if it is not there, or not true any more. Values stay the same to the last bit. Not for
             the recipe `random_resized_crop`.
         on_device: Whether images become floats, flipped, coloured and normalised in whole batches on the device. The
-            loaders then hand over bytes: a quarter as many, and less work for their processes. Draws and resumed runs
-            are the same, and so are values, but changed colours are not rounded to bytes on the way.
+            loaders then hand over bytes, which a Trainer with this data module finishes: a quarter as many, and less
+            work for loader processes. Draws are the same, and so are values, but changed colours are not rounded to
+            bytes on the way. On a CPU changes of colour take twice as long so. A resumed fit needs the same setting.
 
     Raises:
         ValueError: If the data set is unknown, only one of `mean` and `std` is given, `edits` and `drop_issues` both
@@ -141,6 +141,8 @@ class ImageDataModule(LightningDataModule):
         self.validation_fraction, self.split_seed, self.download = validation_fraction, split_seed, download
         self.label_noise, self.edits, self.decoded = label_noise, one_file(edits, drop_issues), decoded
         self.drop_issues, self.on_device = drop_issues is not None, on_device
+        if on_device:  # else the hook of a module is the only one, as Lightning expects
+            self.on_after_batch_transfer = self._finish  # type: ignore[method-assign]
         if decoded is not None:
             stored_size(self.transforms, image_size)
         #: How many training samples the edits dropped and relabelled, known after `setup`; for `metrics.json`.
@@ -166,9 +168,7 @@ class ImageDataModule(LightningDataModule):
                 the file of edits does not fit.
         """
         splits = self._splits = self._splits or CATALOGUE[self.dataset].build(self.root, False, self.split_seed)
-        mean, std, interpolation = self._normalisation()
-        self._normalise = v2.Compose(normalise(mean, std))
-        augment, plain = recipe(self.transforms, self.image_size, mean, std, interpolation, self.on_device)
+        augment, plain = recipe(self.transforms, self.image_size, *self._normalisation(), on_device=self.on_device)
         held_out, kept = hold_out(len(splits.train), self.validation_fraction, self.split_seed)
         given = splits.train
         if self.label_noise is not None:
@@ -215,10 +215,10 @@ class ImageDataModule(LightningDataModule):
 
     predict_dataloader = test_dataloader
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def _finish(self, batch: Any, dataloader_idx: int) -> Any:
         """Finish the images of a batch, see `on_device`, and do what the module would have done."""
         if isinstance(batch, dict) and "image" in batch:
-            batch = self.trainer.precision_plugin.convert_input(finish(batch, self._normalise))  # type: ignore[union-attr]
+            batch = self.trainer.precision_plugin.convert_input(finish(batch))  # type: ignore[union-attr]
         return self.trainer.lightning_module.on_after_batch_transfer(batch, dataloader_idx)  # type: ignore[union-attr]
 
     def _normalisation(self) -> tuple[list[float], list[float], str]:

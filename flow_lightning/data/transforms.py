@@ -70,8 +70,9 @@ def recipe(
     }
     if name not in recipes:
         raise ValueError(f"Unknown transforms {name!r}. Use one of {', '.join(recipes)}.")
+    normal = normalise(mean, std)
     if on_device:
-        train, evaluation = map(BytesAndDraws, recipes[name])
+        train, evaluation = (BytesAndDraws(steps, mean, std) for steps in recipes[name])
     else:
-        train, evaluation = (v2.Compose([*steps, v2.PILToTensor(), *normalise(mean, std)]) for steps in recipes[name])
+        train, evaluation = (v2.Compose([*steps, v2.PILToTensor(), *normal]) for steps in recipes[name])
     return train, evaluation

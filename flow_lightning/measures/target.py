@@ -42,6 +42,28 @@ def target_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
     return loader_like(loader, cut_batches(loader), IndexedDataset(loader.dataset))
 
 
+def validation_dataloader(trainer: Trainer) -> DataLoader[Any] | None:
+    """Find the validation set of a fit that trains, in the same form; None if it has none, or several."""
+    loader: Any = trainer.val_dataloaders
+    if not isinstance(loader, DataLoader):
+        return None
+    return loader_like(loader, cut_batches(loader), IndexedDataset(loader.dataset))
+
+
+def check_curve(trainer: Trainer) -> None:
+    """Refuse a fit without a test set, which a curve measures at each point; warn without a validation set."""
+    if target_dataloader(trainer) is None:
+        raise ValueError(
+            "curve=True measures the test set at each point, and there is none. Give the data module one (--data.test "
+            "FILE for instructions), or leave curve out."
+        )
+    if validation_dataloader(trainer) is None:
+        rank_zero_warn(
+            "There is no validation set, so a board cannot choose among points and rates, and leaves this fit out. Set "
+            "validation_fraction, to 0.1 for instance."
+        )
+
+
 def _test_dataloader(trainer: Trainer) -> Any:
     owners: tuple[Any, ...] = (trainer.datamodule, trainer.lightning_module)  # type: ignore[attr-defined]
     owner = next((owner for owner in owners if is_overridden("test_dataloader", owner)), None)

@@ -50,7 +50,7 @@ class Probe:
         head: The head, for features as they are.
         losses: Its cross-entropy on every sample, `[n]`: out of fold if `folds` were asked for, else in sample.
         strength: The L2 penalty that validation chose.
-        validation: Mean loss on the held-out fifth and its standard error, nats, by strength tried.
+        validation: Mean loss on the held-out fifth and its standard error, nats, by strength, solved roughly.
         entropies: The entropy of its probabilities on every sample, `[n]`, in nats.
         issues: Whether the label of a sample looks wrong, `[n]` bool, see `label_issues`.
         targets: The given labels, class indices `[n]`.
@@ -124,11 +124,11 @@ def fit_probe(
 
     Raises:
         ValueError: If features are not finite, a target is out of range, there are fewer samples than folds, or
-            `corrected` comes without folds.
+            `corrected` or a second round come without folds.
     """
     _check(features, targets, num_classes, folds)
-    if corrected and not folds:
-        raise ValueError("A corrected head needs probabilities out of fold. Set folds, to 5 for instance.")
+    if (corrected or rounds > 1) and not folds:
+        raise ValueError("A corrected head and a second round need losses out of fold. Set folds, to 5 for instance.")
     given = torch.ones(len(targets)) if weights is None else weights.float()
     problem = _Problem(features, targets, given, num_classes, device)
     problem.rough = corrected

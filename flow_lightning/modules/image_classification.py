@@ -190,6 +190,11 @@ class ImageClassificationModule(WeightedLossModule):
         self.log(f"{metrics.prefix}loss", loss, batch_size=len(targets), sync_dist=True)
 
     def _laid_out(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            raise TypeError(
+                "Images are bytes: ImageDataModule(on_device=True) leaves them to a Trainer that has the data module. "
+                "Give it to the Trainer, not its loaders, or leave on_device out."
+            )
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 

@@ -57,7 +57,7 @@ def report(
         files = ["comparison.md"] * is_one + [write_page(folder).name]
         rank_zero_info(f"comparison.json, {', '.join(files)}: {folder.absolute()}")
         if not is_one:
-            rank_zero_info("For the frontier add -c curve.")
+            rank_zero_info("For the frontier add -c curve, with a validation and a test set.")
         return
     write_bytes(folder / "board.csv", _csv(rows).encode())
     panels: dict[str, list[Point]] = {}
@@ -84,8 +84,8 @@ def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, 
     for point in metrics.get("path/points", ()):
         if {"test_top1", "target_top1"} <= point.keys():
             learned = ("accuracy", point["test_top1"], point["target_top1"])
-        elif "test_loss" in point:
-            learned = ("token probability", math.exp(-point["test_loss"]), math.exp(-point["target_loss"]))
+        elif {"test_loss", "validation_loss"} <= point.keys():
+            learned = ("token probability", math.exp(-point["test_loss"]), math.exp(-point["validation_loss"]))
         else:
             continue
         yield dict(settings) | {

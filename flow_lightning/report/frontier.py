@@ -24,7 +24,7 @@ class Point:
         seed: The seed; methods are compared seed by seed.
         rate: Learning rate.
         alpha: Place on the path from the pre-trained weights (0) to the fine-tuned ones (1).
-        target: Target accuracy on the test set, a fraction.
+        target: Target accuracy on the test set, or probability of the right tokens, a fraction.
         retention: Share of what the pre-trained model could that is kept, 1 for all of it.
         chosen_by: The same two numbers on data for choosing: a split of the training set, a half of the retention set.
         is_chosen: Whether the fit's budget chose this point.

@@ -34,7 +34,7 @@ def plot_frontier(
         panels: Points by the title of their panel. All panels have the same axes.
         path: The PNG.
         budgets: Retentions to mark.
-        target_of: What of the target is drawn.
+        target_of: What the target is measured by: accuracy, or token probability.
     """
     methods, budgets = list(dict.fromkeys(p.method for points in panels.values() for p in points)), sorted({*budgets})
     with picture(path, [6.5] if len(panels) == 1 else [4.4] * len(panels), 4.6) as (figure, every):

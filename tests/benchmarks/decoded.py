@@ -48,7 +48,7 @@ def main(images: Path, size: int = 224, transforms: str = "resize_flip", rounds:
                 count, finishing, started = 0, 0.0, time.process_time()
                 for batch in modules[name].train_dataloader():
                     read = time.process_time()
-                    count += len(finish(batch, modules[name]._normalise)["image"])
+                    count += len(finish(batch)["image"])
                     finishing += time.process_time() - read
                 seconds = time.process_time() - started
                 speeds[name].append(count / seconds)

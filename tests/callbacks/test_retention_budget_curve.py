@@ -112,22 +112,37 @@ def test_a_curve_solves_the_head_of_the_chosen_point_once(tmp_path, monkeypatch)
     assert len(solved) == 1 + 2  # once at the end, then once for each point
 
 
-def test_a_curve_of_a_language_model_has_the_loss_of_the_test_set_at_each_point(monkeypatch):
-    """By hand: all tokens of responses, one sample after the other, without padding."""
+def losses_of(module, dataset):
+    """Return the mean loss of all tokens of responses, one sample after the other, without padding."""
+    losses = []
+    for sample in dataset:
+        with torch.no_grad():
+            logits = module.eval()(sample["input_ids"][None])[0, :-1]
+        first = sample["prompt_length"] - 1
+        losses.append(cross_entropy(logits[first:], sample["input_ids"][first + 1 :], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_a_curve_of_a_language_model_has_the_losses_of_test_and_validation_at_each_point(monkeypatch):
     monkeypatch.setattr("flow_lightning.method.budget._FEWEST_TEXTS", 1)
     module, train = retention.language_module(learning_rate=0.0), Train(0.5)
     start, text = copy_of(module), GeneralText([retention.text_file()], window=20)
     callback = budget(of="perplexity", data=text, keep=0.01, alphas=[0.5, 1.0], curve=True)
-    module, trainer = retention.language_fit(callback, train, module=module, max_epochs=1)
+    data = retention.language_data(validation_fraction=0.3)
+    settings = {"module": module, "data": data, "max_epochs": 1, "limit_val_batches": 1.0}
+    module, _ = retention.language_fit(callback, train, fl.FlowWeightingCallback(), **settings)
     points = read_metrics("run/metrics.json")["path/points"]
-    assert [each["alpha"] for each in points] == [0.0, 0.5, 1.0]
+    assert [each["alpha"] for each in points] == [0.0, 0.5, 1.0] and len(data.val_set) > 2
     for each in points:
         module.load_state_dict(line(start, train.state, each["alpha"]))
-        losses = []
-        for sample in trainer.datamodule.test_dataloader().dataset:
-            with torch.no_grad():
-                logits = module.eval()(sample["input_ids"][None])[0, :-1]
-            first = sample["prompt_length"] - 1
-            losses.append(cross_entropy(logits[first:], sample["input_ids"][first + 1 :], reduction="none"))
-        assert each["test_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+        assert each["test_loss"] == pytest.approx(losses_of(module, data.test_dataloader().dataset), rel=1e-5)
+        assert each["validation_loss"] == pytest.approx(losses_of(module, data.val_set), rel=1e-5)
     assert len({each["test_loss"] for each in points}) == 3
+
+
+def test_a_curve_without_a_test_set_is_refused_before_training_and_one_without_validation_warns(tmp_path):
+    images = unlabelled_images(tmp_path)
+    with pytest.raises(ValueError, match="curve=True measures the test set"):
+        run(budget(data=images, curve=True), data=retention.TrainingOnly())
+    with pytest.warns(UserWarning, match="a board cannot choose among points"):
+        run(budget(data=images, curve=True))

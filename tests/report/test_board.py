@@ -53,10 +53,9 @@ def test_of_text_the_board_shows_the_probability_of_the_right_tokens(
     monkeypatch.setattr("flow_lightning.report.frontier_picture.plot_frontier", lambda *given: shown.append(given[3]))
     settings, found = fits()
     for metrics in found:
-        metrics["path/points"] = [
-            {"alpha": a, "test_loss": 2.0 - a, "target_loss": 2.1 - a, "kept_other_half": 1.0 - 0.1 * a, "kept": 1.0}
-            for a in (0.0, 0.5, 1.0)
-        ]
+        losses = [{"alpha": a, "test_loss": 2.0 - a, "validation_loss": 2.1 - a} for a in (0.0, 0.5, 1.0)]
+        others = {"target_loss": 9.9, "kept": 1.0}  # of the training, with its weights
+        metrics["path/points"] = [each | others | {"kept_other_half": 1.0 - 0.1 * each["alpha"]} for each in losses]
     draw({"standard": found[:4], "flow": found[4:]}, settings, found, tmp_path)
     rows = list(csv.DictReader((tmp_path / "board.csv").open()))
     for row in rows:

@@ -74,8 +74,11 @@ def describe(sample: Any, tokenizer: Any = None, mean: Any = None, std: Any = No
     for part in parts:
         if isinstance(part, Image.Image):
             return {"picture": _jpeg(part)}
-        if isinstance(part, Tensor) and part.ndim == 3 and part.shape[0] in (1, 3) and part.is_floating_point():
-            return {"picture": _jpeg(_image(part, mean, std))}
+        if isinstance(part, Tensor) and part.ndim == 3 and part.shape[0] in (1, 3):
+            if part.dtype == torch.uint8:
+                return {"picture": _jpeg(Image.fromarray(part.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()))}
+            if part.is_floating_point():
+                return {"picture": _jpeg(_image(part, mean, std))}
     text = next((part for part in parts if isinstance(part, str)), None)
     return {} if text is None else {"text": text[:2000]}
 
