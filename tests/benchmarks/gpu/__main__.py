@@ -28,6 +28,7 @@ PARTS = {
     "vision": vision,
     "language 135M": language,
     "language 1B": partial(language, geometry="1B"),
+    "language 2B": partial(language, geometry="2B"),
     "trainers": trainers,
 }
 

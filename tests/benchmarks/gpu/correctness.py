@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 import flow_lightning as fl
-from tests.benchmarks.gpu.language import model_of
+from tests.benchmarks.gpu.language import llama_of
 from tests.benchmarks.gpu.rows import Row, row, skipped
 
 #: How each precision runs: type of autocast, precision of float32 products, and how far losses, weights and gradients
@@ -29,7 +29,7 @@ _SCALE = 2.0**12
 def correctness(device: str, tiny: bool) -> list[Row]:
     """Compare, for each precision, and compiled, with the model's own logits in float64."""
     sizes = (32, 64, 2, 2, 1, 300) if tiny else (512, 1024, 4, 8, 4, 32000)
-    model = model_of(sizes, tied=False)
+    model = llama_of(sizes, tied=False)
     ids = torch.randint(sizes[-1], (4, 16) if tiny else (4, 256))
     expected = _in_float64(model, ids)
     rows: list[Row] = []

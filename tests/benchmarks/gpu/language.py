@@ -1,11 +1,11 @@
-"""Scoring and training of language models with the geometry of SmolLM2-135M and of Llama 3.2 1B.
+"""Scoring and training of language models with the geometry of SmolLM2-135M, of Llama 3.2 1B and of Gemma 2 2B.
 
 In: random tokens. Out: tokens per second, peak memory, and shares of the machine's own speed. Next: `trainers.py`.
 """
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import flow_lightning as fl
 from tests.benchmarks.gpu.rows import Row, gemm_peak, memory_row, passes, row, skipped, timed
@@ -13,23 +13,39 @@ from tests.benchmarks.gpu.rows import Row, gemm_peak, memory_row, passes, row, s
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _TINY = (32, 64, 2, 2, 1, 300)
 #: Width, width within a block, blocks, heads, heads of keys, vocabulary.
-GEOMETRIES = {"135M": (576, 1536, 30, 9, 3, 49152), "1B": (2048, 8192, 16, 32, 8, 128256)}
+GEOMETRIES = {
+    "135M": (576, 1536, 30, 9, 3, 49152),
+    "1B": (2048, 8192, 16, 32, 8, 128256),
+    "2B": (2304, 9216, 26, 8, 4, 256000),
+}
 
 
-def model_of(sizes: tuple[int, ...], tied: bool = True) -> LlamaForCausalLM:
+def llama_of(sizes: tuple[int, ...], tied: bool = True) -> LlamaForCausalLM:
     """Make a Llama with random parameters, and with tied embeddings or not."""
-    named = dict(zip((*_NAMES, "vocab_size"), sizes, strict=True))
-    return LlamaForCausalLM(LlamaConfig(**named, tie_word_embeddings=tied))
+    return LlamaForCausalLM(LlamaConfig(**_named(sizes), tie_word_embeddings=tied))
+
+
+def model_of(geometry: str, tiny: bool = False) -> PreTrainedModel:
+    """Make a model with random parameters: 2B is a Gemma 2, with bounded logits and heads wider than its width says."""
+    sizes = _TINY if tiny else GEOMETRIES[geometry]
+    if geometry == "2B":
+        return Gemma2ForCausalLM(Gemma2Config(**_named(sizes), head_dim=32 if tiny else 256))
+    return llama_of(sizes)
+
+
+def _named(sizes: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip((*_NAMES, "vocab_size"), sizes, strict=True))
 
 
 def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
     """Measure scoring, a plain step and a step with token weights, in bf16 autocast (tiny: in float32)."""
-    if geometry == "1B" and device == "cpu":
-        return [skipped("all of it", "the 1B geometry is for a GPU")]
-    sizes, half = _TINY if tiny else GEOMETRIES[geometry], not tiny
-    module = fl.CausalLanguageModule(model_of(sizes).to(device))
-    shape = (2, 16) if tiny else (8, 512)
-    ids = torch.randint(sizes[-1], shape, device=device)
+    if geometry != "135M" and device == "cpu" and not tiny:
+        return [skipped("all of it", f"the {geometry} geometry is for a GPU")]
+    half, shape = not tiny, (2, 16) if tiny else (8, 512)
+    with torch.device(device):  # random numbers for billions of parameters take minutes on a CPU
+        model = model_of(geometry, tiny)
+    module = fl.CausalLanguageModule(model)
+    ids = torch.randint(model.config.vocab_size, shape, device=device)
     batch, optimizer = {"input_ids": ids, "labels": ids}, torch.optim.AdamW(module.parameters(), 1e-5)
     weights = torch.rand(shape[0] * (shape[1] - 1), device=device)
 

@@ -9,7 +9,7 @@ import tempfile
 import torch
 
 import flow_lightning as fl
-from tests.benchmarks.gpu.language import GEOMETRIES, model_of
+from tests.benchmarks.gpu.language import model_of
 from tests.benchmarks.gpu.rows import Row, memory_row, row, skipped
 from tests.benchmarks.peers import BATCH, PEERS, available, data_of, module_of, run
 from tests.language import TOKENIZER
@@ -29,7 +29,7 @@ def trainers(device: str, tiny: bool) -> list[Row]:
         module = module_of("")
         if not tiny:
             settings = {"learning_rate": module.learning_rate, "schedule": "constant", "warmup": 0.0}
-            module = fl.CausalLanguageModule(model_of(GEOMETRIES["135M"]), TOKENIZER, **settings)
+            module = fl.CausalLanguageModule(model_of("135M"), TOKENIZER, **settings)
         samples = 2 * BATCH if tiny else 64 * BATCH
         data = data_of(module, f"generated:arithmetic:{samples}", samples)
         if device == "cuda":
