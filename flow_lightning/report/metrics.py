@@ -40,10 +40,10 @@ _BUDGET = (
     Metric("budget/kept", "share kept, on the half that chose", "fraction", "up"),
     Metric("budget/bound", "share surely kept", "fraction", "up"),
     Metric("budget/kept_other_half", "share kept, on the other half", "fraction", "up"),
-    Metric("budget/target_top1", "target accuracy at that point, head on the path", "fraction", "up"),
-    Metric("budget/target_top1_free", "target accuracy without the budget", "fraction", "up"),
-    Metric("budget/target_loss", "target loss at that point, head on the path", "nats", "down"),
-    Metric("budget/target_loss_free", "target loss without the budget", "nats", "down"),
+    Metric("budget/target_top1", "validation accuracy at that point, head on the path", "fraction", "up"),
+    Metric("budget/target_top1_free", "validation accuracy without the budget", "fraction", "up"),
+    Metric("budget/target_loss", "loss at that point: validation, else training samples", "nats", "down"),
+    Metric("budget/target_loss_free", "the same loss without the budget", "nats", "down"),
     Metric("budget/forwards", "samples that the budget has scored", "samples"),
 )
 _TIMES = (
@@ -230,9 +230,11 @@ def metric_rows(keys: Iterable[str], declared: Declared = DECLARED) -> Iterator[
 
 def path_table(points: Sequence[Mapping[str, float]], alpha: float, of: str) -> Table:
     """Build the table of a path: a row for each point, the chosen one marked."""
-    table = Table("", "alpha", f"{of} kept", "surely", "target loss", title="The path from pre-trained to fine-tuned")
-    if with_top1 := "target_top1" in points[0]:
-        table.add_column("target accuracy")
+    with_top1 = "target_top1" in points[0]  # of validation samples alone
+    samples, title = "validation" if with_top1 else "training", "The path from pre-trained to fine-tuned"
+    table = Table("", "alpha", f"{of} kept", "surely", f"{samples} loss", title=title)
+    if with_top1:
+        table.add_column("validation accuracy")
     for point in points:
         row = [f"{point['alpha']:g}", f"{100 * point['kept']:.1f} %", f"{100 * point['bound']:.1f} %"]
         row += [f"{point['target_loss']:.3f}"] + ([f"{100 * point['target_top1']:.1f} %"] if with_top1 else [])

@@ -140,11 +140,16 @@ def _after_epochs(panel: Panel, course: Sequence[Mapping[str, Any]]) -> dict[str
 def plot_path(points: Sequence[Mapping[str, float]], alpha: float, keep: float, of: str, path: str | Path) -> None:
     """Draw the path of a fit: what its points keep, with the bound and the budget, and what they have learned.
 
-    Points have `alpha`, `kept`, `bound`, `target_loss` and perhaps `target_top1`; `alpha` is that of the chosen one.
+    Points have `alpha`, `kept`, `bound`, `target_loss` and, of validation samples, `target_top1`; without it the loss
+    is that of training samples. `alpha` is that of the chosen one.
     """
     alphas, kept, bound = (np.array([point[name] for point in points]) for name in ("alpha", "kept", "bound"))
     learned = "target_top1" if "target_top1" in points[0] else "target_loss"
-    scale, label = (100, "target accuracy (%)") if learned == "target_top1" else (1, "target loss (lower is better)")
+    scale, label = (
+        (100, "validation accuracy (%)")
+        if learned == "target_top1"
+        else (1, "loss of training samples (lower is better)")
+    )
     with picture(path, [4.1, 4.1], 3.6) as (_, axes):
         left, right = next(axes), next(axes)
         left.fill_between(

@@ -130,7 +130,9 @@ def test_excess_surprise_and_dropped_labels_by_hand():
     right = torch.tensor([0.9, 0.1, 1.0])
     posterior = SampleWeights.from_losses(losses, weighting="posterior", beside={"right": right})
     assert torch.equal(posterior.weights, right) and posterior.weights.data_ptr() != right.data_ptr()
-    with pytest.raises(ValueError, match="needs the right of a linear probe"):  # a file of an earlier version
+    with pytest.raises(
+        ValueError, match="needs a linear probe's probabilities that labels are right"
+    ):  # a file of an earlier version
         SampleWeights.from_losses(losses, weighting="posterior", beside={})
-    with pytest.raises(ValueError, match="needs the issues of a linear probe"):
+    with pytest.raises(ValueError, match="needs a linear probe's label issues"):
         SampleWeights.from_losses(losses, weighting="drop")

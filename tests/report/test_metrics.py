@@ -121,9 +121,11 @@ def test_the_table_of_a_path_marks_the_chosen_point():
     assert ["chosen" in row for row in rows] == [False, True] and all(
         "0.500" in row and "75.0 %" in row for row in rows
     )
+    assert "validation" in printed(path_table(points, 0.5, "agreement"))
     for point in points:
         del point["target_top1"]
-    assert "target accuracy" not in printed(path_table(points, 0.5, "agreement"))
+    text = printed(path_table(points, 0.5, "agreement"))
+    assert "training" in text and "validation" not in text
 
 
 def test_every_key_is_declared_once():

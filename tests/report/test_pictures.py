@@ -71,7 +71,8 @@ def test_retention_picture(metrics):
 
 
 @pytest.mark.parametrize(
-    ("learned", "label"), [("target_top1", "target accuracy (%)"), (None, "target loss (lower is better)")]
+    ("learned", "label"),
+    [("target_top1", "validation accuracy (%)"), (None, "loss of training samples (lower is better)")],
 )
 def test_path_picture(drawn, learned, label):
     points = [{"alpha": a, "kept": 1 - a / 5, "bound": 1 - a / 4, "target_loss": 1 - a / 2} for a in (0.0, 0.5, 1.0)]

@@ -82,7 +82,9 @@ def _path(run: RunFiles) -> Section:
         section.text = ["The run has no path: RetentionBudgetCallback measures one. A board has a frontier, too."]
         return section
     name = "target_top1" if "target_top1" in points[0] else "target_loss"
-    scale, label = (100, "target accuracy (%)") if name == "target_top1" else (1, "target loss (lower is better)")
+    scale, label = (
+        (100, "validation accuracy (%)") if name == "target_top1" else (1, "loss of training samples (lower is better)")
+    )
     marks = [
         (
             100 * p["kept"],

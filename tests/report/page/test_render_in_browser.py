@@ -100,7 +100,7 @@ def test_marks_say_what_they_are_to_mouse_and_keyboard_and_escape_hides_it(brows
     assert run(tip) is None
     mark = browser.find_element("css selector", "#part2 .mark")
     ActionChains(browser).scroll_to_element(mark).move_to_element(mark).perform()
-    assert run(tip) == "alpha 0: kept 100.0\u00a0%, target accuracy (%) 50"
+    assert run(tip) == "alpha 0: kept 100.0\u00a0%, validation accuracy (%) 50"
     ActionChains(browser).send_keys("\ue00c").perform()  # Escape
     assert run(tip) is None
     run("arguments[0].focus()", browser.find_elements("css selector", "#part2 .mark")[1])
