@@ -3,10 +3,13 @@
 In: logits, or hidden states and a head. Out: losses. Next: `flow.py`.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 #: Label of a token that is not supervised, as in torch's cross-entropy and in transformers.
 IGNORED = -100
@@ -95,7 +98,8 @@ def linear_cross_entropy(
     """Compute the cross-entropy of each token, `[K]` in nats, float32, without the full logits.
 
     Logits exist for `chunk_tokens` tokens at a time and are computed anew in the backward pass, by torch's
-    `linear_cross_entropy` where it gives the same in float32, else by checkpoints.
+    `linear_cross_entropy` where it gives the same in float32. The gradient of the head is summed over the chunks in
+    float32, whatever precision the products have.
 
     Args:
         hidden: Hidden states, `[K, D]`.
@@ -118,17 +122,76 @@ def linear_cross_entropy(
         )
         return F.linear_cross_entropy(hidden, head_weight, targets, linear_bias=bias, reduction="none", options=options)
 
-    def losses_of(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = scale * F.linear(hidden, head_weight, bias).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        return losses + z_loss * logits.logsumexp(1).square() if z_loss else losses
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    losses_of = partial(_losses_of_logits, softcap=softcap, scale=scale, z_loss=z_loss)
+    losses: Tensor = _ChunkedLosses.apply(hidden, head_weight, bias, targets, chunk_tokens, dtype, losses_of)
+    return losses
 
-    chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
-    if not torch.is_grad_enabled():
-        return torch.cat([losses_of(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks])
+
+def _losses_of_logits(logits: Tensor, targets: Tensor, softcap: float | None, scale: float, z_loss: float) -> Tensor:
+    """Compute the losses of a chunk, `[k]`, from float32 logits `[k, V]`, see `linear_cross_entropy`."""
+    logits = logits if scale == 1.0 else scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses + z_loss * logits.logsumexp(1).square() if z_loss else losses
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """Losses of chunks of tokens, whose logits are computed anew in the backward pass.
+
+    Products are in `dtype`. Losses, and the sum of the head's gradient over chunks, are in float32: in 16 bits each
+    further chunk would round that sum once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        losses_of: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.settings = chunk_tokens, dtype, losses_of
+        head = _head_in(dtype, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
+            return torch.cat([losses_of(F.linear(part.to(dtype), *head).float(), ids) for part, ids in chunks])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        size, dtype, losses_of = ctx.settings
+        sums = [
+            torch.zeros_like(each, dtype=torch.float32) if needed else None
+            for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3])
+        ]
+        head, of_hidden = _head_in(dtype, weight, bias), []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, ids, of_losses in zip(hidden.to(dtype).split(size), targets.split(size), grad.split(size)):
+                logits = F.linear(part, *head).float().requires_grad_()
+                with torch.enable_grad():
+                    losses = losses_of(logits, ids)
+                (of_logits,) = torch.autograd.grad(losses, logits, of_losses)
+                if sums[1] is not None:
+                    sums[1] += of_logits.sum(0)
+                of_logits = of_logits.to(dtype)
+                of_hidden.append(of_logits @ head[0])
+                if sums[0] is not None:
+                    sums[0] += of_logits.T @ part
+        of_head = (None if total is None else total.to(each.dtype) for total, each in zip(sums, (weight, bias)))
+        return torch.cat(of_hidden).to(hidden.dtype), *of_head, None, None, None, None
+
+
+def _head_in(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a head in the type of its products."""
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def choices(logits: Tensor) -> Tensor:

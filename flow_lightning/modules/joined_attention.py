@@ -1,8 +1,10 @@
-"""Attention of samples that are joined in one row: each sample alone, so that no work goes into pairs of samples.
+"""Attention of samples that are joined in one row, each alone, so that no work goes into pairs of samples.
 
 In: a model of transformers. Out: the same model, the same outputs. Next: `causal_language.py`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +29,20 @@ def attend_by_sample(model: Any) -> None:
     AttentionInterface.register(NAME, _by_sample)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def runs_anywhere(model: Any) -> Iterator[None]:
+    """Let a model of flash attention, which needs a GPU and 16 bits, attend by `sdpa` for a while."""
+    own = model.config._attn_implementation
+    is_flash = "flash" in str(own)
+    if is_flash:
+        model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if is_flash:
+            model.config._attn_implementation = own
 
 
 def _by_sample(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
@@ -17,6 +19,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.masking_utils import sdpa_mask
 
 import flow_lightning as fl
 from flow_lightning.data.instructions import collate
@@ -111,6 +114,40 @@ def test_a_model_with_unknown_logits_takes_its_own_road(tmp_path):
     with pytest.warns(UserWarning, match="changes its logits"):
         module.setup("fit")
     torch.testing.assert_close(module.token_losses(batch), torch.cat(own_losses(model, batch)), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_on_the_output_head_are_trained_and_seen(tmp_path):
+    """They start at zero, so at the start the losses would be right without them."""
+    module = language_module(tune="lora", lora_targets=["q_proj", "lm_head"])
+    batch, base = batch_of(tmp_path), own_losses(tiny_model(len(TOKENIZER)).eval(), batch_of(tmp_path))
+    with pytest.warns(UserWarning, match="has adapters on its output head"):
+        module.eval().setup("fit")
+    module.token_losses(batch).sum().backward()
+    of_head = {n: p for n, p in module.named_parameters() if "lm_head.lora_B" in n}
+    assert of_head and all(p.grad is not None and p.grad.any() for p in of_head.values())
+    for parameter in of_head.values():
+        torch.nn.init.normal_(parameter)
+    own = torch.cat(own_losses(module.causal_lm, batch))
+    torch.testing.assert_close(module.token_losses(batch), own, rtol=1e-5, atol=1e-5)
+    assert (own - torch.cat(base)).abs().max() > 0.1, "the adapters change something"
+    with module.frozen_reference():
+        torch.testing.assert_close(module.token_losses(batch), torch.cat(base), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_flash_attention_is_checked_where_that_cannot_run(tmp_path):
+    """Lightning moves a module to its device after `setup`."""
+
+    def needs_a_gpu(*_, **__):
+        raise RuntimeError("FlashAttention only supports CUDA")
+
+    AttentionInterface.register("flash_of_a_test", needs_a_gpu)
+    AttentionMaskInterface.register("flash_of_a_test", sdpa_mask)
+    module = language_module()
+    module.causal_lm.config._attn_implementation = "flash_of_a_test"
+    module.setup("fit")
+    assert not module.whole_logits and module.causal_lm.config._attn_implementation == "flash_of_a_test"
+    with pytest.raises(RuntimeError, match="only supports CUDA"):
+        module.token_losses(batch_of(tmp_path))
 
 
 @pytest.mark.parametrize(
