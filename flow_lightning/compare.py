@@ -6,6 +6,7 @@ Next: `report/board.py`.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,8 +35,8 @@ class Fit(NamedTuple):
 
     Attributes:
         name: Of its column: the method, and what is varied beside it.
-        folder: Where it writes; `finished.json` there holds its command and its numbers.
-        words: Its command.
+        folder: Where it writes; `finished.json` there holds its command, what its files say, and its numbers.
+        words: Its command, in which names are files already.
         settings: Method, optimizer, rate, share of wrong labels, seed and folder, as the board has them.
     """
 
@@ -57,6 +58,7 @@ def compare(words: Sequence[str]) -> None:
     """
     options, shared = _options(words[1:])
     fits = list(_fits(options, shared))
+    _check_folders(fits)
     _warn_if_small(options)
     if options.jobs > 1:
         _share_out(words, options.jobs)
@@ -103,6 +105,8 @@ def _options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     shares = [share for share in board.noise if share is not None]
     if wrong := [share for share in shares if not isinstance(share, int | float) or not 0 <= share < 1]:
         raise OptionError(f"--noise has {wrong[0]!r}; expected shares of wrong labels from 0 to below 1: [0, 0.3].")
+    if board.rates != [None]:
+        board.rates = [_rate(given) for given in board.rates]
     if board.rates != [None] and len(set(board.rates)) < 2:
         raise OptionError(f"--rates is {board.rates}: a board needs at least two, such as [0.001, 0.002, 0.004].")
     return board, rest
@@ -122,6 +126,25 @@ def _listed(text: str) -> list[Any]:
     """Read a list such as "[1, 2, 3]"; one value counts as a list of it."""
     value = yaml.safe_load(text)
     return value if isinstance(value, list) else [value]
+
+
+def _rate(given: Any) -> float:
+    """Return a learning rate as a number: YAML reads 1e-4, without a dot, as a text."""
+    try:
+        rate = float(given)
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise OptionError(f"--rates has {given!r}; expected learning rates above 0, such as [0.001, 0.002, 0.004].")
+    return rate
+
+
+def _check_folders(fits: Sequence[Fit]) -> None:
+    """Refuse two fits of different commands in one folder, each of which would be made again for the other."""
+    commands: dict[Path, list[str]] = {}
+    for fit in fits:
+        if commands.setdefault(fit.folder, fit.words) != fit.words:
+            raise OptionError(f"Two fits would write to {fit.folder}. Give their files different names.")
 
 
 def _warn_if_small(options: argparse.Namespace) -> None:
@@ -167,16 +190,23 @@ def _make(fit: Fit, board: Path) -> None:
         metrics = read_metrics(directory / "metrics.json") if directory else {}
     except FloatingPointError as error:  # the other fits are worth having
         metrics = {"diverged": str(error)}
-    _write(fit.folder / "finished.json", {"words": fit.words, "metrics": metrics})
+    _write(fit.folder / "finished.json", {"words": fit.words, "files": _files(fit), "metrics": metrics})
+
+
+def _files(fit: Fit) -> dict[str, Any]:
+    """Return what the configurations of a fit say, by file."""
+    names = [word.removeprefix("--config=") for word in fit.words if word.startswith("--config=") and "{" not in word]
+    loaded = {name: yaml.safe_load(Path(name).read_text()) for name in names}
+    return json.loads(json.dumps(finite(loaded), default=str))  # type: ignore[no-any-return]
 
 
 def _finished(fit: Fit) -> Metrics | None:
-    """Return the numbers of a finished fit of the same command; None if there is none."""
+    """Return the numbers of a finished fit of the same command and files; None if there is none."""
     file = fit.folder / "finished.json"
     if not file.exists():
         return None
     content = read_metrics(file)
-    return content["metrics"] if content["words"] == fit.words else None
+    return content["metrics"] if (content["words"], content.get("files")) == (fit.words, _files(fit)) else None
 
 
 def _share_out(words: Sequence[str], jobs: int) -> None:

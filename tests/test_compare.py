@@ -61,11 +61,16 @@ def test_what_a_board_varies_reaches_the_fit_and_without_seeds_that_of_the_confi
         (["--seeds=[one]"], "seed_everything: 'one' is no valid value"),
         (["--outptu=x"], "There is no option 'outptu'"),
         (["--noise=[0, 30]"], "--noise has 30; expected shares of wrong labels from 0 to below 1"),
+        (["--rates=[1e-4, lots]"], "--rates has 'lots'; expected learning rates above 0"),
+        (["--rates=[0.1, 0]"], "--rates has 0; expected learning rates above 0"),
+        (["--methods=[flow, mine/flow.yaml]"], "Two fits would write to runs/compare/flow/default. Give"),
         (["--part=1"], "--part is '1'; expected 0/4"),
         (["--jobs=two"], "argument --jobs: invalid int value: 'two'"),
     ],
 )
 def test_a_wrong_option_is_named_before_any_run(options, message, capsys):
+    Path("mine").mkdir()
+    Path("mine/flow.yaml").write_text("method: flow\n")
     assert message in error_of(capsys, "compare", *QUICK, *options)
     assert not Path("runs").exists()
 
@@ -111,6 +116,25 @@ def test_a_board_that_was_killed_makes_what_is_missing_and_what_changed(made):
     assert len(made) == 16, "all is finished"
     compare(*BOARD, "--trainer.max_epochs=1")
     assert len(made) == 32, "another command is another fit"
+
+
+def test_a_fit_is_made_again_when_a_file_of_it_says_something_else(made):
+    file = Path("mine.yaml")
+    file.write_text("method: mine\nlearning_rate: 0.5\ntrainer: {gradient_clip_val: .inf}\n")
+    for text, fits in ((None, 1), ("# A comment.\n" + file.read_text(), 1), ("method: mine\nlearning_rate: 0.25\n", 2)):
+        if text is not None:
+            file.write_text(text)
+        compare("--methods=mine.yaml")
+        assert len(made) == fits
+
+
+def test_rates_may_be_written_with_an_exponent_alone(made):
+    """YAML reads 1e-4 as a text, as it has no dot."""
+    assert list(compare("--methods=flow", "--rates=[1e-4, 2.0e-4]")) == ["flow 0.0001", "flow 0.0002"]
+    assert [word for words in made for word in words if "learning_rate" in word] == [
+        "--learning_rate=0.0001",
+        "--learning_rate=0.0002",
+    ]
 
 
 def test_parts_of_a_board_add_up_and_the_last_one_reports(made, caplog):

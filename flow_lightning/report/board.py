@@ -128,7 +128,7 @@ def _cells(numbers: Mapping[str, Interval]) -> list[str]:
     """Write the numbers of one method: means, and differences with their intervals."""
     means = [100 * numbers[name][0] for name in _SHARES]
     cells = ["–" if math.isnan(mean) else f"{mean:.1f}" for mean in means]
-    for name in ("gain@0.98", "area"):
+    for name in ("gain@0.95", "gain@0.98", "gain@0.99", "area"):
         mean, low, high = (100 * value for value in numbers.get(name, (math.nan,) * 3))
         cells.append("–" if math.isnan(mean) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
     return cells
@@ -137,7 +137,7 @@ def _cells(numbers: Mapping[str, Interval]) -> list[str]:
 _HEADER = [
     *(f"target at {share.partition('@')[2]}" for share in _SHARES[:3]),
     *(f"kept at {share.partition('@')[2]}" for share in _SHARES[3:]),
-    "gain at 0.98",
+    *(f"gain at {share}" for share in ("0.95", "0.98", "0.99")),
     "area",
 ]
 

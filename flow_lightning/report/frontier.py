@@ -41,27 +41,33 @@ class Point:
 
 
 def frontier(points: Sequence[Point]) -> Curve:
-    """Return the upper concave hull of points: the best target at each retention, by mixing neighbours.
+    """Return the best target at each retention, by mixing neighbours.
+
+    The data for choosing say which points these are: those on the upper concave hull. Their numbers on the other data
+    are returned, each in order, so that a target never rises with the retention (a rearrangement, Chernozhukov et al.,
+    arXiv 0704.3649). A hull of these numbers themselves would take the luckiest.
 
     Args:
         points: At least one.
 
     Returns:
-        Retentions, ascending, and targets, descending: `[k]` each. Points that are worse in both are not on it.
+        Retentions, ascending, and targets, descending: `[k]` each.
 
     Example:
         >>> at = lambda r, t: Point("flow", 0, 0.1, 1.0, t, r, (t, r))
         >>> frontier([at(1.0, 0.5), at(0.9, 0.8), at(0.95, 0.5)])
         (array([0.9, 1. ]), array([0.8, 0.5]))
     """
-    hull: list[tuple[float, float]] = []
-    for retention, target in sorted({(point.retention, point.target) for point in points}):
-        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], (retention, target)):
+    hull: list[Point] = []
+    for point in sorted(points, key=lambda point: point.chosen_by[::-1]):
+        while hull and hull[-1].chosen_by[1] == point.chosen_by[1]:  # as much is kept for a lower target
             hull.pop()
-        hull.append((retention, target))
-    best = max(range(len(hull)), key=lambda i: (hull[i][1], hull[i][0]))
-    kept = np.array(hull[best:], dtype=np.float64)
-    return kept[:, 0], kept[:, 1]
+        while len(hull) > 1 and _turns_up(*(each.chosen_by[::-1] for each in (hull[-2], hull[-1], point))):
+            hull.pop()
+        hull.append(point)
+    best = max(range(len(hull)), key=lambda i: hull[i].chosen_by)
+    kept = np.sort([point.retention for point in hull[best:]])
+    return kept, np.sort([point.target for point in hull[best:]])[::-1]
 
 
 def target_at(points: Sequence[Point], keep: float) -> float:
