@@ -1,8 +1,12 @@
 """The suite for GPUs runs in its tiny mode on a CPU, so that it is ready when there is a GPU."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.benchmarks.gpu.__main__ import PARTS, table, write, wrong
+from tests.benchmarks.gpu.__main__ import PARTS, main, table, write, wrong
 from tests.benchmarks.gpu.rows import row, skipped
 
 
@@ -18,7 +22,7 @@ from tests.benchmarks.gpu.rows import row, skipped
     ],
 )
 def test_each_part_is_right_and_in_the_table(tmp_path, part, what):
-    write(tmp_path, part, PARTS[part]("cpu", True))
+    write(tmp_path, part, list(PARTS[part]("cpu", True)))
     assert wrong(tmp_path) == 0
     assert all(each in table(tmp_path) for each in what)
 
@@ -27,6 +31,21 @@ def test_each_part_is_right_and_in_the_table(tmp_path, part, what):
 def test_a_large_model_is_left_out_without_a_gpu(geometry):
     (only,) = PARTS[f"language {geometry}"]("cpu", False)
     assert only == skipped("all of it", f"the {geometry} geometry is for a GPU")
+
+
+def test_the_command_needs_neither_jsonargparse_nor_datasets_and_writes_a_part(tmp_path):
+    hidden = "import runpy, sys; sys.modules.update(jsonargparse=None, datasets=None); "
+    run = "runpy.run_module('tests.benchmarks.gpu', run_name='__main__', alter_sys=True)"
+    options = [f"--out={tmp_path}", "--device=cpu", "--tiny", "--part=correctness"]
+    subprocess.run([sys.executable, "-c", hidden + run, *options], check=True, cwd=Path(__file__).parents[1])
+    assert "gradient, bf16" in table(tmp_path)
+
+
+def test_parts_for_which_no_time_is_left_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", f"--out={tmp_path}", "--total=0"])
+    assert main() == len(PARTS)
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("| all else |  | not measured: it took over 0 s |") == len(PARTS)
 
 
 def test_a_value_beyond_its_bound_or_not_a_number_is_counted_and_a_row_that_was_skipped_is_not(tmp_path):

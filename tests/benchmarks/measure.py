@@ -7,17 +7,29 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from lightning import Callback
 
 
+def now() -> float:
+    """Return the time in seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(Callback):
-    """Takes the time of the training of a Lightning fit, without scoring."""
+    """Takes the seconds of a Lightning fit: of training, and before it, where FlowWeightingCallback scores."""
+
+    def on_fit_start(self, *_: Any) -> None:
+        self.started = now()
 
     def on_train_start(self, *_: Any) -> None:
-        self.started = time.perf_counter()
+        started, self.started = self.started, now()
+        self.before = self.started - started
 
     def on_train_end(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = now() - self.started
 
 
 def memory(name: str) -> float:

@@ -4,8 +4,9 @@
 
 All train on the same samples for one epoch, with AdamW at a constant rate, each in a process of its own. They take
 turns, and each round begins with another one. Packed rows hold about as many tokens as a batch, so they may take a step
-more. TRL need not be there; it runs with its own defaults, among them checkpoints of activations. By default the model
-is tiny and random, and the samples are word problems.
+more. TRL runs with its own defaults, among them checkpoints of activations. It need not be there, and may be in an
+environment of its own, with this library: `--trl-python other/bin/python`. By default the model is tiny and random, and
+the samples are word problems. As many threads are used as OMP_NUM_THREADS says.
 """
 
 import argparse
@@ -52,14 +53,23 @@ def data_of(module: fl.CausalLanguageModule, source: str, samples: int, **settin
     return data
 
 
-def ours(module: Any, data: fl.InstructionDataModule, half: bool, device: str, weighted: bool) -> float:
-    """Fit one epoch with a plain Trainer of Lightning; return the seconds of training."""
+def ours(
+    module: Any, data: fl.InstructionDataModule, half: bool, device: str, weighted: bool, packing: bool = False
+) -> dict[str, float]:
+    """Fit one epoch with a plain Trainer of Lightning; return the seconds of training, and of scoring before it."""
+    if packing:
+        data.packed_tokens = _row_tokens(data.train_set.dataset.lengths.tolist())
     clock, quiet = Clock(), {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     callbacks = [clock, fl.FlowWeightingCallback()] if weighted else [clock]
     settings: dict[str, Any] = {"max_epochs": 1, "devices": 1, "enable_model_summary": False, **quiet}
     precision = "bf16-mixed" if half else "32-true"
     Trainer(callbacks=callbacks, accelerator=device, precision=precision, **settings).fit(module, data)
-    return clock.seconds
+    return {"seconds": clock.seconds} | ({"scoring": clock.before} if weighted else {})
+
+
+def _row_tokens(lengths: list[int]) -> int:
+    """Return how many tokens a packed row holds at most: as many as a batch of samples in the mean."""
+    return max(-(-sum(lengths) // -(-len(lengths) // BATCH)), *lengths)
 
 
 def padded(samples: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
@@ -91,8 +101,8 @@ def trl(
     from trl import SFTConfig, SFTTrainer
 
     rows = [{"input_ids": list(each["input_ids"]), "labels": list(each["labels"])} for each in samples]
-    steps, tokens = -(-len(rows) // BATCH), sum(len(each["input_ids"]) for each in rows)
-    own |= {"packing": True, "max_length": -(-tokens // steps)} if packing else {}
+    tokens = _row_tokens([len(each["input_ids"]) for each in rows])
+    own |= {"packing": True, "max_length": tokens} if packing else {}
     arguments = SFTConfig(folder, per_device_train_batch_size=1 if packing else BATCH, **settings, **own)
     dataset, tokenizer = Dataset.from_list(rows), module.tokenizer
     trainer = SFTTrainer(module.causal_lm, arguments, train_dataset=dataset, processing_class=tokenizer)
@@ -109,6 +119,7 @@ def _seconds(trainer: Any) -> float:
 PEERS: dict[str, dict[str, Any]] = {
     "ours": {"weighted": False},
     "ours, weighted": {"weighted": True},
+    "ours, packed, weighted": {"weighted": True, "packing": True},
     "transformers": {},
     "TRL": {},
     "TRL, packed": {"packing": True},
@@ -116,10 +127,17 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 
 
-def available() -> list[str]:
-    """Return the names of those that can be imported."""
-    found = {name: all(map(importlib.util.find_spec, _needs(name))) for name in PEERS}
-    return [name for name, is_there in found.items() if is_there]
+def available(trl_python: str = sys.executable) -> list[str]:
+    """Return the names of those that can be imported, TRL by that interpreter."""
+
+    def is_there(name: str) -> bool:
+        python = trl_python if "TRL" in name else sys.executable
+        if python == sys.executable:
+            return all(map(importlib.util.find_spec, _needs(name)))
+        command = [python, "-c", f"import {', '.join(_needs(name))}"]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return [name for name in PEERS if is_there(name)]
 
 
 def _needs(name: str) -> tuple[str, ...]:
@@ -129,9 +147,9 @@ def _needs(name: str) -> tuple[str, ...]:
 def run(name: str, module: Any, data: fl.InstructionDataModule, half: bool, device: str, folder: str) -> dict[str, Any]:
     """Train by one of them; return seconds and tokens."""
     dataset = data.train_set.dataset
-    result = {"name": name, "tokens": int(dataset.lengths.sum())}
+    result = {"name": name, "tokens": int(dataset.lengths.sum()), "threads": torch.get_num_threads()}
     if name.startswith("ours"):
-        return result | {"seconds": ours(module, data, half, device, **PEERS[name])}
+        return result | ours(module, data, half, device, **PEERS[name])
     samples = []
     for each in dataset:
         ids = each["input_ids"].tolist()
@@ -158,16 +176,26 @@ def run_one(arguments: argparse.Namespace) -> None:
 
 
 def table(results: list[dict[str, Any]], names: list[str]) -> str:
-    """Make a Markdown table: the time of each over that of ours in the same round, median and quartiles."""
+    """Make a Markdown table: time and memory of each over those of ours in the same round, median and quartiles.
+
+    Scoring is compared with an epoch of ours.
+    """
     of = {name: [each for each in results if each["name"] == name] for name in names}
     plain = np.array([each["seconds"] for each in of["ours"]])
-    lines = ["| | time | tokens per second | peak memory, MB |", "|---|---:|---:|---:|"]
+    most = max(each["peak"] for each in of["ours"])
+    lines = ["| | time | scoring before it | tokens per second | peak memory | |", "|---|---:|---:|---:|---:|---:|"]
     for name, found in of.items():
         seconds = np.array([each["seconds"] for each in found])
-        low, middle, high = np.quantile(seconds / plain, [0.25, 0.5, 0.75])
+        scoring = _quartiles(np.array([each["scoring"] for each in found]) / plain) if "scoring" in found[0] else ""
         speed, peak = np.median([each["tokens"] for each in found] / seconds), max(each["peak"] for each in found)
-        lines.append(f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {speed:.0f} | {peak:,.0f} |")
+        cells = [name, _quartiles(seconds / plain), scoring, f"{speed:.0f}", f"{peak:,.0f} MB", f"{peak / most:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _quartiles(ratios: np.ndarray) -> str:
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
@@ -180,17 +208,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/peers"))
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment with TRL")
     parser.add_argument("--run", choices=list(PEERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.run is not None:
         run_one(arguments)
         return
-    names, file = available(), arguments.out / "peers.jsonl"
+    names, file = available(arguments.trl_python), arguments.out / "peers.jsonl"
     file.unlink(missing_ok=True)
     for round_ in range(arguments.rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            subprocess.run([sys.executable, "-m", "tests.benchmarks.peers", *sys.argv[1:], "--run", name], check=True)
+            python = arguments.trl_python if "TRL" in name else sys.executable
+            subprocess.run([python, "-m", "tests.benchmarks.peers", *sys.argv[1:], "--run", name], check=True)
     print(table([json.loads(line) for line in file.read_text().splitlines()], names))
 
 
