@@ -4,7 +4,8 @@
 
 The authors' procedure, after the paper's language protocol: one pass over the data for the temperature and one for the
 weights, 8 sequences at a time in the order of the data, padded, with logits of all tokens. Ours is one pass, in batches
-of similar length, with logits of supervised tokens only. Each runs in a process of its own, and they alternate.
+of similar length, with logits of supervised tokens only. Each runs in a process of its own, and they alternate. The
+share of the machine's speed is that of a product of two large matrices, measured in the same process.
 """
 
 from functools import partial
@@ -18,6 +19,7 @@ import flow_lightning as fl
 from flow_lightning.scoring.kinds import TokenLosses
 from flow_lightning.scoring.samples import cut_batches
 from flow_lightning.scoring.score import score_blocks
+from tests.benchmarks.gpu.rows import gemm_peak
 from tests.benchmarks.measure import apart, in_turn, measured, spread
 from tests.examples import make_trainer
 
@@ -53,8 +55,25 @@ def ours(module: fl.CausalLanguageModule, data: fl.InstructionDataModule) -> Ten
     return result["losses"]
 
 
-def run(name: str, model: str, source: str, samples: int, tokens: int) -> tuple[float, float, Tensor, Tensor, int]:
-    """Return seconds, MB, the losses of tokens, those of sequences, and the number of tokens."""
+def operations(module: fl.CausalLanguageModule, lengths: Tensor, supervised: Tensor) -> float:
+    """Return the floating-point operations that scoring needs at least: no padding, logits of supervised tokens.
+
+    A product takes 2 for each parameter and token, and attention `2 T^2 D` in each layer for T tokens, of which a
+    causal model sees half the pairs. D is the width of all heads.
+    """
+    config, head = module.causal_lm.config, module.causal_lm.get_output_embeddings().weight.numel()
+    tied = module.causal_lm.get_input_embeddings().weight.numel()
+    body = sum(parameter.numel() for parameter in module.parameters()) - tied
+    body -= 0 if config.tie_word_embeddings else head
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    attention = 2 * config.num_hidden_layers * width * int(lengths.square().sum())
+    return 2.0 * (body * int(lengths.sum()) + head * int(supervised.sum())) + attention
+
+
+def run(
+    name: str, model: str, source: str, samples: int, tokens: int
+) -> tuple[float, float, Tensor, Tensor, int, float]:
+    """Return seconds, MB, losses of tokens and of sequences, the number of tokens, and the share of the speed."""
     torch.manual_seed(0)
     module = fl.CausalLanguageModule(model)
     data = fl.InstructionDataModule(
@@ -67,7 +86,9 @@ def run(name: str, model: str, source: str, samples: int, tokens: int) -> tuple[
     losses, seconds, peak = measured({"authors": authors, "ours": ours}[name], module, data)
     dataset = data.train_set.dataset
     means = torch.stack([part.mean() for part in losses.split(dataset.supervised.tolist())])
-    return seconds, peak, losses, means, int(dataset.lengths.sum())
+    speed = operations(module, dataset.lengths, dataset.supervised) / seconds
+    share = speed / gemm_peak("cpu", False, torch.float32, 2048)
+    return seconds, peak, losses, means, int(dataset.lengths.sum()), share
 
 
 def main(
@@ -86,15 +107,14 @@ def main(
         budgets: Score our way alone, once with each of these budgets in each round.
     """
     for budget in (budgets or []) * rounds:
-        seconds, peak, _, _, size = apart(run, "ours", model, data, samples, budget)
-        print(f"{budget} tokens a batch: {seconds:.1f} s, {size / seconds:.0f} tokens/s, +{peak:.0f} MB", flush=True)
+        print(f"{budget} tokens a batch: {_told(apart(run, 'ours', model, data, samples, budget))}", flush=True)
     if budgets:
         return
     ratios, peaks, differences = [], [], []
     for names in in_turn("authors", "ours", rounds):
         results = {name: apart(run, name, model, data, samples, tokens) for name in names}
-        for name, (seconds, peak, _, _, size) in results.items():
-            print(f"{name}: {seconds:.1f} s, {size / seconds:.0f} tokens/s, +{peak:.0f} MB", flush=True)
+        for name, result in results.items():
+            print(f"{name}: {_told(result)}", flush=True)
         theirs, own = results["authors"], results["ours"]
         ratios.append(theirs[0] / own[0])
         peaks.append(own[1] / theirs[1])
@@ -103,6 +123,11 @@ def main(
     token, sequence = map(max, zip(*differences))
     print(f"ours is faster by {spread(ratios)}; peak memory above the loaded model: {spread(peaks)} of the authors'")
     print(f"largest difference: {token:.1e} of a token's loss (or nats, below 1 nat), {sequence:.1e} of a sequence's")
+
+
+def _told(result: tuple[float, float, Tensor, Tensor, int, float]) -> str:
+    seconds, peak, _, _, size, share = result
+    return f"{seconds:.1f} s, {size / seconds:.0f} tokens/s, {100 * share:.0f} % of the speed, +{peak:.0f} MB"
 
 
 if __name__ == "__main__":

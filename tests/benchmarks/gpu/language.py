@@ -63,12 +63,14 @@ def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
 def _shares(module: torch.nn.Module, shape: tuple[int, int], seconds: dict[str, float], peak: float) -> list[Row]:
     """Return what scoring takes of a step, and what both reach of the machine's matrix products.
 
-    A forward pass takes 2 operations for each parameter and token, and `4 T D` of a layer's attention over T tokens, of
-    which a causal model needs half. A step takes three times that. Source: Chowdhery et al., arXiv 2204.02311, B.
+    A forward pass takes 2 operations for each parameter and token, and `4 T D` of a layer's attention over T tokens,
+    of which a causal model needs half; D is the width of all heads. A step takes three times that. Source: Chowdhery
+    et al., arXiv 2204.02311, B.
     """
     config = module.causal_lm.config  # type: ignore[union-attr]
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    attention = 2 * config.num_hidden_layers * shape[1] * config.hidden_size  # type: ignore[union-attr, operator]
+    width = config.num_attention_heads * config.head_dim  # type: ignore[union-attr, operator]
+    attention = 2 * config.num_hidden_layers * shape[1] * width  # type: ignore[union-attr, operator]
     forward = shape[0] * shape[1] * (2 * parameters + attention)
     return [
         row("scoring, of a plain step's time", seconds["scoring"] / seconds["plain step"], "share"),

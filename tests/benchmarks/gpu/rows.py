@@ -63,8 +63,8 @@ def timed(step: Callable[[], Any], device: str, tiny: bool) -> float:
     return median(seconds[1:])
 
 
-def gemm_peak(device: str, tiny: bool, dtype: torch.dtype) -> float:
+def gemm_peak(device: str, tiny: bool, dtype: torch.dtype, size: int = 8192) -> float:
     """Measure the floating-point operations per second of a large product of matrices, the most a model can reach."""
-    size = 128 if tiny else 8192
+    size = 128 if tiny else size
     one, two = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / timed(lambda: one @ two, device, tiny)
