@@ -58,9 +58,9 @@ class RetentionBudgetCallback(PretrainedCallback):
             answers with those of the pre-trained model: stricter, but without labels. Of a language model these are its
             most likely next tokens. `perplexity` of text: that of the pre-trained model, divided by that of the point.
         data: Images, as for `PretrainedImages`; for language models text files, as for `GeneralText`; or such a measure
-            itself, with its settings. None, for `agreement` of images: the inputs of the training. Answers on these are
-            those of the pre-trained head, if the module has one. Otherwise they are the logits in its `training_step`,
-            with the head from before training if a probe was fitted.
+            itself, with its settings. None, for `agreement` of images: the inputs of the training; the promise is about
+            these then. Answers are those of the pre-trained head, if the module has one, else the logits in its
+            `training_step`, with the head from before training if a probe was fitted.
         alphas: The points, in ascending order, from 0 (pre-trained) to 1 (fine-tuned). 0 is always one of them. A tight
             budget needs small steps near 0.
         shape: `even`, or `depth`: early layers move less, see `flow_lightning.method.path.depth_factors`.

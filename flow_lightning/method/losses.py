@@ -99,7 +99,8 @@ def linear_cross_entropy(
 
     Logits exist for `chunk_tokens` tokens at a time and are computed anew in the backward pass, by torch's
     `linear_cross_entropy` where it gives the same in float32. The gradient of the head is summed over the chunks in
-    float32, whatever precision the products have.
+    float32, whatever precision the products have. Liger's kernel is not used: where tokens have different weights its
+    gradient of the head was wrong, up to its pull request 1298 of July 2026.
 
     Args:
         hidden: Hidden states, `[K, D]`.
