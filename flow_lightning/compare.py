@@ -131,7 +131,7 @@ def _listed(text: str) -> list[Any]:
 def _rate(given: Any) -> float:
     """Return a learning rate as a number: YAML reads 1e-4, without a dot, as a text."""
     try:
-        rate = float(given)
+        rate = math.nan if isinstance(given, bool) else float(given)
     except (TypeError, ValueError):
         rate = math.nan
     if not 0 < rate < math.inf:
@@ -144,7 +144,10 @@ def _check_folders(fits: Sequence[Fit]) -> None:
     commands: dict[Path, list[str]] = {}
     for fit in fits:
         if commands.setdefault(fit.folder, fit.words) != fit.words:
-            raise OptionError(f"Two fits would write to {fit.folder}. Give their files different names.")
+            raise OptionError(
+                f"Two fits would write to {fit.folder}. Give their files different names, and rates that differ in "
+                "their first six digits."
+            )
 
 
 def _warn_if_small(options: argparse.Namespace) -> None:
@@ -185,28 +188,35 @@ def _fits(options: argparse.Namespace, shared: Sequence[str]) -> Iterator[Fit]:
 def _make(fit: Fit, board: Path) -> None:
     """Make a fit, and write down that it is finished, with its numbers, or that it diverged."""
     words = [fit.words[0], f"--retention.frozen_folder={board / 'frozen'}", *fit.words[1:]]  # changes no number
+    files = _files(fit)  # as they are when the fit begins
     try:
         directory = run_directory(run(words).trainer)
         metrics = read_metrics(directory / "metrics.json") if directory else {}
     except FloatingPointError as error:  # the other fits are worth having
         metrics = {"diverged": str(error)}
-    _write(fit.folder / "finished.json", {"words": fit.words, "files": _files(fit), "metrics": metrics})
+    _write(fit.folder / "finished.json", {"words": fit.words, "files": files, "metrics": metrics})
 
 
 def _files(fit: Fit) -> dict[str, Any]:
-    """Return what the configurations of a fit say, by file."""
+    """Return what the configurations of a fit say of it, by file."""
     names = [word.removeprefix("--config=") for word in fit.words if word.startswith("--config=") and "{" not in word]
-    loaded = {name: yaml.safe_load(Path(name).read_text()) for name in names}
+    loaded = {name: yaml.safe_load(Path(name).read_text()) or {} for name in names}
+    for content in loaded.values():
+        content.pop("board", None)
     return json.loads(json.dumps(finite(loaded), default=str))  # type: ignore[no-any-return]
 
 
 def _finished(fit: Fit) -> Metrics | None:
-    """Return the numbers of a finished fit of the same command and files; None if there is none."""
+    """Return the numbers of a finished fit of the same command and files; None if there is none.
+
+    Boards of earlier versions did not note what their files said.
+    """
     file = fit.folder / "finished.json"
     if not file.exists():
         return None
     content = read_metrics(file)
-    return content["metrics"] if (content["words"], content.get("files")) == (fit.words, _files(fit)) else None
+    files = _files(fit)
+    return content["metrics"] if (content["words"], content.get("files", files)) == (fit.words, files) else None
 
 
 def _share_out(words: Sequence[str], jobs: int) -> None:

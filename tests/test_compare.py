@@ -63,6 +63,8 @@ def test_what_a_board_varies_reaches_the_fit_and_without_seeds_that_of_the_confi
         (["--noise=[0, 30]"], "--noise has 30; expected shares of wrong labels from 0 to below 1"),
         (["--rates=[1e-4, lots]"], "--rates has 'lots'; expected learning rates above 0"),
         (["--rates=[0.1, 0]"], "--rates has 0; expected learning rates above 0"),
+        (["--rates=[true, 0.5]"], "--rates has True; expected learning rates above 0"),
+        (["--rates=[0.1, 0.10000001]"], "and rates that differ in their first six digits"),
         (["--methods=[flow, mine/flow.yaml]"], "Two fits would write to runs/compare/flow/default. Give"),
         (["--part=1"], "--part is '1'; expected 0/4"),
         (["--jobs=two"], "argument --jobs: invalid int value: 'two'"),
@@ -126,6 +128,26 @@ def test_a_fit_is_made_again_when_a_file_of_it_says_something_else(made):
             file.write_text(text)
         compare("--methods=mine.yaml")
         assert len(made) == fits
+
+
+def test_a_board_in_a_configuration_may_grow_and_a_file_that_changes_during_a_fit_is_seen(made, monkeypatch):
+    file = Path("mine.yaml")
+    file.write_text("learning_rate: 0.5\nboard: {seeds: [1]}\n")
+    compare("-c=mine.yaml", "--methods=flow")
+    file.write_text("learning_rate: 0.5\nboard: {seeds: [1, 2]}\n")
+    compare("-c=mine.yaml", "--methods=flow")
+    assert len(made) == 2, "seed 1 is finished"
+
+    def edited(words, run=made.run):
+        file.write_text("learning_rate: 0.1\nboard: {seeds: [3]}\n")
+        return run(words)
+
+    file.write_text("learning_rate: 0.5\nboard: {seeds: [3]}\n")
+    monkeypatch.setattr("flow_lightning.compare.run", edited)
+    main(["compare", *QUICK, "-c=mine.yaml", "--methods=flow", "--output=runs/x"])
+    assert len(made) == 3
+    compare("-c=mine.yaml", "--methods=flow")
+    assert len(made) == 4, "the fit was of what the file said before"
 
 
 def test_rates_may_be_written_with_an_exponent_alone(made):

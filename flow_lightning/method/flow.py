@@ -122,7 +122,7 @@ Rule = Callable[[Tensor, float], Tensor]
 WEIGHTINGS: dict[str, Rule] = {"flow": flow_weights, "threshold": keep_below, "mean": constant}
 #: Rules that need more of a linear probe than its losses: what that is in the probe's result, and in words.
 OF_PROBE = {"excess": "entropies", "drop": "issues", "posterior": "right"}
-_WORDS = {"entropies": "entropies", "issues": "label issues", "right": "probabilities that labels are right"}
+_PROBE_WORDS = {"entropies": "entropies", "issues": "label issues", "right": "probabilities that labels are right"}
 #: Rules that ask whether a label is right: a probe that was not fitted on it, or a language model with two prompts.
 OUT_OF_FOLD = ("drop", "posterior")
 
@@ -157,7 +157,7 @@ def weights_by(weighting: str, losses: Tensor, parameter: float, beside: Mapping
         return weighting_rule(weighting)(losses, parameter)
     if needed not in beside:
         raise ValueError(
-            f"weighting={weighting!r} needs a linear probe's {_WORDS[needed]}. Add LinearProbeCallback(folds=5); "
+            f"weighting={weighting!r} needs a linear probe's {_PROBE_WORDS[needed]}. Add LinearProbeCallback(folds=5); "
             "a weights_file of an earlier version must be deleted."
         )
     if weighting == "drop":

@@ -3,8 +3,6 @@
 In: logits, or hidden states and a head. Out: losses. Next: `flow.py`.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +98,7 @@ def linear_cross_entropy(
     Logits exist for `chunk_tokens` tokens at a time and are computed anew in the backward pass, by torch's
     `linear_cross_entropy` where it gives the same in float32. The gradient of the head is summed over the chunks in
     float32, whatever precision the products have. Liger's kernel is not used: where tokens have different weights its
-    gradient of the head was wrong, up to its pull request 1298 of July 2026.
+    gradient of the head was wrong, up to its pull request 1298 of July 2026. There is no second derivative.
 
     Args:
         hidden: Hidden states, `[K, D]`.
@@ -125,69 +123,73 @@ def linear_cross_entropy(
 
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    losses_of = partial(_losses_of_logits, softcap=softcap, scale=scale, z_loss=z_loss)
-    losses: Tensor = _ChunkedLosses.apply(hidden, head_weight, bias, targets, chunk_tokens, dtype, losses_of)
+    settings = (chunk_tokens, dtype, softcap, scale, z_loss)
+    losses: Tensor = _ChunkedLosses.apply(hidden, head_weight, bias, targets, settings)
     return losses
-
-
-def _losses_of_logits(logits: Tensor, targets: Tensor, softcap: float | None, scale: float, z_loss: float) -> Tensor:
-    """Compute the losses of a chunk, `[k]`, from float32 logits `[k, V]`, see `linear_cross_entropy`."""
-    logits = logits if scale == 1.0 else scale * logits
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    return losses + z_loss * logits.logsumexp(1).square() if z_loss else losses
 
 
 class _ChunkedLosses(torch.autograd.Function):
     """Losses of chunks of tokens, whose logits are computed anew in the backward pass.
 
-    Products are in `dtype`. Losses, and the sum of the head's gradient over chunks, are in float32: in 16 bits each
-    further chunk would round that sum once more.
+    Products are in the type that is given. Losses, and the sum of the head's gradient over chunks, are in float32: in
+    16 bits each further chunk would round that sum once more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        chunk_tokens: int,
-        dtype: torch.dtype,
-        losses_of: Callable[[Tensor, Tensor], Tensor],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: Any
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.settings = chunk_tokens, dtype, losses_of
-        head = _head_in(dtype, weight, bias)
+        ctx.settings = settings
+        size, dtype, softcap, scale, z_loss = settings
+        head, losses = _head_in(dtype, weight, bias), []
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens))
-            return torch.cat([losses_of(F.linear(part.to(dtype), *head).float(), ids) for part, ids in chunks])
+            for part, ids in zip(hidden.split(size), targets.split(size)):
+                logits = _bounded(F.linear(part.to(dtype), *head).float(), softcap, scale)
+                own = F.cross_entropy(logits, ids, reduction="none")
+                losses.append(own + z_loss * logits.logsumexp(1).square() if z_loss else own)
+        return torch.cat(losses)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("The losses of a language model have no second derivative: leave create_graph out.")
         hidden, weight, bias, targets = ctx.saved_tensors
-        size, dtype, losses_of = ctx.settings
-        sums = [
+        size, dtype, softcap, scale, z_loss = ctx.settings
+        head, of_hidden = _head_in(dtype, weight, bias), []
+        of_weight, of_bias = (
             torch.zeros_like(each, dtype=torch.float32) if needed else None
             for each, needed in zip((weight, bias), ctx.needs_input_grad[1:3])
-        ]
-        head, of_hidden = _head_in(dtype, weight, bias), []
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            for part, ids, of_losses in zip(hidden.to(dtype).split(size), targets.split(size), grad.split(size)):
-                logits = F.linear(part, *head).float().requires_grad_()
-                with torch.enable_grad():
-                    losses = losses_of(logits, ids)
-                (of_logits,) = torch.autograd.grad(losses, logits, of_losses)
-                if sums[1] is not None:
-                    sums[1] += of_logits.sum(0)
+            for part, ids, factors in zip(hidden.to(dtype).split(size), targets.split(size), grad.split(size)):
+                logits = _bounded(F.linear(part, *head).float(), softcap, scale)
+                of_logits = logits.softmax(1)
+                of_logits *= (factors * (1 + 2 * z_loss * logits.logsumexp(1)) if z_loss else factors)[:, None]
+                of_logits[torch.arange(len(ids), device=ids.device), ids] -= factors
+                if softcap is not None:
+                    of_logits *= 1 - (logits / softcap).square()
+                of_logits *= scale
+                if of_bias is not None:
+                    of_bias += of_logits.sum(0)
                 of_logits = of_logits.to(dtype)
-                of_hidden.append(of_logits @ head[0])
-                if sums[0] is not None:
-                    sums[0] += of_logits.T @ part
-        of_head = (None if total is None else total.to(each.dtype) for total, each in zip(sums, (weight, bias)))
-        return torch.cat(of_hidden).to(hidden.dtype), *of_head, None, None, None, None
+                if of_weight is not None:
+                    of_weight += of_logits.T @ part
+                if ctx.needs_input_grad[0]:
+                    of_hidden.append(of_logits @ head[0])
+        return (
+            torch.cat(of_hidden).to(hidden.dtype) if of_hidden else None,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _bounded(logits: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """Scale logits, and bound them if there is a bound."""
+    logits = logits if scale == 1.0 else scale * logits
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _head_in(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ from flow_lightning.method.losses import IGNORED, choices, linear_choices, linea
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
-from flow_lightning.modules.joined_attention import attend_by_sample, runs_anywhere
+from flow_lightning.modules.joined_attention import attend_by_sample, without_flash_attention
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import add_lora, load_language_model, train_head_only
 from flow_lightning.scoring.evaluation import evaluation
@@ -206,9 +206,7 @@ class CausalLanguageModule(WeightedLossModule):
             rank_zero_warn(f"precision={self.trainer.precision!r} is slow on a CPU without AVX-512. Use 32-true here.")
         self.whole_logits = not (self._has_plain_head() and self._agrees_with_model())
         if self.whole_logits:
-            why = (
-                "changes its logits in an unknown way" if self._has_plain_head() else "has adapters on its output head"
-            )
+            why = "changes its logits in an unknown way" if self._has_plain_head() else "has no plain output head"
             rank_zero_warn(
                 f"{type(self.causal_lm).__name__} {why}, so its own forward is used, with logits for all tokens. This "
                 "takes more memory and time."
@@ -263,13 +261,13 @@ class CausalLanguageModule(WeightedLossModule):
     def _has_plain_head(self) -> bool:
         """Tell whether the output head is a weight and perhaps a bias alone; adapters there start at zero, unseen."""
         head = self.causal_lm.get_output_embeddings()
-        return {name for name, _ in head.named_parameters()} <= {"weight", "bias"}
+        return head is not None and {name for name, _ in head.named_parameters()} <= {"weight", "bias"}
 
     @torch.no_grad()
     def _agrees_with_model(self) -> bool:
         """Compare the losses of a few tokens with those of the model's own logits."""
         ids = self._few_tokens().reshape(2, 8)
-        with evaluation(self), runs_anywhere(self.causal_lm):
+        with evaluation(self), without_flash_attention(self.causal_lm):
             logits = self(ids)[:, :-1].float().flatten(0, 1)
             own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
             losses = self.token_losses({"input_ids": ids, "labels": ids})

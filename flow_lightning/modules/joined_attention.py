@@ -32,17 +32,23 @@ def attend_by_sample(model: Any) -> None:
 
 
 @contextmanager
-def runs_anywhere(model: Any) -> Iterator[None]:
-    """Let a model of flash attention, which needs a GPU and 16 bits, attend by `sdpa` for a while."""
-    own = model.config._attn_implementation
-    is_flash = "flash" in str(own)
-    if is_flash:
-        model.config._attn_implementation = "sdpa"
+def without_flash_attention(model: Any) -> Iterator[None]:
+    """Let a model of flash attention, which needs a GPU and 16 bits, attend by `sdpa` for a while.
+
+    It serves models that look their attention up in each pass, as most do; those that choose it when they are built
+    keep theirs.
+    """
+    parts = [getattr(model.config, name, None) for name in model.config.sub_configs]
+    own = [(part, part._attn_implementation) for part in (model.config, *parts) if part is not None]
+    for part, name in own:
+        if "flash" in str(name):
+            part._attn_implementation = "sdpa"  # of its parts, too
     try:
         yield
     finally:
-        if is_flash:
-            model.config._attn_implementation = own
+        for part, name in own:
+            if part._attn_implementation != name:
+                part._attn_implementation = name
 
 
 def _by_sample(

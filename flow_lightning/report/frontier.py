@@ -67,7 +67,11 @@ def frontier(points: Sequence[Point]) -> Curve:
         hull.append(point)
     best = max(range(len(hull)), key=lambda i: hull[i].chosen_by)
     kept = np.sort([point.retention for point in hull[best:]])
-    return kept, np.sort([point.target for point in hull[best:]])[::-1]
+    targets = np.sort([point.target for point in hull[best:]])[::-1]
+    best_of_target = np.append(targets[1:] != targets[:-1], True)  # the one that keeps most
+    kept, targets = kept[best_of_target], targets[best_of_target]
+    best_of_kept = np.append(True, kept[1:] != kept[:-1])
+    return kept[best_of_kept], targets[best_of_kept]
 
 
 def target_at(points: Sequence[Point], keep: float) -> float:

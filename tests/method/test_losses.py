@@ -97,6 +97,21 @@ def test_weighted_losses_and_gradients_are_those_of_float64_logits(softcap, scal
         assert_close(one, other)
 
 
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_has_no_gradient_and_a_second_derivative_is_refused(frozen):
+    hidden, head = (
+        drawn(9, WIDTH).requires_grad_(frozen != "hidden"),
+        drawn(20, WIDTH).requires_grad_(frozen != "head"),
+    )
+    losses = linear_cross_entropy(hidden, head, torch.arange(9), None, 2.0)
+    (found,) = torch.autograd.grad(losses.sum(), [head if frozen == "hidden" else hidden], retain_graph=True)
+    assert found.any()
+    losses.sum().backward(retain_graph=True)
+    assert (hidden.grad is None) == (frozen == "hidden") and (head.grad is None) == (frozen == "head")
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(losses.sum(), [head if frozen == "hidden" else hidden], create_graph=True)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_in_bfloat16_the_heads_gradient_is_as_exact_from_many_chunks_as_from_one(autocast):
     """Its sum over the chunks is in float32: in bfloat16 256 chunks had seven times the error of one."""

@@ -120,7 +120,7 @@ def test_adapters_on_the_output_head_are_trained_and_seen(tmp_path):
     """They start at zero, so at the start the losses would be right without them."""
     module = language_module(tune="lora", lora_targets=["q_proj", "lm_head"])
     batch, base = batch_of(tmp_path), own_losses(tiny_model(len(TOKENIZER)).eval(), batch_of(tmp_path))
-    with pytest.warns(UserWarning, match="has adapters on its output head"):
+    with pytest.warns(UserWarning, match="has no plain output head"):
         module.eval().setup("fit")
     module.token_losses(batch).sum().backward()
     of_head = {n: p for n, p in module.named_parameters() if "lm_head.lora_B" in n}

@@ -40,6 +40,8 @@ def test_what_is_on_it_is_chosen_on_one_half_and_its_numbers_are_those_of_the_ot
     line = [point(0.5, 1.0), point(0.7, 0.85, chosen_by=(0.7, 0.9)), point(0.65, 0.9, chosen_by=(0.8, 0.7))]
     retention, target = frontier([lucky, *line])
     assert retention.tolist() == [0.85, 0.9, 1.0] and target.tolist() == [0.7, 0.65, 0.5]
+    tied = [point(0.5, 1.0), point(0.8, 0.95, chosen_by=(0.7, 0.95)), point(0.8, 0.9, chosen_by=(0.9, 0.85))]
+    assert [each.tolist() for each in frontier(tied)] == [[0.95, 1.0], [0.8, 0.5]]
     same = [point(0.8, 0.8, chosen_by=(0.9, 1.0)), point(0.6, 0.7, chosen_by=(0.8, 1.0))]
     assert [each.tolist() for each in frontier(same)] == [[0.8], [0.8]]
 
