@@ -41,11 +41,25 @@ def test_the_command_needs_neither_jsonargparse_nor_datasets_and_writes_a_part(t
     assert "gradient, bf16" in table(tmp_path)
 
 
+def test_a_part_that_takes_too_long_keeps_the_rows_that_it_has(tmp_path, monkeypatch):
+    def killed(command, timeout, check):
+        if command[-1] == "vision":
+            write(tmp_path, "vision", [row("scoring, fp32", 1.0, "images/s")])
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("tests.benchmarks.gpu.__main__.subprocess.run", killed)
+    monkeypatch.setattr(sys, "argv", ["gpu", f"--out={tmp_path}", "--seconds=7"])
+    assert main() == 1
+    rows = [line for line in (tmp_path / "gpu.md").read_text().splitlines() if "| vision |" in line]
+    assert len(rows) == 2 and "| scoring, fp32 | 1 |" in rows[0] and "it took over 7 s" in rows[1]
+
+
 def test_parts_for_which_no_time_is_left_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", f"--out={tmp_path}", "--total=0"])
     assert main() == len(PARTS)
     text = (tmp_path / "gpu.md").read_text()
-    assert text.count("| all else |  | not measured: it took over 0 s |") == len(PARTS)
+    assert text.count("| all else |  | not measured: no time was left |") == len(PARTS)
 
 
 def test_a_value_beyond_its_bound_or_not_a_number_is_counted_and_a_row_that_was_skipped_is_not(tmp_path):

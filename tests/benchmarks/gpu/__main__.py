@@ -73,7 +73,10 @@ def run_all(arguments: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "tests.benchmarks.gpu", *sys.argv[1:], "--part", name]
         limit = max(0.0, min(arguments.seconds, end - time.monotonic()))
         try:
-            why = "it failed" if subprocess.run(command, timeout=limit, check=False).returncode else ""
+            if limit == 0:
+                why = "no time was left"
+            else:
+                why = "it failed" if subprocess.run(command, timeout=limit, check=False).returncode else ""
         except subprocess.TimeoutExpired:
             why = f"it took over {limit:.0f} s"
         if why:

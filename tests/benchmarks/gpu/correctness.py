@@ -3,6 +3,7 @@
 In: a small Llama with random parameters. Out: relative errors, with bounds. Next: `processes.py`.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
@@ -26,25 +27,23 @@ MODES: dict[str, tuple[torch.dtype | None, str, float]] = {
 _SCALE = 2.0**12
 
 
-def correctness(device: str, tiny: bool) -> list[Row]:
+def correctness(device: str, tiny: bool) -> Iterator[Row]:
     """Compare, for each precision, and compiled, with the model's own logits in float64."""
     sizes = (32, 64, 2, 2, 1, 300) if tiny else (512, 1024, 4, 8, 4, 32000)
     model = llama_of(sizes, tied=False)
     ids = torch.randint(sizes[-1], (4, 16) if tiny else (4, 256))
     expected = _in_float64(model, ids)
-    rows: list[Row] = []
     for name, (dtype, precision, bound) in MODES.items():
         if name == "TF32" and device == "cpu":
-            rows.append(skipped("TF32", "a CPU has none"))
+            yield skipped("TF32", "a CPU has none")
             continue
         torch.set_float32_matmul_precision(precision)
-        rows += _errors(name, _ours(model, ids, device, dtype), expected, bound)
+        yield from _errors(name, _ours(model, ids, device, dtype), expected, bound)
     torch.set_float32_matmul_precision("highest")
     if tiny:
-        rows.append(skipped("fp32, compiled", "compiling takes longer than the tiny mode"))
+        yield skipped("fp32, compiled", "compiling takes longer than the tiny mode")
     else:
-        rows += _errors("fp32, compiled", _ours(model, ids, device, None, True), expected, MODES["fp32"][2])
-    return rows
+        yield from _errors("fp32, compiled", _ours(model, ids, device, None, True), expected, MODES["fp32"][2])
 
 
 def _in_float64(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:

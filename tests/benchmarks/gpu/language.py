@@ -3,6 +3,8 @@
 In: random tokens. Out: tokens per second, peak memory, and shares of the machine's own speed. Next: `trainers.py`.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -37,10 +39,11 @@ def _named(sizes: tuple[int, ...]) -> dict[str, int]:
     return dict(zip((*_NAMES, "vocab_size"), sizes, strict=True))
 
 
-def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
+def language(device: str, tiny: bool, geometry: str = "135M") -> Iterator[Row]:
     """Measure scoring, a plain step and a step with token weights, in bf16 autocast (tiny: in float32)."""
     if geometry != "135M" and device == "cpu" and not tiny:
-        return [skipped("all of it", f"the {geometry} geometry is for a GPU")]
+        yield skipped("all of it", f"the {geometry} geometry is for a GPU")
+        return
     half, shape = not tiny, (2, 16) if tiny else (8, 512)
     with torch.device(device):  # random numbers for billions of parameters take minutes on a CPU
         model = model_of(geometry, tiny)
@@ -53,11 +56,13 @@ def language(device: str, tiny: bool, geometry: str = "135M") -> list[Row]:
         with torch.autocast(device, torch.bfloat16, enabled=half):
             return module.token_losses(batch)
 
-    rows, seconds = [], {}
+    seconds = {}
     for name, each in passes(losses, optimizer, weights).items():
         seconds[name] = timed(each, device, tiny)
-        rows += [row(name, ids.numel() / seconds[name], "tokens/s"), memory_row(name, device)]
-    return rows + _shares(module, shape, seconds, gemm_peak(device, tiny, torch.bfloat16 if half else torch.float32))
+        yield row(name, ids.numel() / seconds[name], "tokens/s")
+        yield memory_row(name, device)
+    peak = gemm_peak(device, tiny, torch.bfloat16 if half else torch.float32)
+    yield from _shares(module, shape, seconds, peak)
 
 
 def _shares(module: torch.nn.Module, shape: tuple[int, int], seconds: dict[str, float], peak: float) -> list[Row]:

@@ -1,8 +1,9 @@
 """Scoring and training of ResNet-18 (tiny: one convolution): plain, weighted, in bf16, with channels last, compiled.
 
-In: random images. Out: images per second. Next: `language.py`.
+In: random images. Out: images per second, and peak memory. Next: `language.py`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,21 +11,24 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from flow_lightning.method.losses import cross_entropy
-from tests.benchmarks.gpu.rows import Row, passes, row, skipped, timed
+from tests.benchmarks.gpu.rows import Row, memory_row, passes, row, skipped, timed
 
 
-def vision(device: str, tiny: bool) -> list[Row]:
+def vision(device: str, tiny: bool) -> Iterator[Row]:
     """Measure each way to run it."""
-    rows = _measured("fp32", device, tiny) + _measured("bf16", device, tiny, half=True)
-    rows += _measured("bf16, channels_last", device, tiny, half=True, channels_last=True)
+    yield from _measured("fp32", device, tiny)
+    yield from _measured("bf16", device, tiny, half=True)
+    yield from _measured("bf16, channels_last", device, tiny, half=True, channels_last=True)
+    name = "bf16, channels_last, compiled"
     if tiny:
-        return [*rows, skipped("bf16, channels_last, compiled", "compiling takes longer than the tiny mode")]
-    return rows + _measured("bf16, channels_last, compiled", device, tiny, half=True, channels_last=True, compiled=True)
+        yield skipped(name, "compiling takes longer than the tiny mode")
+    else:
+        yield from _measured(name, device, tiny, half=True, channels_last=True, compiled=True)
 
 
 def _measured(
     name: str, device: str, tiny: bool, half: bool = False, channels_last: bool = False, compiled: bool = False
-) -> list[Row]:
+) -> Iterator[Row]:
     shape = (2, 3, 32, 32) if tiny else (256, 3, 224, 224)
     small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     model: Any = (small if tiny else resnet18(num_classes=10)).to(device)
@@ -38,8 +42,7 @@ def _measured(
         with torch.autocast(device, torch.bfloat16, enabled=half):
             return cross_entropy(run(images), targets)
 
-    seconds = {}
     for what, each in passes(losses, optimizer, weights).items():
         model.train(what != "scoring")
-        seconds[what] = timed(each, device, tiny)
-    return [row(f"{what}, {name}", shape[0] / each, "images/s") for what, each in seconds.items()]
+        yield row(f"{what}, {name}", shape[0] / timed(each, device, tiny), "images/s")
+        yield memory_row(f"{what}, {name}", device)
