@@ -36,7 +36,7 @@ def test_every_command_names_configurations_and_commands_that_exist(command):
     assert words[0] in {*COMMANDS, "--help"}
     assert all(Path(word.partition("=")[2]).is_file() for word in with_files(words) if word.startswith("--config="))
     methods = yaml.safe_load(words[words.index("--methods") + 1]) if "--methods" in words else []
-    assert set(methods) <= {*names_of("methods"), "tests/benchmarks/small_step.yaml"}
+    assert set(methods) <= {*names_of("methods"), "tests/benchmarks/mean_rate.yaml"}
 
 
 def test_the_readme_is_one_page_and_every_link_leads_to_a_file():
