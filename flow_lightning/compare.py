@@ -59,6 +59,8 @@ def compare(words: Sequence[str]) -> None:
     options, shared = _options(words[1:])
     fits = list(_fits(options, shared))
     _check_folders(fits)
+    for name in {name for fit in fits for name in _names(fit)}:
+        _content(Path(name))  # what cannot be read is an error before any fit
     _warn_if_small(options)
     if options.jobs > 1:
         _share_out(words, options.jobs)
@@ -117,9 +119,20 @@ def _settings(file: Path | None, words: Sequence[str]) -> Iterator[tuple[Path, d
     for word in words:
         path = Path(word.removeprefix("--config="))
         if word.startswith("--config=") and "{" not in word and path.is_file():
-            yield path, (yaml.safe_load(path.read_text()) or {}).get("board") or {}
+            yield path, _content(path).get("board") or {}
     if file is not None:
-        yield file, yaml.safe_load(file.read_text())
+        yield file, _content(file)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """Read a YAML file of options."""
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"{file} holds a {type(content).__name__}; expected options, such as learning_rate: 0.001.")
+    return content
 
 
 def _listed(text: str) -> list[Any]:
@@ -197,10 +210,14 @@ def _make(fit: Fit, board: Path) -> None:
     _write(fit.folder / "finished.json", {"words": fit.words, "files": files, "metrics": metrics})
 
 
+def _names(fit: Fit) -> list[str]:
+    """Return the names of a fit's configuration files."""
+    return [word.removeprefix("--config=") for word in fit.words if word.startswith("--config=") and "{" not in word]
+
+
 def _files(fit: Fit) -> dict[str, Any]:
     """Return what the configurations of a fit say of it, by file."""
-    names = [word.removeprefix("--config=") for word in fit.words if word.startswith("--config=") and "{" not in word]
-    loaded = {name: yaml.safe_load(Path(name).read_text()) or {} for name in names}
+    loaded = {name: _content(Path(name)) for name in _names(fit)}
     for content in loaded.values():
         content.pop("board", None)
     return json.loads(json.dumps(finite(loaded), default=str))  # type: ignore[no-any-return]

@@ -176,6 +176,8 @@ def test_a_board_can_come_from_a_file(made):
     ("content", "message"),
     [
         ("rates: [0.5]\n", "--rates is [0.5]: a board needs at least two"),
+        ("rates: [\n", "board.yaml cannot be read: while parsing"),
+        ("- 1\n", "board.yaml holds a list; expected options"),
         ("seed: 3\n", "has ['seed'], but a board has jobs, methods, noise, optimizers"),
         ("optimizers: [adam]\n", "No optimizer 'adam'. Did you mean adamw?"),
     ],
@@ -183,6 +185,14 @@ def test_a_board_can_come_from_a_file(made):
 def test_a_wrong_board_is_an_error_before_any_fit(content, message, capsys):
     Path("board.yaml").write_text(content)
     assert message in error_of(capsys, "compare", *QUICK, "--board=board.yaml")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("option", ["--methods={}", "-c={}"])
+@pytest.mark.parametrize(("content", "message"), [("a: [\n", "cannot be read: while"), ("- 1\n", "holds a list")])
+def test_a_file_that_holds_no_options_is_an_error_before_any_fit(option, content, message, capsys):
+    Path("mine.yaml").write_text(content)
+    assert f"mine.yaml {message}" in error_of(capsys, "compare", *QUICK, option.format("mine.yaml"))
     assert not Path("runs").exists()
 
 

@@ -42,7 +42,7 @@ def test_the_command_needs_neither_jsonargparse_nor_datasets_and_writes_a_part(t
 
 
 def test_a_part_that_takes_too_long_keeps_the_rows_that_it_has(tmp_path, monkeypatch):
-    def killed(command, timeout, check):
+    def killed(command, timeout, **_):
         if command[-1] == "vision":
             write(tmp_path, "vision", [row("scoring, fp32", 1.0, "images/s")])
             raise subprocess.TimeoutExpired(command, timeout)

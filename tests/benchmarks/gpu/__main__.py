@@ -9,6 +9,7 @@ Each part runs in a process of its own with a time limit of its own, and each ro
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ def run_all(arguments: argparse.Namespace) -> int:
             if limit == 0:
                 why = "no time was left"
             else:
-                why = "it failed" if subprocess.run(command, timeout=limit, check=False).returncode else ""
+                code = subprocess.run(command, timeout=limit, check=False, env=_environment(name)).returncode
+                why = "it failed" if code else ""
         except subprocess.TimeoutExpired:
             why = f"it took over {limit:.0f} s"
         if why:
@@ -85,6 +87,12 @@ def run_all(arguments: argparse.Namespace) -> int:
         (arguments.out / "gpu.md").write_text(table(arguments.out))
     print(table(arguments.out))
     return failed + wrong(arguments.out)
+
+
+def _environment(part: str) -> dict[str, str]:
+    """Return the variables of a part: transformers' Trainer would take all GPUs that it sees."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return os.environ | ({"CUDA_VISIBLE_DEVICES": first} if part == "trainers" else {})
 
 
 def wrong(folder: Path) -> int:

@@ -5,7 +5,6 @@ runs the same with other models and data, each in a process of its own.
 """
 
 import gc
-import os
 import tempfile
 from collections.abc import Iterator
 
@@ -20,7 +19,6 @@ from tests.language import TOKENIZER
 
 def trainers(device: str, tiny: bool) -> Iterator[Row]:
     """Measure one after the other on one device, in bf16 autocast (tiny: in float32); the first fit warms up."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers' Trainer would take all
     names = available()
     for number, name in enumerate(["ours", *PEERS]):
         if name not in names:
