@@ -19,6 +19,7 @@ from tests.benchmarks.gpu.rows import row, skipped
         ("language 135M", ["weighted step, peak memory", "weighted step, of that peak (MFU)"]),
         ("language 2B", ["weighted step, of that peak (MFU)"]),
         ("trainers", ["ours, weighted", "transformers"]),
+        ("unsloth", ["unsloth |  | not measured: it cannot be imported, or there is no GPU"]),
     ],
 )
 def test_each_part_is_right_and_in_the_table(tmp_path, part, what):

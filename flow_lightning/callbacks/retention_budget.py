@@ -20,10 +20,9 @@ from flow_lightning.callbacks.linear_probe import probes_of
 from flow_lightning.callbacks.retention import other_callbacks
 from flow_lightning.contract import module_contract
 from flow_lightning.distributed import on_rank_zero, put, trained_tensors
-from flow_lightning.measures.images import TargetAccuracy
+from flow_lightning.measures.curve import Curve
 from flow_lightning.measures.outcomes import Outcomes, TargetOutcomes, TextOutcomes, halves, watched
-from flow_lightning.measures.target import check_curve, validation_dataloader
-from flow_lightning.measures.text import TargetLoss, mean_token_loss
+from flow_lightning.measures.target import check_curve
 from flow_lightning.method.budget import COMPARISONS, Kept, check_size, last_kept
 from flow_lightning.method.path import Shape, check_path, check_shape, point
 from flow_lightning.method.probe import Probe
@@ -117,7 +116,7 @@ class RetentionBudgetCallback(PretrainedCallback):
         self._heads: dict[float, Probe] = {}  # solved at the points of a curve, by alpha
         self._forwards = 0
         self._training: Any = None  # samples of the training and the test, for a curve
-        self._test: Any = None
+        self._on_curve: Curve | None = None
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -210,7 +209,8 @@ class RetentionBudgetCallback(PretrainedCallback):
         target.prepare(trainer, pl_module, self.run.scoring.samples)
         at = partial(point, self._pretrained, finetuned, shape=self.shape)
         if self.curve:
-            self._prepare_curve(trainer, pl_module)
+            self._training = read_once(self.run.scoring.samples.loader)
+            self._on_curve = Curve(trainer, pl_module, is_text=isinstance(self._watched, TextOutcomes))
         for alpha in self.alphas:
             # Beyond the first that is not kept there is nothing to choose; the last one tells the budget's price.
             if self.curve or alpha == self.alphas[-1] or all(each["bound"] >= self.keep for each in self.points):
@@ -231,7 +231,7 @@ class RetentionBudgetCallback(PretrainedCallback):
         self._say(metrics, target)
         on_rank_zero(trainer, lambda: self._report(trainer.loggers))
         self._pretrained = {}  # its memory is free again
-        self._training = self._test = None
+        self._training = self._on_curve = None
 
     def _measured(
         self, trainer: Trainer, module: LightningModule, target: TargetOutcomes, alpha: float, at: dict[str, Tensor]
@@ -239,31 +239,19 @@ class RetentionBudgetCallback(PretrainedCallback):
         """Measure what a point keeps on the half that chooses, and the target."""
         put(module, at | self._head)
         kept = self._kept(trainer, module, alpha, 0)
-        others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share} if self.curve else {}
+        others, probes, curve = {}, probes_of(trainer), self._on_curve
+        if curve is not None:
+            others = {"kept_other_half": self._kept(trainer, module, alpha, 1).share}
+            if alpha == 0 and probes:
+                curve.find_hard()
         put(module, {name: at[name] for name in self._head})
-        if self.curve:
-            for probe in probes_of(trainer):
+        if curve is not None:
+            for probe in probes:
                 self._heads[alpha] = probe.solve(module, self._training, alpha == 0)
-            found, name = self._test.measure(trainer, module, "after" if alpha else "before"), self._test_metric
-            others[f"test_{name}"] = found[name]
-            if self._validation is not None:
-                loss = mean_token_loss(trainer, module, self._validation, f"Path {alpha:g}: validation")
-                others["validation_loss"] = float(loss)
+            others |= curve.measure(alpha)
         self._forwards += len(target.positions)
         on_target = target.measure(trainer, module, f"Path {alpha:g}: target")
         return {"alpha": alpha, "kept": kept.share, "bound": kept.bound} | on_target | others
-
-    def _prepare_curve(self, trainer: Trainer, module: LightningModule) -> None:
-        """Find the test set. Its samples and those of the training are read once for all points."""
-        self._training, self._validation = read_once(self.run.scoring.samples.loader), None
-        self._test, self._test_metric = TargetAccuracy(), "top1"
-        if isinstance(self._watched, TextOutcomes):
-            self._test, self._test_metric = TargetLoss(), "loss"
-            if (validation := validation_dataloader(trainer)) is not None:
-                self._validation = read_once(validation)
-        self._test.prepare(trainer, module)
-        if self._test.loader is not None:
-            self._test.loader = read_once(self._test.loader)
 
     def _kept(self, trainer: Trainer, module: LightningModule, alpha: float, half: int) -> Kept:
         if alpha == 0:  # the pre-trained model itself

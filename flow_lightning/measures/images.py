@@ -5,7 +5,7 @@ In: Trainer and module. Out: accuracies, agreement, divergence. Next: `callbacks
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -50,19 +50,25 @@ class TargetAccuracy(TargetMeasure):
         """Measure top-1. Note the hardest samples before training, and measure them after it."""
         if self.loader is None:
             return {}
-        function, says = partial(target_outcomes, module), f"Target {when}"
-        found = self._of_frozen(trainer, module, says) if when == "before" else None
-        losses, correct, chosen, given = found or score_dataset(trainer, module, self.loader, function, says)
+        losses, correct, chosen, given = self.outcomes(trainer, module, when)
         self.note(when, chosen, given)
         if when == "before":
             self.hard = hardest(losses, self.hard_fraction)
             return {"top1": mean(correct)}
         return {"top1": mean(correct)} | ({} if self.hard is None else {"hard_top1": mean(correct[self.hard])})
 
-    def _of_frozen(self, trainer: Trainer, module: LightningModule, says: str) -> tuple[Tensor, ...] | None:
+    def outcomes(self, trainer: Trainer, module: LightningModule, when: When) -> tuple[Tensor, ...]:
+        """Return what `target_outcomes` does of the test set; "before" the body must be the pre-trained one."""
+        loader, says = cast(DataLoader[Any], self.loader), f"Target {when}"
+        found = self._of_frozen(trainer, module, loader, says) if when == "before" else None
+        return found or score_dataset(trainer, module, loader, partial(target_outcomes, module), says)
+
+    def _of_frozen(
+        self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], says: str
+    ) -> tuple[Tensor, ...] | None:
         """Return the outcomes of the head as it is now on features of the frozen body, if these are known apart."""
-        contract, loader = module_contract(module), self.loader
-        if contract.flow_run is None or contract.pretrained_task is None or loader is None:
+        contract = module_contract(module)
+        if contract.flow_run is None or contract.pretrained_task is None:
             return None
         if (found := contract.flow_run.scoring.frozen.features("target", loader, says)) is None:
             return None

@@ -23,7 +23,7 @@ Settings = Mapping[str, Any]
 #: Columns of `board.csv`.
 COLUMNS = (
     *("method", "optimizer", "rate", "noise", "seed", "alpha", "target", "retention", "target_choosing"),
-    *("retention_choosing", "is_chosen", "folder", "target_of"),
+    *("retention_choosing", "is_chosen", "folder", "target_of", "target_hard"),
 )
 _SHARES = ("target@0.95", "target@0.98", "target@0.99", "retention@0.9", "retention@0.95", "retention@0.99")
 
@@ -64,7 +64,8 @@ def report(
     for row in rows:
         panels.setdefault(_title(row["noise"]), []).append(point_of(row))
     compared = {title: compare_methods(points, points[0].method) for title, points in panels.items()}
-    write_bytes(folder / "board.md", "\n".join(map(_markdown, compared, compared.values())).encode())
+    texts = [_markdown(title, comparison, panels[title]) for title, comparison in compared.items()]
+    write_bytes(folder / "board.md", "\n".join(texts).encode())
     budgets = [metrics["budget/keep"] for metrics in found if "budget/keep" in metrics]
     plot_frontier(panels, folder / "frontier.png", budgets, rows[0]["target_of"])
     if len({setting["rate"] for setting in settings}) > 1:
@@ -96,6 +97,7 @@ def _rows(settings: Settings, metrics: Mapping[str, Any]) -> Iterator[dict[str, 
             "retention_choosing": point["kept"],
             "is_chosen": int(point["alpha"] == metrics.get("budget/alpha")),
             "target_of": learned[0],
+            "target_hard": point.get("test_hard_top1"),  # text has none
         }
 
 
@@ -113,7 +115,8 @@ def point_of(row: Mapping[str, Any]) -> Point:
     method = " ".join(name for name in (row["method"], row["optimizer"]) if name)
     chosen_by = (row["target_choosing"], row["retention_choosing"])
     place = (row["alpha"], row["target"], row["retention"], chosen_by, bool(row["is_chosen"]))
-    return Point(method, row["seed"], row["rate"] or 0.0, *place)
+    hard = row.get("target_hard")
+    return Point(method, row["seed"], row["rate"] or 0.0, *place, hard=math.nan if hard is None else hard)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -142,18 +145,35 @@ _HEADER = [
 ]
 
 
-def _table_of_ends(points: Sequence[Point], noise: str) -> Table:
-    """Build the table of fits at the point of their budget and at alpha 1, means over seeds."""
-    table = Table("", title=_titled(noise, "Within the budget, and fine-tuned (alpha 1): target and share kept, in %"))
-    with_rate = any(point.rate for point in points)
-    for name in (*["rate"] * with_rate, "alpha", "target", "kept", "target, alpha 1", "kept, alpha 1"):
-        table.add_column(name, justify="right")
+_ABOUT_ENDS = (
+    "At the point of the budget, and at the ends of the path. At alpha 0 the body is the pre-trained one: what a "
+    "method has more there than another is due to its head, and what it has more elsewhere, beyond that, to its body. "
+    "*Hard* is the target on the tenth of the test images with the highest losses before training."
+)
+#: What tables say of fits at the point of their budget and at alpha 1; the first are for the terminal, too.
+_ENDS = ("alpha", "target", "kept", "target, alpha 1", "kept, alpha 1", "hard", "hard, alpha 1", "target, alpha 0")
+
+
+def _ends(points: Sequence[Point]) -> Iterator[tuple[str, float, list[str]]]:
+    """Yield method, rate and the cells of `_ENDS`: means over seeds, percent but for alpha."""
     for method, rate in dict.fromkeys((point.method, point.rate) for point in points):
         mine = [point for point in points if (point.method, point.rate) == (method, rate)]
-        chosen, last = [p for p in mine if p.is_chosen], [p for p in mine if p.alpha == 1]
+        chosen = [p for p in mine if p.is_chosen]
+        first, last = ([p for p in mine if p.alpha == alpha] for alpha in (0, 1))
         cells = [_mean([p.alpha for p in chosen], "{:.2g}", 1)]
         cells += [_mean([getattr(p, n) for p in ps]) for ps in (chosen, last) for n in ("target", "retention")]
-        table.add_row(method, *[f"{rate:g}"] * with_rate, *cells)
+        cells += [_mean([p.hard for p in ps]) for ps in (chosen, last)]
+        yield method, rate, [*cells, _mean([p.target for p in first])]
+
+
+def _table_of_ends(points: Sequence[Point], noise: str) -> Table:
+    """Build the table of fits at the point of their budget and at alpha 1, without what only `board.md` has."""
+    table = Table("", title=_titled(noise, "Within the budget, and fine-tuned (alpha 1): target and share kept, in %"))
+    with_rate = any(point.rate for point in points)
+    for name in (*["rate"] * with_rate, *_ENDS[:5]):
+        table.add_column(name, justify="right")
+    for method, rate, cells in _ends(points):
+        table.add_row(method, *[f"{rate:g}"] * with_rate, *cells[:5])
     return table
 
 
@@ -162,7 +182,8 @@ def _titled(noise: str, title: str) -> str:
 
 
 def _mean(values: Sequence[float], pattern: str = "{:.1f}", scale: float = 100) -> str:
-    return pattern.format(scale * statistics.fmean(values)) if values else "–"
+    known = [value for value in values if not math.isnan(value)]
+    return pattern.format(scale * statistics.fmean(known)) if known else "–"
 
 
 def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Table:
@@ -175,7 +196,9 @@ def _table(comparison: Mapping[str, Mapping[str, Interval]], noise: str) -> Tabl
     return table
 
 
-def _markdown(title: str, comparison: Mapping[str, Mapping[str, Interval]]) -> str:
-    """Write a Markdown table, with its title; differences are to the first method, with 95 % intervals over seeds."""
-    table = markdown_table(_HEADER, [[method, *_cells(numbers)] for method, numbers in comparison.items()])
-    return f"**{title}**\n\n{table}" if title else table
+def _markdown(title: str, comparison: Mapping[str, Mapping[str, Interval]], points: Sequence[Point]) -> str:
+    """Write two Markdown tables; differences are to the first method, with 95 % intervals over seeds."""
+    compared = markdown_table(_HEADER, [[method, *_cells(numbers)] for method, numbers in comparison.items()])
+    rows = [[f"{method} {rate:g}" if rate else method, *cells] for method, rate, cells in _ends(points)]
+    ends = markdown_table(_ENDS, rows)
+    return "\n".join([*[f"**{title}**\n"] * bool(title), compared, _ABOUT_ENDS, "", ends])

@@ -28,6 +28,7 @@ class Point:
         retention: Share of what the pre-trained model could that is kept, 1 for all of it.
         chosen_by: The same two numbers on data for choosing: a split of the training set, a half of the retention set.
         is_chosen: Whether the fit's budget chose this point.
+        hard: Target accuracy on the tenth of the test images that were hardest before training; NaN if not measured.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Point:
     retention: float
     chosen_by: tuple[float, float]
     is_chosen: bool = False
+    hard: float = float("nan")
 
 
 def frontier(points: Sequence[Point]) -> Curve:

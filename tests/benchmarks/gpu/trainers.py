@@ -1,4 +1,4 @@
-"""Whole fits of one epoch: this library plain and with weights, transformers' Trainer, and TRL if it is there.
+"""Whole fits of one epoch: this library, transformers' Trainer, and TRL and unsloth if they are there.
 
 In: word problems and a random model. Out: tokens per second and peak memory of training. Next: `../peers.py`, which
 runs the same with other models and data, each in a process of its own.
@@ -6,7 +6,7 @@ runs the same with other models and data, each in a process of its own.
 
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,11 +16,21 @@ from tests.benchmarks.gpu.rows import Row, memory_row, row, skipped
 from tests.benchmarks.peers import BATCH, PEERS, available, data_of, module_of, run
 from tests.language import TOKENIZER
 
+_TOGETHER = [name for name in PEERS if name != "unsloth"]
 
-def trainers(device: str, tiny: bool) -> Iterator[Row]:
+
+def unsloth(device: str, tiny: bool) -> Iterator[Row]:
+    """Measure unsloth apart from the others, because it changes transformers and TRL."""
+    if "unsloth" in available():
+        yield from trainers(device, tiny, ("unsloth", "unsloth"))
+    else:
+        yield skipped("unsloth", "it cannot be imported, or there is no GPU")
+
+
+def trainers(device: str, tiny: bool, fits: Sequence[str] = ("ours", *_TOGETHER)) -> Iterator[Row]:
     """Measure one after the other on one device, in bf16 autocast (tiny: in float32); the first fit warms up."""
     names = available()
-    for number, name in enumerate(["ours", *PEERS]):
+    for number, name in enumerate(fits):
         if name not in names:
             yield skipped(name, "it cannot be imported")
             continue
