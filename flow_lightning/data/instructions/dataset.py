@@ -74,9 +74,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 "response_field to the field that holds the responses."
             )
         if not self.kept:
+            others = f" The other {self.empty} have an empty {response_field!r}." if self.empty else ""
             raise ValueError(
-                f"None of the {len(records)} records has a prompt of less than max_length={max_length} tokens, so no "
-                "response is left to train on. Raise max_length, up to the model's positions, or shorten the template."
+                f"The prompts of {len(records) - self.empty} records leave no token of max_length={max_length} for the "
+                f"response.{others} Raise max_length, up to the model's positions, or shorten the template."
             )
         self.excluded = len(records) - len(self.kept) - self.empty
         self.targets = torch.frombuffer(tokens, dtype=torch.int32)

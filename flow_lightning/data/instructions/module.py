@@ -207,7 +207,7 @@ class InstructionDataModule(LightningDataModule):
         rank_zero_info(
             f"{_NAMES[name].capitalize()} set: {len(dataset)} samples, {dataset.targets.numel()} tokens, "
             f"{int(dataset.supervised.sum())} of them supervised. Cut to {bound}: {dataset.truncated} samples. "
-            f"Excluded, because the prompt alone is longer: {dataset.excluded}; because the response is empty: "
+            f"Excluded, because the prompt alone fills it: {dataset.excluded}; because the response is empty: "
             f"{dataset.empty}."
         )
         if name == "train" and self.edits is not None:

@@ -50,8 +50,13 @@ def test_truncation_and_exclusion_are_counted():
 
 
 def test_nothing_to_train_on_is_refused():
-    with pytest.raises(ValueError, match=r"None of the 3 records .* less than max_length=4 tokens.*Raise max_length"):
+    with pytest.raises(ValueError, match=r"prompts of 3 records leave no token of max_length=4 .*response\. Raise max"):
         build(instructions(3), max_length=4)
+    empty = {"query": "?", "response": ""}
+    with pytest.raises(
+        ValueError, match=r"prompts of 3 records .*The other 2 have an empty 'response'\. Raise max_len"
+    ):
+        build([empty, *instructions(3), empty], max_length=4)
 
 
 def test_the_fingerprint_follows_the_texts():

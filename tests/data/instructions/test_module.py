@@ -212,7 +212,7 @@ def test_samples_longer_than_the_model_are_cut_and_counted(padding_free, caplog)
     torch.testing.assert_close(flow.weights.losses, torch.stack(own), rtol=1e-5, atol=1e-5)
     longer = sum(len(ids) > most for ids, length in encoded if length < most)
     assert longer > 0 and len(cut) < 20
-    told = f"Cut to the model's {most} positions: {longer} samples. Excluded, because the prompt alone is longer: "
+    told = f"Cut to the model's {most} positions: {longer} samples. Excluded, because the prompt alone fills it: "
     assert f"Training set: {len(cut)} samples" in caplog.text and f"{told}{20 - len(cut)}" in caplog.text
 
 
