@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 #: What transformers calls this attention, as `attn_implementation`.
@@ -19,9 +20,15 @@ def attend_by_sample(model: Any) -> None:
     """Let a model on a CPU with `sdpa` attend within each joined sample; leave any other model as it is.
 
     `sdpa` computes all pairs of tokens of a row and masks those of two samples: T * T for T tokens. In samples of about
-    S tokens this takes T * S. On a GPU `flash_attention_2` does that.
+    S tokens this takes T * S. On a GPU `flash_attention_2` does that, and with `sdpa` there is a warning.
     """
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation != "sdpa":
+        return
+    if model.device.type != "cpu":
+        rank_zero_warn(
+            "Samples are joined in one row, and `sdpa` attends to all pairs of a row here. flash_attention_2 attends "
+            "within each sample: install flash-attn and set --model.attention flash_attention_2."
+        )
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

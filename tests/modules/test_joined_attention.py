@@ -75,6 +75,13 @@ def test_generation_and_a_saved_model_are_as_before(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
+def test_sdpa_elsewhere_than_on_a_cpu_stays_and_says_what_it_costs():
+    model = tiny_model(len(TOKENIZER)).to("meta")
+    with pytest.warns(UserWarning, match=r"all pairs of a row.*--model.attention flash_attention_2"):
+        attend_by_sample(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_eager_attention_stays():
     model = tiny_model(len(TOKENIZER))
     model.set_attn_implementation("eager")
