@@ -22,8 +22,10 @@ def compare(*options) -> dict:
     return json.loads(Path("runs/x/comparison.json").read_text())
 
 
-def test_compare_puts_methods_and_seeds_side_by_side(capsys):
-    runs = compare("--methods=[flow, standard]", "--seeds=[1,2]")
+def test_compare_puts_methods_and_seeds_side_by_side(capsys, caplog):
+    with caplog.at_level("INFO"):
+        runs = compare("--methods=[flow, standard]", "--seeds=[1,2]", "--data.decoded=pixels.npy")
+    assert caplog.text.count("Decoding 36 images into pixels.npy") == 1, "the fits share them"
     assert {name: len(column) for name, column in runs.items()} == {"flow": 2, "standard": 2}
     assert "4 runs of 2 methods: flow, standard" in Path("runs/x/report.html").read_text()
     for name in runs:

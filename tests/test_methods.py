@@ -1,5 +1,6 @@
 """Every shipped method for one tiny step through the real command line, so that a board can run all."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from flow_lightning.report.metrics import read_metrics
 from tests.data.fake_datasets import make_folder
 from tests.examples import slow
 from tests.language import TOKENIZER, instructions, tiny_model, write_jsonl
+from tests.retention import unlabelled_images
 from tests.test_cli import QUICK
 from tests.test_cli_language import TINY
 
@@ -68,3 +70,51 @@ def test_a_companion_joins_flow_and_its_own_probe_replaces_that_of_the_configura
     assert {"FlowWeightingCallback", "OnlineWeightsCallback"} <= set(names) and names.count("LinearProbeCallback") == 1
     (probe,) = (each for each in cli.trainer.callbacks if type(each).__name__ == "LinearProbeCallback")
     assert probe.folds == 5
+
+
+#: Companions that join the weights of FLOW, with the options of theirs that the tiny fit needs.
+JOINED = [
+    "l2_sp",
+    "finch",
+    "layer_decay",
+    "label_smoothing",
+    "early_stopping",
+    "sfa",
+    "lwf",
+    "ldifs",
+    "elr",
+    "gce",
+    "dft",
+]
+
+
+@pytest.mark.parametrize("companion", [name if name == "l2_sp" else slow(name) for name in JOINED])
+def test_a_companion_works_together_with_the_weights_of_flow(companion):
+    make_folder(Path("data"))
+    options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--learning_rate=0.001"]
+    cli = main(["fit", *QUICK, "--method=flow", f"-c={companion}", *options])
+    assert callbacks_of("flow") | callbacks_of(companion) <= {type(each).__name__ for each in cli.trainer.callbacks}
+    metrics = read_metrics(Path(cli.trainer.log_dir) / "metrics.json")
+    assert cli.trainer.global_step == 2 and metrics["flow/temperature"] > 0 and 0 <= metrics["target/top1"] <= 1
+    (flow,) = (each for each in cli.trainer.callbacks if type(each).__name__ == "FlowWeightingCallback")
+    weights = flow.weights.weights
+    assert weights.min() < weights.max() <= 1, "a companion put other weights in place of FLOW's"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_board_runs_all_methods_for_images_as_curves(tmp_path):
+    make_folder(Path("data"))
+    methods = sorted({*IMAGES, *EITHER} - {"weighted_probe"})  # without a training, it has no path
+    budget = [f"--trainer.callbacks.data={unlabelled_images(tmp_path)}", "--trainer.callbacks.alphas=[0,1]"]
+    budget += ["--trainer.callbacks.keep=0.1", "--trainer.callbacks.confidence=0.5"]
+    board = [f"--methods=[{', '.join(methods)}]", "--noise=[0.3]", "--optimizers=adamw", "--learning_rate=0.001"]
+    options = ["--data.validation_fraction=0.25", "--trainer.max_epochs=1", "--output=runs/all"]
+    main(["compare", *QUICK, "-c=curve", *budget, *board, *options])
+    with Path("runs/all/board.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["alpha"]) for row in rows] == [(name, a) for name in methods for a in ("0.0", "1.0")]
+    for row in rows:
+        assert 0 <= float(row["target"]) <= 1 and 0 <= float(row["target_hard"]) <= 1
+    text = Path("runs/all/board.md").read_text()
+    assert all(f"\n| {name} adamw |" in text for name in methods)
