@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 from lightning import Callback
 from yaml import safe_load
@@ -61,6 +62,14 @@ def test_every_method_for_text_makes_a_step(method):
     cli = main(["fit", "-c=gemma2_2b_metamathqa", f"--method={method}", *TINY, *options, *STEP])
     assert cli.trainer.global_step == 1
     assert callbacks_of(method) <= {type(callback).__name__ for callback in cli.trainer.callbacks}
+
+
+def test_the_recommended_method_has_a_rate_for_adamw_of_its_own():
+    make_folder(Path("data"))
+    cli = main(["fit", *QUICK, "--method=recommended", "--learning_rate=null", "--trainer.fast_dev_run=1"])
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.AdamW) and cli.model.learning_rate == 3e-4
+    cli = main(["fit", *QUICK, "--method=recommended", "--learning_rate=0.002", "--trainer.fast_dev_run=1"])
+    assert cli.model.learning_rate == 0.002
 
 
 def test_a_companion_joins_flow_and_its_own_probe_replaces_that_of_the_configuration():
