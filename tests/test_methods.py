@@ -112,7 +112,7 @@ def test_a_companion_works_together_with_the_weights_of_flow(companion):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_board_runs_all_methods_for_images_as_curves(tmp_path):
+def test_a_board_runs_all_methods_for_images_as_curves(tmp_path, rendered):
     make_folder(Path("data"))
     methods = sorted({*IMAGES, *EITHER} - {"weighted_probe"})  # without a training, it has no path
     budget = [f"--trainer.callbacks.data={unlabelled_images(tmp_path)}", "--trainer.callbacks.alphas=[0,1]"]

@@ -22,7 +22,7 @@ class Curve:
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, *, is_text: bool) -> None:
-        self.trainer, self.module, self.is_text = trainer, module, is_text
+        self.trainer, self.module = trainer, module
         self.test = TargetLoss() if is_text else TargetAccuracy()
         self.test.prepare(trainer, module)
         if self.test.loader is not None:
