@@ -133,7 +133,8 @@ def _cells(numbers: Mapping[str, Interval]) -> list[str]:
     cells = ["–" if math.isnan(mean) else f"{mean:.1f}" for mean in means]
     for name in ("gain@0.95", "gain@0.98", "gain@0.99", "area"):
         mean, low, high = (100 * value for value in numbers.get(name, (math.nan,) * 3))
-        cells.append("–" if math.isnan(mean) else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        interval = "" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})"  # one seed has none
+        cells.append("–" if math.isnan(mean) else f"{mean:+.1f}{interval}")
     return cells
 
 

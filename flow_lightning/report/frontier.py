@@ -142,13 +142,13 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95) -> Interval:
         confidence: Of the interval.
 
     Returns:
-        Mean, lower and upper end; NaN for each without a value. With three values the interval is hardly narrower than
-        from the smallest to the largest: it tells no more than the seeds do.
+        Mean, lower and upper end; NaN for each without a value, and for both ends with one. With three values the
+        interval is hardly narrower than from the smallest to the largest: it tells no more than the seeds do.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
-    if len(known) == 0:
-        return (float("nan"),) * 3
+    if len(known) < 2:
+        return float(known.sum()) if len(known) else float("nan"), float("nan"), float("nan")
     drawn = np.random.default_rng(0).choice(known, size=(_RESAMPLES, len(known))).mean(axis=1)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(known.mean()), float(low), float(high)

@@ -58,6 +58,13 @@ def test_a_row_for_each_point_a_table_and_a_picture(tmp_path: Path, capsys: Any,
     assert "Target under a budget" in capsys.readouterr().out
 
 
+def test_with_one_seed_a_difference_has_no_interval(tmp_path: Path, rendered: None) -> None:
+    settings, found = fits()
+    draw({"standard": found[:2], "flow": found[2:4]}, settings[:4], found[:4], tmp_path)
+    flow = (tmp_path / "board.md").read_text().splitlines()[3]
+    assert flow.startswith("| flow |") and " | +3.0 | " in flow and " to " not in flow
+
+
 def test_of_text_the_board_shows_the_probability_of_the_right_tokens(
     tmp_path: Path, rendered: None, monkeypatch: Any
 ) -> None:

@@ -73,6 +73,8 @@ def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
     assert 0.89 <= covered <= 0.99
     assert bootstrap([0.5, float("nan"), 0.5]) == (0.5, 0.5, 0.5)
     assert all(math.isnan(value) for value in bootstrap([]))
+    mean, *ends = bootstrap([0.25])
+    assert mean == 0.25 and all(map(math.isnan, ends)), "one seed tells nothing of the spread"
 
 
 def test_methods_are_compared_seed_by_seed() -> None:
