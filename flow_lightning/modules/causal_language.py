@@ -49,7 +49,7 @@ class CausalLanguageModule(WeightedLossModule):
         warmup: Part of all steps over which the learning rate rises linearly from 0.
         reduction: The denominator: `batch`, the supervised tokens, as in the paper, or `weights`, their weights' sum.
         dtype: Type of the parameters: `float32`, or `bfloat16` to train in bfloat16 alone (with precision bf16-true).
-        attention: `attn_implementation` of transformers: `sdpa`, `eager`, `flash_attention_2`; by default its choice.
+        attention: `attn_implementation` of transformers, such as `sdpa` or `flex_attention`; by default its choice.
         gradient_checkpointing: Whether to recompute activations in the backward pass, to save memory.
         lora_r: Rank of the adapters.
         lora_alpha: Scale of the adapters; their output is multiplied by `lora_alpha / lora_r`.

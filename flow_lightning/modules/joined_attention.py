@@ -20,14 +20,14 @@ def attend_by_sample(model: Any) -> None:
     """Let a model on a CPU with `sdpa` attend within each joined sample; leave any other model as it is.
 
     `sdpa` computes all pairs of tokens of a row and masks those of two samples: T * T for T tokens. In samples of about
-    S tokens this takes T * S. On a GPU `flash_attention_2` does that, and with `sdpa` there is a warning.
+    S tokens this takes T * S. On a GPU flex or flash attention do that; `sdpa` warns.
     """
     if model.config._attn_implementation != "sdpa":
         return
     if model.device.type != "cpu":
         rank_zero_warn(
-            "Samples are joined in one row, and `sdpa` attends to all pairs of a row here. flash_attention_2 attends "
-            "within each sample: install flash-attn and set --model.attention flash_attention_2."
+            "Samples are joined in one row, and `sdpa` attends to all pairs of a row here. To attend within each "
+            "sample set --model.attention flex_attention, or flash_attention_2 if flash-attn is installed."
         )
         return
     from transformers import AttentionInterface, AttentionMaskInterface

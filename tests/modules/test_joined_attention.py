@@ -77,9 +77,22 @@ def test_generation_and_a_saved_model_are_as_before(tmp_path):
 
 def test_sdpa_elsewhere_than_on_a_cpu_stays_and_says_what_it_costs():
     model = tiny_model(len(TOKENIZER)).to("meta")
-    with pytest.warns(UserWarning, match=r"all pairs of a row.*--model.attention flash_attention_2"):
+    with pytest.warns(UserWarning, match=r"all pairs of a row.*--model.attention flex_attention"):
         attend_by_sample(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow  # it compiles for a minute
+def test_flex_attention_keeps_joined_samples_apart():
+    model = tiny_model(len(TOKENIZER)).eval()
+    ids = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = model(ids, use_cache=False).logits
+        model.set_attn_implementation("flex_attention")
+        attend_by_sample(model)
+        row = model(ids.reshape(1, 36), position_ids=torch.arange(12).repeat(3)[None], use_cache=False).logits
+    assert model.config._attn_implementation == "flex_attention"
+    torch.testing.assert_close(row.view_as(alone), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_eager_attention_stays():
