@@ -21,7 +21,7 @@ from flow_lightning.method.losses import IGNORED, choices, linear_choices, linea
 from flow_lightning.method.objective import Reduction
 from flow_lightning.method.weights import TokenWeights
 from flow_lightning.modules.base import WeightedLossModule
-from flow_lightning.modules.joined_attention import attend_by_sample, without_flash_attention
+from flow_lightning.modules.joined_attention import attend_by_sample, with_plain_attention
 from flow_lightning.modules.optimization import OptimizerFactory, Schedule, configure_optimizers, optimizer_factory
 from flow_lightning.modules.pretrained import add_lora, load_language_model, train_head_only
 from flow_lightning.scoring.evaluation import evaluation
@@ -267,7 +267,7 @@ class CausalLanguageModule(WeightedLossModule):
     def _agrees_with_model(self) -> bool:
         """Compare the losses of a few tokens with those of the model's own logits."""
         ids = self._few_tokens().reshape(2, 8)
-        with evaluation(self), without_flash_attention(self.causal_lm):
+        with evaluation(self), with_plain_attention(self.causal_lm):
             logits = self(ids)[:, :-1].float().flatten(0, 1)
             own = nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
             losses = self.token_losses({"input_ids": ids, "labels": ids})

@@ -39,8 +39,8 @@ def attend_by_sample(model: Any) -> None:
 
 
 @contextmanager
-def without_flash_attention(model: Any) -> Iterator[None]:
-    """Let a model of flash attention, which needs a GPU and 16 bits, attend by `sdpa` for a while.
+def with_plain_attention(model: Any) -> Iterator[None]:
+    """Let a model attend by `sdpa` for a while: flash attention needs a GPU and 16 bits, and flex attention compiles.
 
     It serves models that look their attention up in each pass, as most do; those that choose it when they are built
     keep theirs.
@@ -48,7 +48,7 @@ def without_flash_attention(model: Any) -> Iterator[None]:
     parts = [getattr(model.config, name, None) for name in model.config.sub_configs]
     own = [(part, part._attn_implementation) for part in (model.config, *parts) if part is not None]
     for part, name in own:
-        if "flash" in str(name):
+        if "flash" in str(name) or "flex" in str(name):
             part._attn_implementation = "sdpa"  # of its parts, too
     try:
         yield

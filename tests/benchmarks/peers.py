@@ -13,6 +13,7 @@ OMP_NUM_THREADS says.
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,9 +56,17 @@ def data_of(module: fl.CausalLanguageModule, source: str, samples: int, **settin
 
 
 def ours(
-    module: Any, data: fl.InstructionDataModule, half: bool, device: str, weighted: bool, packing: bool = False
+    module: Any,
+    data: fl.InstructionDataModule,
+    half: bool,
+    device: str,
+    weighted: bool,
+    packing: bool = False,
+    attention: str | None = None,
 ) -> dict[str, float]:
     """Fit one epoch with a plain Trainer of Lightning; return the seconds of training, and of scoring before it."""
+    if attention is not None:
+        module.causal_lm.set_attn_implementation(attention)
     if packing:
         data.packed_tokens = _row_tokens(data.train_set.dataset.lengths.tolist())
     clock, quiet = Clock(), {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -133,13 +142,15 @@ PEERS: dict[str, dict[str, Any]] = {
     "ours": {"weighted": False},
     "ours, weighted": {"weighted": True},
     "ours, packed, weighted": {"weighted": True, "packing": True},
+    "ours, packed, flex, weighted": {"weighted": True, "packing": True, "attention": "flex_attention"},
     "transformers": {},
     "TRL": {},
     "TRL, packed": {"packing": True},
     "TRL, packed, no checkpoints": {"packing": True, "gradient_checkpointing": False},
     "unsloth": {},
 }
-#: All that trains with TRL, in an environment that may be another one.
+#: What needs a GPU; and all that trains with TRL, in an environment that may be another one.
+_ON_GPUS = ("unsloth", "ours, packed, flex, weighted")
 _WITH_TRL = [name for name in PEERS if "TRL" in name or name == "unsloth"]
 
 
@@ -148,7 +159,7 @@ def available(trl_python: str = sys.executable) -> list[str]:
 
     def is_there(name: str) -> bool:
         python = trl_python if name in _WITH_TRL else sys.executable
-        if name == "unsloth" and not torch.cuda.is_available():
+        if name in _ON_GPUS and not torch.cuda.is_available():
             return False
         if python == sys.executable:
             return all(map(importlib.util.find_spec, _needs(name)))
@@ -240,8 +251,12 @@ def main() -> None:
     for round_ in range(arguments.rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
             python = arguments.trl_python if name in _WITH_TRL else sys.executable
-            subprocess.run([python, "-m", "tests.benchmarks.peers", *sys.argv[1:], "--run", name], check=True)
-    print(table([json.loads(line) for line in file.read_text().splitlines()], names))
+            command = [python, "-m", "tests.benchmarks.peers", *sys.argv[1:], "--run", name]
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # transformers' Trainer would take all
+            if code := subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": first}).returncode:
+                print(f"{name} failed with status {code}: it is not in the table.")
+    results = [json.loads(line) for line in file.read_text().splitlines()]
+    print(table(results, [name for name in names if name in {each["name"] for each in results}]))
 
 
 if __name__ == "__main__":

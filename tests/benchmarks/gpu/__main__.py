@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from flow_lightning.files import write_bytes
 from tests.benchmarks.gpu.correctness import correctness
 from tests.benchmarks.gpu.language import language
 from tests.benchmarks.gpu.processes import processes
@@ -38,8 +39,8 @@ PARTS = {
 
 
 def write(folder: Path, part: str, rows: list[Row]) -> None:
-    """Write the rows of a part."""
-    (folder / f"{part}.json").write_text(json.dumps(rows))
+    """Write the rows of a part: a part that is stopped meanwhile leaves those before."""
+    write_bytes(folder / f"{part}.json", json.dumps(rows).encode())
 
 
 def rows_in(folder: Path, part: str) -> list[Row]:
@@ -71,7 +72,8 @@ def run_all(arguments: argparse.Namespace) -> int:
     """Run each part in a process of its own; return how many failed or came out wrong."""
     failed, end = 0, time.monotonic() + arguments.total
     for name in PARTS:
-        (arguments.out / f"{name}.json").unlink(missing_ok=True)
+        (arguments.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
+    for name in PARTS:
         command = [sys.executable, "-m", "tests.benchmarks.gpu", *sys.argv[1:], "--part", name]
         limit = max(0.0, min(arguments.seconds, end - time.monotonic()))
         try:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 import flow_lightning as fl
+from flow_lightning.data.instructions import join
 from tests.benchmarks.gpu.language import llama_of
 from tests.benchmarks.gpu.rows import Row, row, skipped
 
@@ -30,7 +31,7 @@ _SCALE = 2.0**12
 def correctness(device: str, tiny: bool) -> Iterator[Row]:
     """Compare, for each precision, and compiled, with the model's own logits in float64."""
     sizes = (32, 64, 2, 2, 1, 300) if tiny else (512, 1024, 4, 8, 4, 32000)
-    model = llama_of(sizes, tied=False)
+    model = llama_of(sizes, tied=False, initializer_range=0.05)  # losses that differ, so that weights do
     ids = torch.randint(sizes[-1], (4, 16) if tiny else (4, 256))
     expected = _in_float64(model, ids)
     for name, (dtype, precision, bound) in MODES.items():
@@ -40,10 +41,14 @@ def correctness(device: str, tiny: bool) -> Iterator[Row]:
         torch.set_float32_matmul_precision(precision)
         yield from _errors(name, _ours(model, ids, device, dtype), expected, bound)
     torch.set_float32_matmul_precision("highest")
-    if tiny:
-        yield skipped("fp32, compiled", "compiling takes longer than the tiny mode")
+    bound, backend = MODES["fp32"][2], "eager" if tiny else "inductor"  # to compile takes longer than the tiny mode
+    yield from _errors("fp32, compiled", _ours(model, ids, device, None, backend), expected, bound)
+    yield from _errors("fp32, joined", _ours(model, ids, device, None, joined=True), expected, bound)
+    if device == "cuda":
+        model.set_attn_implementation("flex_attention")
+        yield from _errors("fp32, joined, flex", _ours(model, ids, device, None, joined=True), expected, 1e-2)
     else:
-        yield from _errors("fp32, compiled", _ours(model, ids, device, None, True), expected, MODES["fp32"][2])
+        yield skipped("fp32, joined, flex", "it has no gradient on a CPU")
 
 
 def _in_float64(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:
@@ -56,12 +61,20 @@ def _in_float64(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def _ours(
-    model: LlamaForCausalLM, ids: Tensor, device: str, dtype: torch.dtype | None, compiled: bool = False
+    model: LlamaForCausalLM,
+    ids: Tensor,
+    device: str,
+    dtype: torch.dtype | None,
+    backend: str | None = None,
+    joined: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return the same from `CausalLanguageModule` and `SampleWeights`, on the device."""
+    """Return the same from `CausalLanguageModule` and `SampleWeights`, on the device; compiled by a backend."""
     module = fl.CausalLanguageModule(deepcopy(model)).to(device)
-    batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
-    token_losses = torch.compile(module.token_losses) if compiled else module.token_losses
+    batch = {"input_ids": ids, "labels": ids}
+    if joined:
+        batch = join([{"input_ids": sample, "prompt_length": 1, "index": number} for number, sample in enumerate(ids)])
+    batch = {name: values.to(device) for name, values in batch.items()}
+    token_losses = module.token_losses if backend is None else torch.compile(module.token_losses, backend=backend)
     with torch.autocast(device, dtype, enabled=dtype is not None):
         losses = token_losses(batch)
     found = losses.detach().cpu()

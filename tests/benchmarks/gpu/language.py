@@ -3,7 +3,9 @@
 In: random tokens. Out: tokens per second, peak memory, and shares of the machine's own speed. Next: `trainers.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,9 @@ GEOMETRIES = {
 }
 
 
-def llama_of(sizes: tuple[int, ...], tied: bool = True) -> LlamaForCausalLM:
+def llama_of(sizes: tuple[int, ...], tied: bool = True, **settings: Any) -> LlamaForCausalLM:
     """Make a Llama with random parameters, and with tied embeddings or not."""
-    return LlamaForCausalLM(LlamaConfig(**_named(sizes), tie_word_embeddings=tied))
+    return LlamaForCausalLM(LlamaConfig(**_named(sizes), tie_word_embeddings=tied, **settings))
 
 
 def model_of(geometry: str, tiny: bool = False) -> PreTrainedModel:
@@ -52,15 +54,20 @@ def language(device: str, tiny: bool, geometry: str = "135M") -> Iterator[Row]:
     batch, optimizer = {"input_ids": ids, "labels": ids}, torch.optim.AdamW(module.parameters(), 1e-5)
     weights = torch.rand(shape[0] * (shape[1] - 1), device=device)
 
-    def losses() -> Tensor:
+    def losses(step: Callable[..., Tensor] = module.token_losses) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=half):
-            return module.token_losses(batch)
+            return step(batch)
 
     seconds = {}
     for name, each in passes(losses, optimizer, weights).items():
         seconds[name] = timed(each, device, tiny)
         yield row(name, ids.numel() / seconds[name], "tokens/s")
         yield memory_row(name, device)
+    if tiny:
+        yield skipped("scoring, compiled", "compiling takes longer than the tiny mode")
+    else:
+        compiled = passes(partial(losses, torch.compile(module.token_losses)), optimizer, weights)["scoring"]
+        yield row("scoring, compiled", ids.numel() / timed(compiled, device, tiny), "tokens/s")
     peak = gemm_peak(device, tiny, torch.bfloat16 if half else torch.float32)
     yield from _shares(module, shape, seconds, peak)
 

@@ -3,6 +3,7 @@
 In: gloo on the CPU, NCCL where there are two GPUs. Out: relative errors. Next: `vision.py`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def fitted(processes: int, accelerator: str, strategy: str) -> Tensor:
     return torch.cat([parameter.detach().cpu().flatten() for parameter in module.parameters()])
 
 
-def processes(device: str, tiny: bool) -> list[Row]:
-    """Compare two processes with one."""
+def processes(device: str, tiny: bool) -> Iterator[Row]:
+    """Compare two processes with one. Where CUDA has been used, a process cannot be forked any more."""
     start = torch.cat([parameter.detach().flatten() for parameter in Classifier().parameters()])
     alone = fitted(1, "cpu", "auto")
 
@@ -57,7 +58,9 @@ def processes(device: str, tiny: bool) -> list[Row]:
         error = float((found - alone).norm() / (alone - start).norm())
         return row(f"parameters, {name}", error, "relative error", 1e-5)
 
-    rows = [compared("2 processes, gloo", fitted(2, "cpu", "ddp_fork"))]
+    launcher = "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"
+    yield compared("2 processes, gloo", fitted(2, "cpu", launcher))
     if torch.cuda.device_count() < 2:
-        return [*rows, skipped("parameters, 2 processes, NCCL", "it needs two GPUs")]
-    return [*rows, compared("2 processes, NCCL", fitted(2, "cuda", "ddp_spawn"))]
+        yield skipped("parameters, 2 processes, NCCL", "it needs two GPUs")
+    else:
+        yield compared("2 processes, NCCL", fitted(2, "cuda", launcher))

@@ -3,6 +3,7 @@
 In: a function to measure. Out: rows. Next: `correctness.py`, `vision.py`, `language.py`, `processes.py`.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,11 @@ def row(what: str, value: float, unit: str, bound: float | None = None) -> Row:
 def skipped(what: str, why: str) -> Row:
     """Make a row that says why something was not measured."""
     return {"what": what, "value": None, "unit": f"not measured: {why}", "bound": None}
+
+
+def failed(what: str, error: Exception) -> Row:
+    """Make a row of something that ended in an error: it counts as wrong."""
+    return row(what, math.nan, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", 0.0)
 
 
 def memory_row(what: str, device: str) -> Row:

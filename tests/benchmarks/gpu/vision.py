@@ -1,4 +1,4 @@
-"""Scoring and training of ResNet-18 (tiny: one convolution): plain, weighted, in bf16, with channels last, compiled.
+"""Scoring and training of ResNet-18 (tiny: one convolution) in each way, and a whole fit.
 
 In: random images. Out: images per second, and peak memory. Next: `language.py`.
 """
@@ -7,16 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+import flow_lightning as fl
 from flow_lightning.method.losses import cross_entropy
 from tests.benchmarks.gpu.rows import Row, memory_row, passes, row, skipped, timed
+from tests.benchmarks.measure import Clock, now
+from tests.images import PictureData, tiny_module
 
 
 def vision(device: str, tiny: bool) -> Iterator[Row]:
-    """Measure each way to run it."""
+    """Measure each way to run it, then a short fit with scoring."""
+    torch.backends.cudnn.allow_tf32 = False  # by default convolutions take it for fp32
     yield from _measured("fp32", device, tiny)
+    torch.backends.cudnn.allow_tf32 = True
+    if device == "cuda":
+        yield from _measured("TF32", device, tiny)
     yield from _measured("bf16", device, tiny, half=True)
     yield from _measured("bf16, channels_last", device, tiny, half=True, channels_last=True)
     name = "bf16, channels_last, compiled"
@@ -24,6 +32,7 @@ def vision(device: str, tiny: bool) -> Iterator[Row]:
         yield skipped(name, "compiling takes longer than the tiny mode")
     else:
         yield from _measured(name, device, tiny, half=True, channels_last=True, compiled=True)
+    yield from _recipe(device, tiny)
 
 
 def _measured(
@@ -46,3 +55,20 @@ def _measured(
         model.train(what != "scoring")
         yield row(f"{what}, {name}", shape[0] / timed(each, device, tiny), "images/s")
         yield memory_row(f"{what}, {name}", device)
+
+
+def _recipe(device: str, tiny: bool) -> Iterator[Row]:
+    """Time a fit of five epochs with its probe, weights and solved head, in bf16 on a GPU."""
+    samples, size, epochs = (30, 32, 1) if tiny else (1024, 224, 5)
+    module = tiny_module() if tiny else tiny_module("resnet18")
+    clock, quiet = Clock(), {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [clock, fl.LinearProbeCallback(), fl.FlowWeightingCallback()]
+    precision = "32-true" if device == "cpu" else "bf16-mixed"
+    settings: dict[str, Any] = {"accelerator": device, "devices": 1, "precision": precision, **quiet}
+    trainer = Trainer(max_epochs=epochs, enable_model_summary=False, callbacks=callbacks, **settings)
+    started = now()
+    trainer.fit(module, PictureData(samples, size, batch_size=8 if tiny else 128))
+    after = now() - started - clock.before - clock.seconds
+    yield row("recipe: training", epochs * samples / clock.seconds, "images/s")
+    yield row("recipe: probe and scoring, of an epoch", epochs * clock.before / clock.seconds, "share")
+    yield row("recipe: solved head, of an epoch", epochs * after / clock.seconds, "share")
