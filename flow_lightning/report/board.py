@@ -147,9 +147,9 @@ _HEADER = [
 
 
 _ABOUT_ENDS = (
-    "At the point of the budget, and at the ends of the path. At alpha 0 the body is the pre-trained one: what a "
-    "method has more there than another is due to its head, and what it has more elsewhere, beyond that, to its body. "
-    "*Hard* is the target on the tenth of the test images with the highest losses before training."
+    "At the point of the budget, and at the ends of the path. At alpha 0 the body is the pre-trained one, so methods "
+    "differ by their heads alone there. *Hard* is the target on the tenth of the test images with the highest losses "
+    "before training."
 )
 #: What tables say of fits at the point of their budget and at alpha 1; the first are for the terminal, too.
 _ENDS = ("alpha", "target", "kept", "target, alpha 1", "kept, alpha 1", "hard", "hard, alpha 1", "target, alpha 0")
