@@ -155,7 +155,7 @@ _WITH_TRL = [name for name in PEERS if "TRL" in name or name == "unsloth"]
 
 
 def available(trl_python: str = sys.executable) -> list[str]:
-    """Return the names of those that can be imported, TRL by that interpreter."""
+    """Return the names of those that can be imported and run here; TRL and unsloth by that interpreter."""
 
     def is_there(name: str) -> bool:
         python = trl_python if name in _WITH_TRL else sys.executable

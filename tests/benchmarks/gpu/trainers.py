@@ -32,7 +32,7 @@ def trainers(device: str, tiny: bool, fits: Sequence[str] = ("ours", *_TOGETHER)
     names = available()
     for number, name in enumerate(fits):
         if name not in names:
-            yield skipped(name, "it cannot be imported")
+            yield skipped(name, "it cannot be imported, or needs a GPU")
             continue
         if tiny and "TRL" in name:
             yield skipped(name, "it takes longer than the tiny mode")
